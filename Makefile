@@ -1,0 +1,54 @@
+# Everything that this project does from a fresh clone. Needed: make and Python 3.11 or newer.
+PYTHON ?= python3
+# Options for book/build.py, for instance BOOK="--only train" or BOOK="--params params/ci".
+BOOK ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so that an interrupted installation is taken up again.
+READY := $(VENV)/.ready
+NOTEBOOKS = find book -name '*.ipynb' ! -path '*/_*' ! -path '*/.*'
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lint lab clean distclean
+
+help:
+	@echo "make book   run every chapter and build the HTML book"
+	@echo "make test   lint, check types and run all tests"
+	@echo "make lint   the checks alone, without the tests"
+	@echo "make lab    open the chapters in JupyterLab"
+	@echo "make clean  remove the built book and caches (keeps .venv, data, runs)"
+	@echo "make distclean  the same, and .venv"
+	@echo "Each first installs the pinned requirements into .venv, once."
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.11" % v[:2])'
+	@echo "installing into $(VENV) (a few minutes, about 6 GB, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+book: $(READY)
+	@$(BIN)/python book/build.py $(BOOK)
+
+lint: $(READY)
+	$(BIN)/python -m ruff check --quiet .
+	$(BIN)/python -m ruff format --check --quiet .
+	$(BIN)/python -m mypy --no-error-summary
+	@echo "nbstripout: every chapter is stored without outputs"
+	@$(NOTEBOOKS) -exec $(BIN)/python -m nbstripout --keep-id --verify {} +
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lab: $(READY)
+	@$(BIN)/python -m jupyter lab book
+
+clean:
+	rm -rf book/_executed book/_build .pytest_cache .mypy_cache .ruff_cache
+	find hgadlib book tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
