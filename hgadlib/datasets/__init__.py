@@ -1,0 +1,70 @@
+"""Datasets: one loader per layout, the same records from all.
+
+`load_dataset(name)` finds the data (the given root, else $HGAD_DATA/NAME, else data/NAME), fetches or makes
+it where that is asked for, and looks at every image before hours are spent on it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hgadlib.datasets import demo, elpv, folder
+from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, Dataset, ImageRecord, relabel
+from hgadlib.datasets.scan import Findings, keep_trainable, verify
+from hgadlib.errors import InputError
+
+__all__ = [
+    "GOOD", "NAMES", "UNKNOWN_CLASS", "UNLABELLED", "Dataset", "ImageRecord",
+    "default_root", "load_dataset", "relabel",
+]  # fmt: skip
+
+NAMES: tuple[str, ...] = ("demo", "elpv", "folder")
+
+
+def default_root(name: str) -> Path:
+    """Where a dataset lies unless somebody says otherwise: $HGAD_DATA/NAME, else data/NAME."""
+    return Path(os.environ.get("HGAD_DATA") or "data") / name
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: Path | str | None = None,
+    download: bool = False,
+    strict: bool = True,
+    seed: int = 0,
+) -> Dataset:
+    """Load the records of a dataset.
+
+    Args:
+        name: One of `NAMES`.
+        root: Where the data lies; None for `default_root` (elpv: for its package).
+        download: Fetch the data if it is missing.
+        strict: Raise on the first bad image; False leaves bad images out and lists them in `Dataset.skipped`.
+        seed: Draws the demo's images and elpv's split. It is not the seed of a training run: runs that are
+            to be compared must see the same data.
+
+    Returns:
+        The dataset; its order depends on names only.
+
+    Raises:
+        InputError: The name is unknown, the data is missing or (under strict) bad.
+    """
+    if name not in NAMES:
+        raise InputError(f"unknown dataset {name!r}; expected one of {', '.join(NAMES)}")
+    findings = Findings(strict=strict)
+    where = Path(root) if root is not None else default_root(name)
+    if name == "demo":
+        where = demo.ensure(where, seed)
+        records = folder.read_tree(where, findings)
+    elif name == "elpv":
+        where = where if root is not None else elpv.package_root()
+        records = elpv.load(where, findings, seed)
+    else:
+        if root is None and not where.exists():
+            raise InputError("dataset 'folder' needs data_root: the path of a folder that holds your images")
+        records = folder.read_tree(where, findings)
+    records = keep_trainable(verify(records, findings), where, findings)
+    classes = tuple(sorted({record.class_name for record in records if record.split == "train"}))
+    return Dataset(name, where, classes, tuple(records), tuple(findings.skipped), tuple(findings.notes))
