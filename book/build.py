@@ -117,7 +117,14 @@ def execute(notebook: Path, executed: Path, *, root: Path, parameters: dict[str,
     bar = {"ncols": LINE, "leave": False} if sys.stderr.isatty() else False
     try:
         papermill.execute_notebook(
-            notebook, partial, parameters=parameters, kernel_name="python3", cwd=root, progress_bar=bar
+            notebook,
+            partial,
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=root,
+            progress_bar=bar,
+            # Otherwise every kernel warns that it talks to this process over TCP.
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
         done = nbformat.read(partial, as_version=4)
         done.metadata["hgad_digest"] = made_from
