@@ -1,0 +1,286 @@
+"""book/build.py: chapters run when stale, failures are clear, pages need no other server."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+
+pytest.importorskip("papermill", reason="needs the extra: book")
+pytest.importorskip("jupyter_book", reason="needs the extra: book")
+
+ROOT = Path(__file__).parents[1]
+FIRST_PAGE = """(first)=
+# First page
+
+Inline $\\mu_y$, {cite}`yao2024hgad` and {eq}`eq-first`, continued in {doc}`chapter`.
+
+```{math}
+:label: eq-first
+\\mathcal{L} = \\sum_y w_y
+```
+
+```{bibliography}
+```
+"""
+
+
+def load_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hgad_book_build", ROOT / "book" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+
+
+def write_chapter(path: Path, *code: str) -> None:
+    cells = [nbformat.v4.new_markdown_cell("(chapter)=\n# A chapter\n\n$$a^2 = b$$\n\nBack to {ref}`first`.")]
+    cells.append(nbformat.v4.new_code_cell("size = 1", metadata={"tags": ["parameters"]}))
+    cells += [nbformat.v4.new_code_cell(source) for source in code]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+class Scratch:
+    """A repository with a book of two pages, built once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.book = root, root / "book"
+        self.chapter = self.book / "chapter.ipynb"
+        self.executed = self.book / "_executed" / "chapter.ipynb"
+        self.book.mkdir()
+        (root / "hgadlib").mkdir()
+        (root / "hgadlib" / "__init__.py").write_text("")
+        for name in ("_config.yml", "requirements.lock", "book/references.bib"):
+            shutil.copy(ROOT / name, root / name)
+        (self.book / "_toc.yml").write_text("format: jb-book\nroot: first\nchapters:\n  - file: chapter\n")
+        (self.book / "first.md").write_text(FIRST_PAGE)
+        write_chapter(
+            self.chapter,
+            "import os, sys\nfrom tqdm.notebook import tqdm\n"
+            "for _ in tqdm(range(2)):\n    pass\n"
+            "print('size', size, os.path.basename(os.getcwd()))\n"
+            "print('-'.join(['from', 'stderr']), file=sys.stderr)",
+        )
+        self.page: Path = build.build(root=root)
+
+    def text(self, page: str) -> str:
+        return (self.page.parent / page).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
+    yield Scratch(tmp_path_factory.mktemp("repository"))
+
+
+class Loaded(HTMLParser):
+    """Collect what a page loads by itself, not by a reader's click, and the text of its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.scripts: list[str] = []
+        self.in_script = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.in_script = tag == "script"
+        for name, value in attrs:
+            if value and ((tag == "link" and name == "href") or name in ("src", "srcset", "data", "poster")):
+                self.addresses.append(value)
+
+    def handle_data(self, data: str) -> None:
+        if self.in_script:
+            self.scripts.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_script = False
+
+
+def test_chapter_runs_at_the_root_and_shows_its_output(scratch: Scratch) -> None:
+    assert f"size 1 {scratch.root.name}" in scratch.text("chapter.html")
+
+
+def test_progress_bars_and_stderr_stay_out_of_the_page(scratch: Scratch) -> None:
+    assert "jupyter.widget-view" in scratch.executed.read_text()
+    page = scratch.text("chapter.html")
+    assert "widget" not in page
+    assert "from-stderr" not in page
+
+
+def test_no_page_loads_anything_from_another_server(scratch: Scratch) -> None:
+    pages = sorted(scratch.page.parent.glob("*.html"))
+    assert {page.name for page in pages} >= {"index.html", "first.html", "chapter.html", "search.html"}
+    for page in pages:
+        loaded = Loaded()
+        loaded.feed(page.read_text(encoding="utf-8"))
+        outside = [a for a in loaded.addresses if re.match(r"(https?:)?//", a)]
+        outside += [a for script in loaded.scripts for a in re.findall(r"https?://[^\s\"']+", script)]
+        assert outside == [], f"{page.name} loads {outside}"
+        for address in loaded.addresses:
+            if not re.match(r"data:|#", address):
+                file = page.parent / re.split(r"[?#]", address)[0]
+                assert file.is_file(), f"{page.name} loads {address}, which is not there"
+
+
+def test_no_style_sheet_loads_anything_from_another_server(scratch: Scratch) -> None:
+    sheets = sorted(scratch.page.parent.rglob("*.css"))
+    assert sheets
+    for sheet in sheets:
+        text = sheet.read_text(encoding="utf-8")
+        assert not re.search(r"(url\(\s*['\"]?|@import\s+['\"])(https?:)?//", text), sheet.name
+
+
+def test_mathjax_and_its_fonts_lie_beside_the_pages(scratch: Scratch) -> None:
+    for page in ("first.html", "chapter.html"):
+        scripts = re.findall(r'<script[^>]*src="([^"?]*mathjax[^"?]*\.js)', scratch.text(page))
+        assert len(scripts) == 1, f"{page} loads {scripts}"
+        mathjax = scratch.page.parent / scripts[0]
+        assert mathjax.stat().st_size > 100_000
+        assert len(list(mathjax.parent.rglob("*.woff"))) >= 10
+    assert "\\mathcal{L}" in scratch.text("first.html")
+
+
+def test_citation_and_equation_are_resolved(scratch: Scratch) -> None:
+    page = scratch.text("first.html")
+    assert "Xincheng Yao" in page
+    assert 'href="#equation-eq-first"' in page
+
+
+def test_second_call_repeats_nothing(scratch: Scratch, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [scratch.executed, scratch.page]
+    before = [path.stat().st_mtime_ns for path in files]
+    assert build.build(root=scratch.root) == scratch.page
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_digest_follows_all_that_an_output_depends_on(tmp_path: Path) -> None:
+    (tmp_path / "hgadlib").mkdir()
+    notebook, module, lock = (
+        tmp_path / "a.ipynb",
+        tmp_path / "hgadlib" / "m.py",
+        tmp_path / "requirements.lock",
+    )
+    seen = set()
+
+    def changed(parameters: dict[str, Any]) -> bool:
+        digest = build.chapter_digest(notebook, root=tmp_path, parameters=parameters)
+        new = digest not in seen
+        seen.add(digest)
+        return new
+
+    for path in (notebook, module, lock):
+        path.write_text("1")
+    assert changed({})
+    assert not changed({})
+    for path in (notebook, module, lock):
+        path.write_text("2")
+        assert changed({}), path.name
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "demo.yaml").write_text("seed: 0")
+    assert changed({})
+    assert changed({"epochs": 2})
+    (tmp_path / "hgadlib" / "m.pyc").write_text("compiled")
+    assert not changed({"epochs": 2})
+
+
+def test_failing_chapter_is_told_in_a_few_lines_and_the_good_copy_stays(scratch: Scratch) -> None:
+    good, stored = scratch.executed.read_bytes(), scratch.chapter.read_bytes()
+    write_chapter(scratch.chapter, "fine = 1", "raise ValueError('no dataset foo; choose demo or elpv')")
+    try:
+        with pytest.raises(build.BuildError) as caught:
+            build.build(root=scratch.root)
+    finally:
+        scratch.chapter.write_bytes(stored)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "chapter chapter failed in code cell [3]:"
+    assert lines[1].strip().startswith("raise ValueError(")
+    assert lines[2].strip() == "ValueError: no dataset foo; choose demo or elpv"
+    assert len(lines) == 4 and max(map(len, lines)) < 80
+    assert scratch.executed.read_bytes() == good
+    left = {path.name for path in scratch.executed.parent.iterdir()}
+    assert left == {"chapter.ipynb", "chapter.failed.ipynb"}
+
+
+def test_warning_stops_the_build_and_the_old_pages_stay(scratch: Scratch) -> None:
+    page = scratch.book / "first.md"
+    before = scratch.text("first.html")
+    page.write_text(FIRST_PAGE + "\n{ref}`nowhere`\n")
+    try:
+        with pytest.raises(build.BuildError, match=r"first\.md:\d+: WARNING: .*nowhere"):
+            build.build(root=scratch.root)
+    finally:
+        page.write_text(FIRST_PAGE)
+    assert scratch.text("first.html") == before
+
+
+def test_parameters_of_a_chapter_come_from_its_file(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("epochs: 2\n")
+    assert build.chapter_parameters("train", tmp_path) == {"epochs": 2}
+    assert build.chapter_parameters("other", tmp_path) == {}
+    assert build.chapter_parameters("train", None) == {}
+    with pytest.raises(build.BuildError, match="expects a folder"):
+        build.chapter_parameters("train", tmp_path / "missing")
+
+
+def test_pages_are_listed_in_reading_order() -> None:
+    toc = {
+        "root": "intro",
+        "parts": [
+            {"caption": "A", "chapters": [{"file": "a", "sections": [{"file": "a/x"}, {"file": "a/y"}]}]},
+            {"caption": "B", "chapters": [{"file": "b"}]},
+        ],
+    }
+    assert build.pages_of(toc) == ["intro", "a", "a/x", "a/y", "b"]
+
+
+def test_unknown_chapter_is_one_line(scratch: Scratch) -> None:
+    with pytest.raises(build.BuildError, match=r"^no chapter trian in _toc.yml; it has first, chapter$"):
+        build.build(root=scratch.root, only=["trian"])
+    with pytest.raises(build.BuildError, match=r"neither missing\.ipynb nor missing\.md"):
+        build.source_of("missing", book=scratch.book)
+
+
+def toc_pages() -> list[str]:
+    pages: list[str] = build.pages_of(yaml.safe_load((ROOT / "book" / "_toc.yml").read_text()))
+    return pages
+
+
+@pytest.mark.parametrize("page", toc_pages())
+def test_every_page_of_the_book_has_a_target_and_one_title(page: str) -> None:
+    source = build.source_of(page, book=ROOT / "book")
+    if source.suffix == ".md":
+        cells = [source.read_text(encoding="utf-8")]
+    else:
+        notebook = nbformat.read(source, as_version=4)
+        cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+        tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
+        assert tags.count("parameters") == 1
+        assert notebook.metadata.kernelspec.name == "python3"
+    text = re.sub(r"^(`{3,}|:{3,}).*?^\1", "", "\n\n".join(cells), flags=re.MULTILINE | re.DOTALL)
+    assert re.search(r"^\([\w-]+\)=\n+# ", text, flags=re.MULTILINE), "no target above the title"
+    assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1
+
+
+def test_every_notebook_is_in_the_table_of_contents() -> None:
+    book = ROOT / "book"
+    found = {path.relative_to(book).with_suffix("").as_posix() for path in book.rglob("*.ipynb")}
+    found = {name for name in found if not re.search(r"(^|/)[_.]", name)}
+    # explore is for JupyterLab: its widgets need a live kernel.
+    assert found - {"explore"} <= set(toc_pages())
+
+
+def test_source_has_no_folder_named_static() -> None:
+    assert not [path for path in (ROOT / "book").rglob("_static") if "_build" not in path.parts]

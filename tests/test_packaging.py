@@ -1,0 +1,164 @@
+"""The files that install, cite and ignore agree with each other."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import hgadlib
+
+ROOT = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] != "#"]
+INSTALLED_EXTRAS = ("book", "test")  # what make installs, and what the lock therefore holds
+
+
+def locked() -> dict[str, Version]:
+    """Pins that apply to this platform and Python."""
+    pins = [Requirement(line) for line in LOCK]
+    return {
+        canonicalize_name(pin.name): Version(str(pin.specifier).removeprefix("=="))
+        for pin in pins
+        if pin.marker is None or pin.marker.evaluate()
+    }
+
+
+def direct() -> list[Requirement]:
+    """Requirements of the package itself and of the extras that make installs."""
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *(line for extra in INSTALLED_EXTRAS for line in extras[extra])]
+    return [Requirement(line) for line in lines]
+
+
+def test_lock_is_plain_pins() -> None:
+    for line in LOCK:
+        pin, _, marker = line.partition(" ; ")
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", pin), f"not a plain pin: {line}"
+        if marker:
+            Marker(marker)
+
+
+@pytest.mark.parametrize(
+    "path", ["requirements.lock", "pyproject.toml", "environment.yml", "Makefile", ".ci/run"]
+)
+def test_no_address_of_a_registry(path: str) -> None:
+    text = (ROOT / path).read_text()
+    assert not re.search(r"://|--hash|index-url=|--find-links|/root/|/tmp/", text)
+
+
+@pytest.mark.parametrize("requirement", direct(), ids=str)
+def test_lock_satisfies_pyproject(requirement: Requirement) -> None:
+    pins = locked()
+    name = canonicalize_name(requirement.name)
+    assert name in pins, f"{requirement} is in pyproject.toml but not in requirements.lock"
+    assert requirement.specifier.contains(pins[name], prereleases=True)
+
+
+def test_lock_is_closed() -> None:
+    """Each requirement of an installed pin is itself pinned, to a version that it allows."""
+    pins = locked()
+    checked = 0
+    for name, version in pins.items():
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if Version(found.version) != version:
+            continue  # another environment than the lock's: its requirements say nothing about the lock
+        checked += 1
+        for line in found.requires or ():
+            needed = Requirement(line)
+            if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+                continue
+            pin = pins.get(canonicalize_name(needed.name))
+            assert pin is not None, f"{name} needs {needed}, which is not in requirements.lock"
+            assert needed.specifier.contains(pin, prereleases=True), f"{name} needs {needed}, locked is {pin}"
+    if not checked:
+        pytest.skip("no package of the lock is installed in its locked version")
+
+
+def test_environment_yml_agrees_with_pyproject() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (python,) = (entry.removeprefix("python=") for entry in plain if entry.startswith("python="))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(Version(python))
+    assert "pip" in plain
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    ((extras,),) = (re.findall(r"^-e \.\[(.*)\]$", line) for line in pip)
+    assert set(extras.split(",")) == set(INSTALLED_EXTRAS) <= set(PROJECT["optional-dependencies"])
+
+
+def test_citation_names_this_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == hgadlib.__version__
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    paper = citation["preferred-citation"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Yao", "Li", "Qian", "Wang", "Zhang"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2403.13349"
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git checkout")
+@pytest.mark.parametrize(
+    "path",
+    ["data/x.png", "runs/demo/a.npz", "cache/f", ".venv/x", "book/_executed/train.ipynb", "book/_build/x"],
+)
+def test_what_runs_leave_behind_is_ignored(path: str) -> None:
+    assert subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_no_source_is_ignored() -> None:
+    sources = [*ROOT.glob("hgadlib/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("params/**/*.yaml")]
+    named = "\n".join(str(path.relative_to(ROOT)) for path in sources)
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--stdin"], cwd=ROOT, input=named, capture_output=True, text=True
+    )
+    assert ignored.stdout == ""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+class TestMakefile:
+    @staticmethod
+    def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+
+    def test_help_lists_the_commands_within_80_columns(self) -> None:
+        said = self.make().stdout
+        for target in ("book", "test", "lint", "lab", "clean"):
+            assert f"make {target} " in said
+        assert max(map(len, said.splitlines())) < 80
+
+    def test_old_python_is_one_clear_line_and_leaves_nothing(self, tmp_path: Path) -> None:
+        old = tmp_path / "python-old"
+        code = "import sys; sys.version_info = (3, 8, 1); exec(sys.argv[1])"
+        old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$2"\n')
+        old.chmod(0o755)
+        venv = tmp_path / "venv"
+        done = self.make(f"VENV={venv}", f"PYTHON={old}", f"{venv}/.ready")
+        assert done.returncode != 0
+        assert "Python 3.11 or newer is needed" in done.stderr.splitlines()[0]
+        assert "3.8" in done.stderr.splitlines()[0]
+        assert not venv.exists()
+
+    def test_a_finished_installation_is_not_repeated(self, tmp_path: Path) -> None:
+        ready = tmp_path / "venv" / ".ready"
+        assert self.make("-q", f"VENV={ready.parent}", str(ready)).returncode == 1
+        ready.parent.mkdir()
+        ready.touch()
+        assert self.make("-q", f"VENV={ready.parent}", str(ready)).returncode == 0
