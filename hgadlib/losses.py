@@ -1,0 +1,238 @@
+r"""The paper's losses: one pure function per equation, unreduced, in nats; then their weighted sum.
+
+Shapes: latents z (B, N, D), log-determinants (B, N), one class per image (B,). Every density carries
+its :math:`\tfrac d2\log 2\pi`; the paper prints Eq. 10 without, which changes no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgadlib.mixture import (
+    GaussianPrior,
+    HierarchicalGaussianMixture,
+    center_logits,
+    mixture_log_prob,
+    standard_log_prob,
+)
+
+
+def gaussian_nll(z: Tensor, log_det: Tensor) -> Tensor:
+    r"""Negative log-likelihood under the single Gaussian prior.
+
+    .. math:: \tfrac d2\log 2\pi + \tfrac12\|z\|^2 - \log|\det J|
+
+    Args:
+        z: Latents, (..., D).
+        log_det: Log |det dz/dx|, (...).
+
+    Returns:
+        Loss per position, (...).
+
+    Source: paper Eq. 3.
+    """
+    return -(standard_log_prob(z) + log_det)
+
+
+def inter_class_nll(z: Tensor, log_det: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
+    r"""Negative log-likelihood under the inter-class Gaussian mixture.
+
+    .. math:: -\log\sum_y \exp(-\tfrac12\|z-\mu_y\|^2 + c_y) - \log|\det J| + \tfrac d2\log 2\pi
+
+    Args:
+        z: Latents, (..., N, D).
+        log_det: Log |det dz/dx|, (..., N).
+        centers: Main class centres, (K, D).
+        log_weights: Normalised log class weights c_y, (K,).
+
+    Returns:
+        Loss per position, (..., N).
+
+    Source: paper Eq. 6.
+    """
+    return -(mixture_log_prob(z, centers, log_weights) + log_det)
+
+
+def mutual_information_loss(
+    z: Tensor, class_idx: Tensor, centers: Tensor, log_weights: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
+    r"""Negative mutual information between class and latent; its minimum pushes the classes apart.
+
+    .. math:: -\bigl[\operatorname{logsoftmax}_y(-\tfrac12\|z-\mu_{y'}\|^2 + c_{y'}) - c_y\bigr]
+
+    Args:
+        z: Latents, (B, N, D).
+        class_idx: Class of each image, (B,) int64.
+        centers: Main class centres, (K, D).
+        log_weights: Normalised log class weights, (K,).
+        label_smoothing: Share of the label spread evenly over all classes (0 in the paper, 0.02 released).
+
+    Returns:
+        Loss per position, (B, N).
+
+    Source: paper Eq. 8.
+    """
+    log_posterior = F.log_softmax(center_logits(z, centers) + log_weights, dim=-1)
+    gain = log_posterior - log_weights
+    own = gain.gather(-1, class_idx[:, None, None].expand(-1, z.shape[1], 1)).squeeze(-1)
+    return -((1 - label_smoothing) * own + label_smoothing * gain.mean(-1))
+
+
+def entropy_loss(z: Tensor, centers: Tensor) -> Tensor:
+    r"""Entropy of the softmax over the main centres.
+
+    .. math:: -\sum_y p_y\log p_y,\quad p = \operatorname{softmax}(-\tfrac12\|z-\mu_{y'}\|^2)
+
+    Args:
+        z: Latents, (..., N, D).
+        centers: Main class centres, (K, D).
+
+    Returns:
+        Loss per position, (..., N), between 0 and log K.
+
+    Source: paper Eq. 9.
+    """
+    log_p = F.log_softmax(center_logits(z, centers), dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def intra_class_nll(
+    z: Tensor, log_det: Tensor, class_idx: Tensor, intra_centers: Tensor, log_weights_intra: Tensor
+) -> Tensor:
+    r"""Negative log-likelihood under the mixture within each image's own class.
+
+    .. math:: -\log\sum_i \exp(-\tfrac12\|z-(SG[\mu_1^y]+\Delta\mu_i^y)\|^2 + c_i^y) - \log|\det J|
+              + \tfrac d2\log 2\pi
+
+    Only the centres of the known class are met: the largest tensor beside z is (B, N, M).
+
+    Args:
+        z: Latents, (B, N, D).
+        log_det: Log |det dz/dx|, (B, N).
+        class_idx: Class of each image, (B,) int64.
+        intra_centers: Centres with the main one detached, (K, M, D).
+        log_weights_intra: Normalised log weights within each class, (K, M).
+
+    Returns:
+        Loss per position, (B, N).
+
+    Source: paper Eq. 10 (the constant added, see the module's text).
+    """
+    return -(mixture_log_prob(z, intra_centers[class_idx], log_weights_intra[class_idx]) + log_det)
+
+
+def full_mixture_nll(
+    z: Tensor, log_det: Tensor, log_weights: Tensor, intra_centers: Tensor, log_weights_intra: Tensor
+) -> Tensor:
+    r"""Negative log-likelihood under all centres of all classes at once.
+
+    .. math:: -\log\sum_y p(y)\sum_i \exp(-\tfrac12\|z-\mu_i^y\|^2 + c_i^y - \tfrac d2\log 2\pi) - \log|\det J|
+
+    Args:
+        z: Latents, (..., N, D).
+        log_det: Log |det dz/dx|, (..., N).
+        log_weights: Log class weights, (K,).
+        intra_centers: (K, M, D), the main centres not detached.
+        log_weights_intra: (K, M).
+
+    Returns:
+        Loss per position, (..., N).
+
+    Source: paper Eq. 18.
+    """
+    weights = log_weights[:, None] + log_weights_intra
+    return -(mixture_log_prob(z, intra_centers.flatten(0, 1), weights.flatten()) + log_det)
+
+
+def log_sigmoid_nll(nll: Tensor, dim: int) -> Tensor:
+    r"""The released code's L_z: :math:`-\log\sigma(\log p / D)`; it saturates for likely positions.
+
+    Args:
+        nll: A negative log-likelihood, any shape.
+        dim: D.
+
+    Source: published code; not in the paper's text.
+    """
+    return -F.logsigmoid(-nll / dim)
+
+
+def hgad_losses(
+    z: Tensor,
+    log_det: Tensor,
+    class_idx: Tensor,
+    prior: HierarchicalGaussianMixture | GaussianPrior,
+    *,
+    intra: bool,
+    lambda1: float = 1.0,
+    lambda2: float = 100.0,
+    lambda_e: float = 1.0,
+    lambda_in: float = 1.0,
+    lambda_z: float = 0.0,
+    per_dimension: bool = False,
+    label_smoothing: float = 0.0,
+    detach_class_weights: bool = False,
+    extended: bool = False,
+) -> dict[str, Tensor]:
+    r"""Mean of every term over positions, and their weighted sum.
+
+    .. math:: \mathcal L = \lambda_1\mathcal L_g + \lambda_2\mathcal L_{mi} + \lambda_e\mathcal L_e
+              + \lambda_{in}\mathcal L_{in} + \lambda_z\mathcal L_z
+
+    Args:
+        z: Latents, (B, N, D).
+        log_det: Log |det dz/dx|, (B, N).
+        class_idx: Class of each image, (B,) int64.
+        prior: The mixture, or the single Gaussian (then only L_m of Eq. 3 is there).
+        intra: Second stage: add the intra-class terms.
+        lambda1: Weight of Eq. 6.
+        lambda2: Weight of Eq. 8.
+        lambda_e: Weight of Eq. 9 (0 leaves it out).
+        lambda_in: Weight of Eq. 10.
+        lambda_z: Weight of the released code's L_z.
+        per_dimension: Divide the likelihood terms by D in the sum, as the released code does.
+        label_smoothing: See :func:`mutual_information_loss`.
+        detach_class_weights: Keep L_mi from moving the class weights, as the released code does.
+        extended: Optimise Eq. 18 in place of Eq. 6 and 10 (what the paper warns of).
+
+    Returns:
+        "total" and one scalar per term: "nll" (the likelihood term that is trained), "mi", "entropy", "intra",
+        "log_sigmoid"; terms are in nats per position, likelihoods per dimension where asked for.
+
+    Source: paper Eq. 11.
+    """
+    scale = 1.0 / z.shape[-1] if per_dimension else 1.0
+    if isinstance(prior, GaussianPrior):
+        nll = scale * gaussian_nll(z, log_det).mean()
+        return {"total": nll, "nll": nll}
+    log_weights = prior.log_weights
+    terms: dict[str, Tensor] = {}
+    weights: dict[str, float] = {}
+
+    def add(name: str, weight: float, value: Tensor) -> None:
+        terms[name], weights[name] = value.mean(), weight
+
+    if extended and intra:
+        centers = prior.intra_centers(detach_main=False)
+        add(
+            "nll",
+            lambda1,
+            scale * full_mixture_nll(z, log_det, log_weights, centers, prior.log_weights_intra),
+        )
+    else:
+        add("nll", lambda1, scale * inter_class_nll(z, log_det, prior.centers, log_weights))
+    if lambda2:
+        mi_weights = log_weights.detach() if detach_class_weights else log_weights
+        mi = mutual_information_loss(z, class_idx, prior.centers, mi_weights, label_smoothing=label_smoothing)
+        add("mi", lambda2, mi)
+    if lambda_e:
+        add("entropy", lambda_e, entropy_loss(z, prior.centers))
+    if intra and not extended and (lambda_in or lambda_z):
+        nll = intra_class_nll(z, log_det, class_idx, prior.intra_centers(), prior.log_weights_intra)
+        if lambda_in:
+            add("intra", lambda_in, scale * nll)
+        if lambda_z:
+            add("log_sigmoid", lambda_z, log_sigmoid_nll(nll, z.shape[-1]))
+    total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+    return {"total": total, **terms}

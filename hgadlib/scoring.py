@@ -1,0 +1,192 @@
+r"""Anomaly maps and image scores from log-likelihoods and entropies (paper Sec. 3.4).
+
+A level's value v (log-likelihood per dimension, or negative entropy) becomes a normality
+:math:`P = e^{v - v_{max}}`, at most 1; levels are upsampled and summed, and the map is what is missing:
+
+.. math:: S = \sum_k (1 - P_k) - o
+
+Where :math:`v_{max}` and o come from is the normalisation, an explicit step:
+
+* inductive (default): :math:`v_{max}` is the largest value of the class among the *training* features and
+  o = 0, so a map depends on its own image alone;
+* transductive (as published): both are taken over all test images of the class.
+
+Upsampling and blur are linear, so together they are one small matrix per level:
+:math:`S = \sum_k U_k (1-P_k) U_k^\top`. :math:`1-P` is formed as -expm1, so that the
+smallest deviations keep their digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor
+
+Criterion = Literal["likelihood", "entropy", "both"]
+
+
+@dataclass(frozen=True)
+class LevelValues:
+    """What the flows say of B images: one entry a level, each (B, h, w) float32 in nats.
+
+    Attributes:
+        log_prob: Intra-class log-likelihoods (per dimension where so configured).
+        neg_entropy: Negative inter-class entropies; empty where the prior has one centre for all.
+    """
+
+    log_prob: tuple[Tensor, ...]
+    neg_entropy: tuple[Tensor, ...]
+
+    def __getitem__(self, index: Tensor | slice) -> LevelValues:
+        """Take some of the images."""
+        return LevelValues(tuple(v[index] for v in self.log_prob), tuple(v[index] for v in self.neg_entropy))
+
+    def __len__(self) -> int:
+        """B."""
+        return self.log_prob[0].shape[0]
+
+    @staticmethod
+    def cat(parts: Sequence[LevelValues]) -> LevelValues:
+        """Join batches."""
+        return LevelValues(
+            tuple(torch.cat(v) for v in zip(*(p.log_prob for p in parts), strict=True)),
+            tuple(torch.cat(v) for v in zip(*(p.neg_entropy for p in parts), strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """The constants that turn level values into maps.
+
+    Attributes:
+        log_prob_max: Largest log-likelihood per level, (L,) or per image (B, L).
+        neg_entropy_max: Likewise, of the negative entropy.
+        likelihood_offset: Taken off the likelihood map, scalar or (B,).
+        entropy_offset: Taken off the entropy map.
+    """
+
+    log_prob_max: Tensor
+    neg_entropy_max: Tensor
+    likelihood_offset: Tensor
+    entropy_offset: Tensor
+
+
+@lru_cache(maxsize=64)
+def upsampling_matrix(length: int, size: int, sigma: float) -> Tensor:
+    """Build the matrix of bilinear upsampling (corners aligned) and then Gaussian blur along one axis.
+
+    Args:
+        length: Positions h along the axis.
+        size: Pixels along the axis.
+        sigma: Standard deviation of the blur in pixels (mirrored at the border, cut at 4 sigma); 0 for none.
+
+    Returns:
+        (size, length) float64; each row sums to 1.
+    """
+    # (a one-position axis is constant; interpolate copes with it)
+    matrix = F.interpolate(
+        torch.eye(length, dtype=torch.float64)[None], size=size, mode="linear", align_corners=True
+    )[0].T
+    if sigma > 0:
+        matrix = torch.from_numpy(gaussian_filter1d(matrix.numpy(), sigma, axis=0, mode="reflect"))
+    return matrix.contiguous()
+
+
+def missing_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma: float) -> Tensor:
+    r"""Sum what is missing to full normality over levels: :math:`\sum_k U_k(1-e^{v_k-v_{max,k}})U_k^\top`.
+
+    Args:
+        values: One (B, h, w) a level.
+        maxima: (L,) or (B, L); values above them count as fully normal.
+        size: Side of the map in pixels.
+        sigma: Blur in pixels; 0 for none.
+
+    Returns:
+        (B, size, size), between 0 and L, in the values' type.
+    """
+    total: Tensor | None = None
+    for level, value in enumerate(values):
+        maximum = maxima[..., level]
+        missing = -torch.expm1((value - maximum.view(-1, 1, 1).to(value)).clamp_max(0))
+        rows = upsampling_matrix(value.shape[1], size, sigma).to(value)
+        columns = upsampling_matrix(value.shape[2], size, sigma).to(value)
+        part = rows @ missing @ columns.T
+        total = part if total is None else total + part
+    if total is None:
+        raise ValueError("expected the values of at least one level, found none")
+    return total
+
+
+def level_maxima(values: Sequence[Tensor]) -> Tensor:
+    """Largest value of each level over images and positions: L of (B, h, w) to (L,)."""
+    return torch.stack([v.amax() for v in values]) if values else torch.zeros(0)
+
+
+def inductive(values: LevelValues) -> Normalisation:
+    """Take the constants from a class's training images; offsets are 0."""
+    zero = torch.zeros(())
+    return Normalisation(level_maxima(values.log_prob), level_maxima(values.neg_entropy), zero, zero)
+
+
+def transductive(values: LevelValues, size: int) -> Normalisation:
+    """Take the constants from all test images of one class, as published.
+
+    The offset is such that the most normal pixel of the set scores 0 before the blur.
+    """
+
+    def offset(levels: Sequence[Tensor], maxima: Tensor) -> Tensor:
+        if not levels:
+            return torch.zeros(())
+        # An image at a time: the set's maps need not exist at once.
+        least = [
+            missing_normality([v[i : i + 1] for v in levels], maxima, size, 0.0).amin()
+            for i in range(len(values))
+        ]
+        return torch.stack(least).amin()
+
+    log_prob_max, neg_entropy_max = level_maxima(values.log_prob), level_maxima(values.neg_entropy)
+    return Normalisation(
+        log_prob_max, neg_entropy_max, offset(values.log_prob, log_prob_max), offset(values.neg_entropy, neg_entropy_max)
+    )  # fmt: skip
+
+
+def anomaly_maps(
+    values: LevelValues, constants: Normalisation, *, size: int, sigma: float, criterion: Criterion = "both"
+) -> Tensor:
+    r"""Compute :math:`S = S_l \odot S_e`, or one of the two.
+
+    Args:
+        values: Level values of B images.
+        constants: Of the images' class, or per image.
+        size: Side of the maps in pixels.
+        sigma: Gaussian blur in pixels of the map.
+        criterion: "likelihood" for S_l, "entropy" for S_e, "both" for their product. A prior without
+            classes has no entropy: then it is S_l throughout.
+
+    Returns:
+        Anomaly maps, (B, size, size); higher is more anomalous.
+
+    Source: paper Sec. 3.4.
+    """
+
+    def part(levels: Sequence[Tensor], maxima: Tensor, offset: Tensor) -> Tensor:
+        return missing_normality(levels, maxima, size, sigma) - offset.view(-1, 1, 1).to(levels[0])
+
+    likelihood = (values.log_prob, constants.log_prob_max, constants.likelihood_offset)
+    entropy = (values.neg_entropy, constants.neg_entropy_max, constants.entropy_offset)
+    if criterion == "likelihood" or not values.neg_entropy:
+        return part(*likelihood)
+    if criterion == "entropy":
+        return part(*entropy)
+    return part(*likelihood) * part(*entropy)
+
+
+def image_scores(maps: Tensor) -> Tensor:
+    """Score images by the maximum of their maps: (B, H, W) to (B,)."""
+    return maps.flatten(1).amax(-1)
