@@ -156,9 +156,9 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
 def read_mask(path: Path | str) -> NDArray[np.bool_]:
     """Decode a mask: any non-zero pixel is anomalous.
 
-    A pixel counts where one of its colour channels is not zero after transparency was laid over black. JPEG is
-    the exception, since its compression leaves small non-zero values beside every edge: there values above 127
-    count.
+    A pixel counts where one of its colour channels is not zero after transparency was laid over black. JPEG
+    is the exception, since its compression leaves small non-zero values beside every edge: there values
+    above 127 count.
 
     Args:
         path: Mask file.

@@ -1,7 +1,8 @@
 """ELPV: electroluminescence images of solar cells, shipped by the package elpv-dataset.
 
 Source: Deitsch et al., "Automatic classification of defective photovoltaic module cells in
-electroluminescence images", Solar Energy 2019. The images come with a probability of a defect, and without masks.
+electroluminescence images", Solar Energy 2019. The images come with a probability of a defect, and without
+masks.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
     """Read labels.csv and split the normal images.
 
     Normal has probability 0, anomalous 1; the doubtful ones between are left out and counted. Which normal
-    images are for training is drawn from a hash of their content, so it depends neither on names nor on order,
-    and identical images always fall on the same side.
+    images are for training is drawn from a hash of their content, so it depends neither on names nor on
+    order, and identical images always fall on the same side.
 
     Args:
         root: Folder with labels.csv and images/.
