@@ -190,7 +190,9 @@ def render(staged: Path, html: Path, *, strict: bool = True) -> None:
     made_from = digest(staged.rglob("*"), root=staged, extra=strict)
     record = html / ".digest"
     if record.is_file() and record.read_text() == made_from:
+        print("pages: up to date", flush=True)
         return
+    print("pages: building ...", flush=True)
     work = staged.with_name("work")
     shutil.rmtree(work, ignore_errors=True)
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(staged)]
@@ -252,18 +254,17 @@ def build(
     for number, (page, notebook) in enumerate(notebooks.items(), start=1):
         parameters = chapter_parameters(page, params)
         executed = book / "_executed" / f"{page}.ipynb"
-        label = f"chapter {number} of {len(notebooks)}: {page}"
+        label = f"chapter {page} ({number} of {len(notebooks)})"
         if not fresh and executed_digest(executed) == chapter_digest(
             notebook, root=root, parameters=parameters
         ):
-            print(f"{label}, up to date", flush=True)
+            print(f"{label}: up to date", flush=True)
             continue
-        print(f"{label}, running ...", flush=True)
+        print(f"{label}: running ...", flush=True)
         start = time.monotonic()
         execute(notebook, executed, root=root, parameters=parameters)
-        print(f"{label}, done in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
     built = book / "_build" / ("part" if only else "book")
-    print("building the pages ...", flush=True)
     stage(pages, toc=toc, root=root, book=book, target=built / "source")
     render(built / "source", built / "html", strict=not only)
     return built / "html" / "index.html"
