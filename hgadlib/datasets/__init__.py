@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hgadlib.datasets import demo, elpv, folder
+from hgadlib.datasets import demo, elpv, folder, union
+from hgadlib.datasets import download as download_
 from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, Dataset, ImageRecord, relabel
 from hgadlib.datasets.scan import Findings, keep_trainable, verify
 from hgadlib.errors import InputError
@@ -19,7 +20,7 @@ __all__ = [
     "default_root", "load_dataset", "relabel",
 ]  # fmt: skip
 
-NAMES: tuple[str, ...] = ("demo", "elpv", "folder")
+NAMES: tuple[str, ...] = ("mvtec", "btad", "mvtec3d", "visa", "union", "elpv", "demo", "folder")
 
 
 def default_root(name: str) -> Path:
@@ -34,16 +35,19 @@ def load_dataset(
     download: bool = False,
     strict: bool = True,
     seed: int = 0,
+    source: str | None = None,
 ) -> Dataset:
     """Load the records of a dataset.
 
     Args:
         name: One of `NAMES`.
-        root: Where the data lies; None for `default_root` (elpv: for its package).
+        root: Where the data lies; None for `default_root` (elpv: for its package). Union's root holds its
+            four parts, each in a folder of its name.
         download: Fetch the data if it is missing.
         strict: Raise on the first bad image; False leaves bad images out and lists them in `Dataset.skipped`.
-        seed: Draws the demo's images and elpv's split. It is not the seed of a training run: runs that are
-            to be compared must see the same data.
+        seed: Draws the demo's images and elpv's split. It is not the seed of a training run: runs that are to
+            be compared must see the same data.
+        source: Where to download from instead of the known address: a URL or an archive on disk.
 
     Returns:
         The dataset; its order depends on names only.
@@ -55,16 +59,40 @@ def load_dataset(
         raise InputError(f"unknown dataset {name!r}; expected one of {', '.join(NAMES)}")
     findings = Findings(strict=strict)
     where = Path(root) if root is not None else default_root(name)
+    records: list[ImageRecord]
     if name == "demo":
         where = demo.ensure(where, seed)
         records = folder.read_tree(where, findings)
     elif name == "elpv":
         where = where if root is not None else elpv.package_root()
         records = elpv.load(where, findings, seed)
+    elif name == "union":
+        if root is None:
+            where = where.parent
+        roots = {part: where / part for part in union.PARTS}
+        for part, place in roots.items():
+            _require(part, place, fetch=download, source=None)
+        records = union.load(roots, findings)
     else:
-        if root is None and not where.exists():
-            raise InputError("dataset 'folder' needs data_root: the path of a folder that holds your images")
-        records = folder.read_tree(where, findings)
+        _require(name, where, fetch=download, source=source)
+        loaders = {"folder": folder.read_tree, **union.PARTS}
+        records = loaders[name](where, findings)
     records = keep_trainable(verify(records, findings), where, findings)
     classes = tuple(sorted({record.class_name for record in records if record.split == "train"}))
     return Dataset(name, where, classes, tuple(records), tuple(findings.skipped), tuple(findings.notes))
+
+
+def _require(name: str, where: Path, *, fetch: bool, source: str | None) -> None:
+    """Fetch a dataset that is missing, or say how to come by it."""
+    if where.exists():
+        return
+    if name == "folder":
+        raise InputError(
+            f"{where}: no such folder; dataset 'folder' needs data_root, a folder of your images"
+        )
+    if not fetch:
+        raise InputError(
+            f"{where}: dataset {name!r} is not there; give data_root, set HGAD_DATA, or fetch it: "
+            f"-p download true, or python -m hgadlib.datasets fetch {name}"
+        )
+    download_.fetch(name, root=where, source=source)

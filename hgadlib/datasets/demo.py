@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
 from hgadlib.datasets import demo_defects as defects
 from hgadlib.datasets.demo_scenes import SCENES, SIDE
@@ -28,6 +27,7 @@ from hgadlib.datasets.demo_surface import photograph, shade
 from hgadlib.datasets.records import GOOD
 from hgadlib.errors import InputError
 from hgadlib.images import parallel_map
+from hgadlib.progress import progress_bar
 
 VERSION = 1
 """Goes up when the images change, so that old ones are not taken for new."""
@@ -36,7 +36,7 @@ MISSING = "missing_part"
 _MARKER = "demo.json"
 
 _RUST, _BURN, _YELLOW = (0.36, 0.16, 0.07), (0.10, 0.07, 0.05), (0.78, 0.62, 0.28)
-_PAINT, _DRY, _OIL = (0.55, 0.58, 0.60), (0.52, 0.45, 0.24), (0.24, 0.20, 0.30)
+_PAINT, _DRY, _OIL = (0.60, 0.63, 0.66), (0.66, 0.56, 0.26), (0.10, 0.09, 0.22)
 DEFECTS: dict[str, dict[str, defects.Defect | None]] = {
     "brick": {
         "color": functools.partial(defects.color, tint=_PAINT),
@@ -122,7 +122,7 @@ def render(shot: Shot, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] 
     defect = None if shot.kind == GOOD else DEFECTS[shot.class_name][shot.kind]
     if defect is not None:
         # Severities spread evenly over a type's images, so that each has subtle and plain ones.
-        severity = (shot.number + rng.uniform()) / N_PER_DEFECT
+        severity = 0.2 + 0.8 * (shot.number + rng.uniform()) / N_PER_DEFECT
         surface, cover = defect(surface, _center(shot.class_name, rng), severity, rng)
         mask = defects.exact_mask(cover, SIDE)
     return photograph(shade(surface, rng), SIDE, rng), mask
@@ -179,8 +179,9 @@ def ensure(where: Path, seed: int = 0) -> Path:
     try:
         plan = list(shots())
         made = parallel_map(lambda shot: _write(shot, seed, unfinished), plan)
-        for _ in tqdm(made, total=len(plan), desc="Making the demo dataset", unit="image"):
-            pass
+        with progress_bar(len(plan), "Making the demo dataset") as bar:
+            for _ in made:
+                bar.update(1)
         (unfinished / _MARKER).write_text(json.dumps(expected) + "\n", encoding="utf-8")
         unfinished.chmod(0o755)
         try:

@@ -52,9 +52,9 @@ def scratch(
 ) -> tuple[Surface, Array]:
     """Score a groove: lighter material laid bare; darker on polished metal, where it mirrors no lamp."""
     side = surface.side
-    length, width = rng.uniform(0.14, 0.26 + 0.22 * severity), rng.uniform(0.0045, 0.0055 + 0.004 * severity)
+    length, width = rng.uniform(0.20, 0.30 + 0.25 * severity), rng.uniform(0.0055, 0.0065 + 0.005 * severity)
     line = _curve(side, center, length, width, 0.10, rng)
-    change = (0.16 + 0.34 * severity) * np.where(surface.gloss[..., None] > 0.5, -1.6 * surface.albedo, 1.0)
+    change = (0.22 + 0.40 * severity) * np.where(surface.gloss[..., None] > 0.5, -1.6 * surface.albedo, 1.0)
     fresh = (surface.albedo + change * np.where(change > 0, 1.0 - surface.albedo, 1.0)).astype(np.float32)
     height = surface.height - (0.0015 + 0.0035 * severity) * line
     gloss = surface.gloss * (1.0 - (0.35 + 0.45 * severity) * line)
@@ -67,9 +67,9 @@ def stain(
     surface: Surface, center: Point, severity: float, rng: np.random.Generator
 ) -> tuple[Surface, Array]:
     """Soak a patch, darker and browner, with a darker rim where it dried."""
-    patch = _blob(surface.side, center, rng.uniform(0.06, 0.13), 0.16, 0.35, rng)
+    patch = _blob(surface.side, center, rng.uniform(0.08, 0.16), 0.16, 0.35, rng)
     rim = patch * (1.0 - patch) * 4.0
-    dark = (0.14 + 0.40 * severity) * patch * (0.8 + 0.5 * rim)
+    dark = (0.16 + 0.46 * severity) * patch * (0.8 + 0.5 * rim)
     brown = np.array([0.75, 0.95, 1.2], dtype=np.float32)
     albedo = surface.albedo * np.clip(1.0 - dark[..., None] * brown, 0.05, 1.0)
     return replace(surface, albedo=albedo.astype(np.float32)), patch
@@ -85,8 +85,8 @@ def color(
 ) -> tuple[Surface, Array]:
     """Discolour a patch: rust, a burn, yellowing or spilt paint, by the tint."""
     side = surface.side
-    patch = _blob(side, center, rng.uniform(0.04, 0.10), 0.22, 0.45, rng)
-    mottled = patch * np.clip(0.85 + 0.18 * noise(rng, side, 40, 2), 0.3, 1.0) * (0.22 + 0.56 * severity)
+    patch = _blob(side, center, rng.uniform(0.055, 0.12), 0.22, 0.45, rng)
+    mottled = patch * np.clip(0.85 + 0.18 * noise(rng, side, 40, 2), 0.3, 1.0) * (0.26 + 0.60 * severity)
     gloss = surface.gloss * (1.0 - 0.75 * patch * (0.4 + 0.6 * severity))
     albedo = mix(surface.albedo, tint, mottled)
     return replace(surface, albedo=albedo, gloss=gloss.astype(np.float32)), patch
@@ -94,9 +94,9 @@ def color(
 
 def hole(surface: Surface, center: Point, severity: float, rng: np.random.Generator) -> tuple[Surface, Array]:
     """Press or break a hollow: dark at the bottom, lit on the far wall."""
-    pit = _blob(surface.side, center, rng.uniform(0.028, 0.045 + 0.03 * severity), 0.18, 0.5, rng)
+    pit = _blob(surface.side, center, rng.uniform(0.042, 0.060 + 0.045 * severity), 0.18, 0.5, rng)
     height = surface.height - (0.010 + 0.030 * severity) * pit
-    albedo = surface.albedo * (1.0 - (0.20 + 0.55 * severity) * pit)[..., None]
+    albedo = surface.albedo * (1.0 - (0.28 + 0.55 * severity) * pit)[..., None]
     return replace(surface, albedo=albedo.astype(np.float32), height=height.astype(np.float32)), pit
 
 
@@ -104,7 +104,7 @@ def thread(
     surface: Surface, center: Point, severity: float, rng: np.random.Generator
 ) -> tuple[Surface, Array]:
     """Drop a thread, which casts its own shadow; faint ones come near the ground's colour."""
-    width = rng.uniform(0.008, 0.010 + 0.004 * severity)
+    width = rng.uniform(0.010, 0.012 + 0.006 * severity)
     line = _curve(surface.side, center, rng.uniform(0.22, 0.60), width, 0.32, rng)
     dyes = ((0.82, 0.80, 0.74), (0.20, 0.28, 0.46), (0.58, 0.16, 0.14), (0.10, 0.10, 0.11))
     ground = (
@@ -125,10 +125,10 @@ def contamination(
     side = surface.side
     x, y = grid(side)
     cover = np.zeros((side, side), dtype=np.float32)
-    spread = rng.uniform(0.025, 0.06)
-    for _ in range(rng.integers(5, 10 + round(14 * severity))):
+    spread = rng.uniform(0.03, 0.07)
+    for _ in range(rng.integers(8, 14 + round(20 * severity))):
         cx, cy = rng.normal(center[0], spread), rng.normal(center[1], spread)
-        radius = rng.uniform(0.005, 0.008 + 0.006 * severity)
+        radius = rng.uniform(0.006, 0.009 + 0.008 * severity)
         angle = rng.uniform(0, np.pi)
         u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
         v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) * rng.uniform(1.0, 2.2)

@@ -144,6 +144,37 @@ def check_unique_names(folders: Sequence[Path], findings: Findings) -> list[Path
     return list(seen.values())
 
 
+def class_folders(root: Path, marker: str, findings: Findings) -> tuple[Path, list[Path]]:
+    """Find the class folders of a published set, also where the archive's own folder lies between.
+
+    Args:
+        root: The folder to look in.
+        marker: Name of a folder that every class has.
+        findings: Takes up folders that are no classes.
+
+    Returns:
+        The folder that holds the classes, and the classes, sorted.
+
+    Raises:
+        InputError: No class lies there, or (under strict) a folder is no class.
+    """
+    folders = list_folder(root, findings)[0]
+    home = root
+    if len(folders) == 1 and not (folders[0] / marker).is_dir():
+        home, folders = folders[0], list_folder(folders[0], findings)[0]
+    classes = [folder for folder in folders if (folder / marker).is_dir()]
+    if not classes:
+        raise InputError(
+            f"{root}: expected folders CLASS/{marker}, found none; give the folder of the dataset"
+        )
+    for folder in folders:
+        if folder not in classes and (folder / "test").is_dir():
+            findings.bad(folder, f"class {folder.name!r} is in test but not in {marker}")
+        elif folder not in classes:
+            findings.note(f"{folder}: not a class, it has no folder {marker!r}")
+    return home, check_unique_names(classes, findings)
+
+
 def verify(records: Sequence[ImageRecord], findings: Findings) -> list[ImageRecord]:
     """Look at every image and mask before hours are spent on them.
 

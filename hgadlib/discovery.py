@@ -1,0 +1,118 @@
+"""Discover classes where images come without class folders, and assign new images to the nearest class.
+
+Both work on one global feature per image, such as the spatial means of a backbone's stages. Source: paper
+App. A.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
+
+from hgadlib.errors import InputError
+
+MAX_CLASSES = 60
+"""Largest count that is tried where none is given; the paper's Union has 40 classes."""
+
+
+def normalize(features: ArrayLike) -> NDArray[np.float64]:
+    """Scale features to unit length, so that distances compare directions and not contrast.
+
+    Args:
+        features: (N, C).
+
+    Returns:
+        (N, C) float64, rows of length 1 (zero rows stay zero).
+
+    Raises:
+        InputError: Not a matrix, or not finite.
+    """
+    x = np.asarray(features, dtype=np.float64)
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise InputError(f"expected features (N, C), found shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise InputError("expected finite features, found NaN or infinity")
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def discover_classes(features: ArrayLike, n_classes: int | None = None, seed: int = 0) -> NDArray[np.int64]:
+    """Cluster images into classes by k-means on their leading principal components.
+
+    Where the count is not given, the one with the largest mean silhouette of 2..MAX_CLASSES is taken.
+    Labels are numbered by first appearance, so that they do not depend on k-means' own order.
+
+    Args:
+        features: Global features, (N, C).
+        n_classes: How many classes there are; None to find out.
+        seed: Of k-means' starts.
+
+    Returns:
+        Class ids, (N,) int64, 0..n_classes-1.
+
+    Raises:
+        InputError: Fewer images than classes, or features that are no finite matrix.
+    """
+    x = normalize(features)
+    count = len(x)
+    if n_classes is not None and not 1 <= n_classes <= count:
+        raise InputError(f"expected 1..{count} classes for {count} images, found n_classes={n_classes}")
+    if count < 3 or n_classes == 1:
+        if n_classes not in (None, 1):
+            return np.arange(count, dtype=np.int64)
+        return np.zeros(count, dtype=np.int64)
+    # Clusters of K classes lie in K - 1 dimensions; the rest is noise that only blurs distances.
+    x = PCA(min(64, *x.shape), random_state=seed).fit_transform(x)
+    if n_classes is not None:
+        return _by_appearance(_cluster(x, n_classes, seed))
+    best, best_score = np.zeros(count, dtype=np.int64), -1.0
+    for k in range(2, min(MAX_CLASSES, count - 1) + 1):
+        labels = _cluster(x, k, seed)
+        if len(np.unique(labels)) < 2:
+            break
+        score = float(silhouette_score(x, labels, sample_size=min(count, 3000), random_state=seed))
+        if score > best_score:
+            best, best_score = labels, score
+    return _by_appearance(best)
+
+
+def assign_nearest(
+    features: ArrayLike, reference_features: ArrayLike, reference_labels: ArrayLike
+) -> NDArray[np.int64]:
+    """Give each image the class of the nearest reference image, by the angle between their features.
+
+    Args:
+        features: (N, C).
+        reference_features: (R, C), a few per class suffice.
+        reference_labels: Class ids, (R,).
+
+    Returns:
+        Class ids, (N,) int64.
+
+    Raises:
+        InputError: Shapes do not fit, or there is no reference.
+    """
+    x, reference = normalize(features), normalize(reference_features)
+    labels = np.asarray(reference_labels, dtype=np.int64)
+    if len(reference) == 0 or labels.shape != (len(reference),) or x.shape[1] != reference.shape[1]:
+        raise InputError(
+            f"expected references (R, {x.shape[1]}) and R labels with R > 0, found {reference.shape} and "
+            f"{labels.shape}"
+        )
+    return labels[np.argmax(x @ reference.T, axis=1)]
+
+
+def _cluster(x: NDArray[np.float64], k: int, seed: int) -> NDArray[np.int64]:
+    return KMeans(k, n_init=10, random_state=seed).fit_predict(x).astype(np.int64)
+
+
+def _by_appearance(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Renumber labels by first appearance.
+
+    >>> _by_appearance(np.array([7, 7, 2, 7, 5])).tolist()
+    [0, 0, 1, 0, 2]
+    """
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
