@@ -159,16 +159,21 @@ class Config:
         """Give plain nested values, as YAML and JSON hold them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    @property
-    def digest(self) -> str:
-        """Identify what the run computes: all but where it reads, writes and executes."""
+    def identity(self) -> dict[str, Any]:
+        """Give what the run computes: all values but where it reads, writes and executes."""
         values = self.to_dict()
         for key in ("run_dir", "device"):
             del values[key]
         for key in ("root", "download", "num_workers"):
             del values["data"][key]
-        del values["features"]["storage"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        for key in ("storage", "batch_size"):
+            del values["features"][key]
+        return values
+
+    @property
+    def digest(self) -> str:
+        """Hash of :meth:`identity`: the same for two runs that compute the same."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.name in typing.get_type_hints(Config) and

@@ -1,18 +1,46 @@
-"""One progress bar for all long loops: images/s and time left, in a terminal, a notebook or a log file."""
+"""One progress bar for all long loops: rate and time left, in a terminal, a notebook or a log file."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
-from tqdm.auto import tqdm
-from tqdm.notebook import tqdm_notebook
+from tqdm import tqdm as text_bar
+from tqdm.auto import tqdm as auto_bar
 
 # A terminal redraws one line; in a log file each redraw is a line to scroll over.
-_SECONDS_LIVE, _SECONDS_LOG = 0.5, 15.0
+_SECONDS_LOG = 15.0
+_LOG_FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
-def progress_bar(total: int, description: str, *, unit: str = "image", show: bool = True) -> tqdm[Any]:
+class _LineBar(text_bar):
+    """A bar that prints a new line at each refresh: carriage returns make of a log one endless line."""
+
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        """Give the function that shows a state of the bar."""
+
+        def print_status(text: str) -> None:
+            if text.strip():
+                file.write(text.rstrip() + "\n")
+                file.flush()
+
+        return print_status
+
+
+def _watched_notebook() -> bool:
+    """Tell JupyterLab, where somebody sees widgets move, from a headless kernel, which only keeps text."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    kernel = getattr(get_ipython(), "kernel", None)  # type: ignore[no-untyped-call, unused-ignore]
+    # Headless clients (papermill, nbclient) cannot answer questions and say so with each request.
+    return bool(kernel is not None and getattr(kernel, "_allow_stdin", False))
+
+
+def progress_bar(total: int, description: str, *, unit: str = "image", show: bool = True) -> Any:
     """Open a progress bar.
 
     Args:
@@ -22,18 +50,13 @@ def progress_bar(total: int, description: str, *, unit: str = "image", show: boo
         show: Whether to show it at all.
 
     Returns:
-        A bar to `update`, also a context manager.
+        A tqdm bar to `update`, also a context manager.
     """
-    live = issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
-    seconds = _SECONDS_LIVE if live else _SECONDS_LOG
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        disable=not show,
-        dynamic_ncols=True,
-        mininterval=seconds,
-        # Without a bound tqdm's monitor would redraw every 10 s whatever mininterval says.
-        maxinterval=max(10.0, seconds),
-        smoothing=0.1,
-    )
+    options: dict[str, Any] = {"total": total, "desc": description, "unit": unit, "disable": not show}
+    if _watched_notebook():
+        return auto_bar(**options)
+    if sys.stderr.isatty():
+        return text_bar(**options, mininterval=0.5, dynamic_ncols=True, smoothing=0.1)
+    # Without a bound tqdm's monitor would print every 10 s whatever mininterval says.
+    seconds = {"mininterval": _SECONDS_LOG, "maxinterval": _SECONDS_LOG}
+    return _LineBar(**options, **seconds, bar_format=_LOG_FORMAT, smoothing=0.1)

@@ -1,0 +1,238 @@
+"""The HGAD model: one flow and one prior per feature level, and the constants of its scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hgadlib.config import FlowConfig, PriorConfig
+from hgadlib.errors import InputError
+from hgadlib.flow import FeatureFlow
+from hgadlib.losses import hgad_losses
+from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture
+from hgadlib.scoring import LevelValues, Normalisation, inductive
+
+
+class HGAD(nn.Module):
+    """Flows and priors of all levels, trained and scored together.
+
+    Args:
+        classes: Names of the K classes; their order is the class index.
+        channels: C of each level.
+        grids: (H, W) of each level.
+        flow: The flows' settings.
+        prior: The priors' settings.
+        per_dimension: Divide log-likelihoods by D in the scores.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        channels: Sequence[int],
+        grids: Sequence[tuple[int, int]],
+        *,
+        flow: FlowConfig,
+        prior: PriorConfig,
+        per_dimension: bool = True,
+    ) -> None:
+        super().__init__()
+        self.classes = tuple(classes)
+        self.channels = tuple(channels)
+        self.grids = tuple((int(h), int(w)) for h, w in grids)
+        self.flow_config, self.prior_config, self.per_dimension = flow, prior, per_dimension
+        self.flows = nn.ModuleList()
+        self.priors = nn.ModuleList()
+        for dim, grid in zip(self.channels, self.grids, strict=True):
+            inputs = dim - dim // 2 + (flow.position_dim if flow.kind == "positional" else 0)
+            self.flows.append(
+                FeatureFlow(
+                    dim,
+                    grid,
+                    kind=flow.kind,
+                    layers=flow.layers,
+                    position_dim=flow.position_dim,
+                    hidden=max(1, round(flow.hidden_ratio * inputs)),
+                    clamp=flow.clamp,
+                    normalise=flow.normalise != "none",
+                )
+            )
+            if prior.kind == "single":
+                self.priors.append(GaussianPrior())
+            else:
+                self.priors.append(
+                    HierarchicalGaussianMixture(
+                        len(self.classes),
+                        prior.n_centers,
+                        dim,
+                        init=prior.init,
+                        delta_std=prior.delta_std,
+                        learn_centers=prior.learn_centers,
+                        learn_weights=prior.learn_weights,
+                    )
+                )
+        # Largest value of each class and level among the training features: see scoring.inductive.
+        maxima = torch.zeros(len(self.classes), len(self.channels))
+        self.register_buffer("log_prob_max", maxima.clone())
+        self.register_buffer("neg_entropy_max", maxima.clone())
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether the prior has classes to be uncertain about."""
+        return self.prior_config.kind == "mixture"
+
+    @torch.no_grad()
+    def initialise(self, features: Sequence[Tensor], class_idx: Tensor) -> None:
+        """Set from data what is not learnt: the flows' normalisers, then centres that start at class means.
+
+        Args:
+            features: Of a sample of training images: one (B, H*W, C) a level.
+            class_idx: (B,).
+        """
+        for flow, prior, x in zip(self.flows, self.priors, features, strict=True):
+            if flow.normaliser is not None:
+                flat = x.flatten(0, 1)
+                whiten = self.flow_config.normalise == "whiten"
+                flow.normaliser.fit(flat.mean(0), torch.cov(flat.T), whiten=whiten)
+            if self.has_entropy and self.prior_config.init == "class_means":
+                means = torch.cat([flow(part)[0].mean(1) for part in x.split(32)])
+                found = class_idx.unique()
+                centers = prior.centers.detach().clone()
+                centers[found] = torch.stack([means[class_idx == k].mean(0) for k in found])
+                prior.set_centers(centers)
+
+    def losses(
+        self,
+        features: Sequence[Tensor],
+        class_idx: Tensor,
+        *,
+        intra: bool,
+        precision: torch.dtype = torch.float32,
+        **weights: Any,
+    ) -> list[dict[str, Tensor]]:
+        """Compute each level's loss terms (paper Eq. 11).
+
+        Args:
+            features: One (B, H*W, C) a level.
+            class_idx: (B,).
+            intra: Second stage: with the intra-class terms.
+            precision: bfloat16 runs the subnets under autocast.
+            **weights: See :func:`hgadlib.losses.hgad_losses`.
+
+        Returns:
+            One dictionary of scalars a level, "total" among them.
+        """
+        terms = []
+        for flow, prior, x in zip(self.flows, self.priors, features, strict=True):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+                z, log_det = flow(x)
+            terms.append(hgad_losses(z, log_det, class_idx, prior, intra=intra, **weights))
+        return terms
+
+    @torch.inference_mode()
+    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+        """Compute what scores are made of.
+
+        Args:
+            features: One (B, H*W, C) a level.
+            class_idx: Class of each image, (B,).
+
+        Returns:
+            Log-likelihoods and negative entropies, one (B, H, W) a level.
+        """
+        log_probs, neg_entropies = [], []
+        for flow, prior, grid, x in zip(self.flows, self.priors, self.grids, features, strict=True):
+            z, log_det = flow(x)
+            log_prob = prior.log_prob(z, class_idx) + log_det
+            if self.per_dimension:
+                log_prob = log_prob / z.shape[-1]
+            log_probs.append(log_prob.unflatten(1, grid))
+            if self.has_entropy:
+                neg_entropies.append(prior.neg_entropy(z).unflatten(1, grid))
+        return LevelValues(tuple(log_probs), tuple(neg_entropies))
+
+    def calibrate(self, batches: Iterable[tuple[LevelValues, Tensor]]) -> None:
+        """Store each class's largest values among the training features (inductive normalisation).
+
+        Args:
+            batches: Level values of training images, and their class indices.
+        """
+        lowest = torch.full_like(self.log_prob_max, -torch.inf)
+        log_prob_max, neg_entropy_max = lowest.clone(), lowest.clone()
+        for values, class_idx in batches:
+            for k in class_idx.unique().tolist():
+                constants = inductive(values[class_idx == k])
+                log_prob_max[k] = torch.maximum(log_prob_max[k], constants.log_prob_max)
+                if self.has_entropy:
+                    neg_entropy_max[k] = torch.maximum(neg_entropy_max[k], constants.neg_entropy_max)
+        self.log_prob_max.copy_(log_prob_max)
+        self.neg_entropy_max.copy_(neg_entropy_max)
+
+    def normalisation(self, class_idx: Tensor) -> Normalisation:
+        """Give the stored constants, (B, L), for images of these classes."""
+        zero = torch.zeros((), device=self.log_prob_max.device)
+        return Normalisation(self.log_prob_max[class_idx], self.neg_entropy_max[class_idx], zero, zero)
+
+    def architecture(self) -> dict[str, Any]:
+        """Give the constructor's arguments as plain values."""
+        return {
+            "classes": list(self.classes),
+            "channels": list(self.channels),
+            "grids": [list(grid) for grid in self.grids],
+            "flow": dataclasses.asdict(self.flow_config),
+            "prior": dataclasses.asdict(self.prior_config),
+            "per_dimension": self.per_dimension,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write weights and architecture to one safetensors file, atomically."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_tensors(path, tensors, {"hgad": json.dumps(self.architecture())})
+
+    @classmethod
+    def load(cls, path: Path, device: str | torch.device = "cpu") -> HGAD:
+        """Read a model that :meth:`save` wrote.
+
+        Raises:
+            InputError: The file is missing, truncated, or holds something else.
+        """
+        tensors, metadata = read_tensors(path)
+        if "hgad" not in metadata:
+            raise InputError(
+                f"{path}: expected a model of this library, found safetensors without its description"
+            )
+        spec = json.loads(metadata["hgad"])
+        spec["flow"], spec["prior"] = FlowConfig(**spec["flow"]), PriorConfig(**spec["prior"])
+        model = cls(**spec)
+        model.load_state_dict(tensors)
+        return model.to(device)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name, then move it in place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and its metadata.
+
+    Raises:
+        InputError: The file is missing or is not whole.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a safetensors file, found none")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path}: expected a whole safetensors file, found: {error}") from None
