@@ -1,0 +1,536 @@
+"""Features: computed once, the same from every storage, never from a cache that is stale or broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+
+from hgadlib import feature_cache, feature_store, features
+from hgadlib.backbone import Backbone, build_backbone, flatten_maps
+from hgadlib.errors import InputError
+from hgadlib.feature_store import choose_storage, free_host_bytes
+from hgadlib.features import Features, dataset_features, global_features
+from hgadlib.images import load_images
+
+SIZE = 64
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A record as far as features look at it."""
+
+    path: Path
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return build_backbone()
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[Picture]:
+    """Seven images of coarse noise."""
+    random = np.random.default_rng(0)
+    paths = [tmp_path / "images" / f"{index}.png" for index in range(7)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((80, 80), Image.Resampling.BICUBIC).save(path)
+    return [Picture(path) for path in paths]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HGAD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let any further computing of features fail."""
+
+    def forward(*_: Any) -> None:
+        raise AssertionError("computed although cached")
+
+    monkeypatch.setattr(Backbone, "forward", forward)
+
+
+def compute(records: list[Picture], backbone: Backbone, **changes: Any) -> Features:
+    parameters: dict[str, Any] = {"image_size": SIZE, "batch_size": 3, "progress": False, "num_workers": 1}
+    return dataset_features(records, backbone, **{**parameters, **changes})
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.glob("*") if path.name != "locks")
+
+
+def refusal(error: pytest.ExceptionInfo[InputError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def assert_same(one: Features, other: Features) -> None:
+    assert one.key == other.key and one.grids == other.grids
+    for a, b in zip(one.levels, other.levels, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_features_are_the_backbones_in_the_records_order(records: list[Picture], backbone: Backbone) -> None:
+    # Not in the order of names, so that sorting would show.
+    records = records[::-1]
+    found = compute(records, backbone, dtype="float32")
+    paths = [record.path for record in records]
+    ((_, images),) = load_images(paths, size=SIZE, mean=backbone.mean, std=backbone.std, batch_size=7)
+    assert len(found) == 7 and found.channels == [40, 112] and found.grids == ((8, 8), (4, 4))
+    assert found.nbytes == 7 * (64 * 40 + 16 * 112) * 4
+    for level, expected in zip(found.levels, flatten_maps(backbone(images)), strict=True):
+        torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-4)
+    half = compute(records, backbone)
+    assert half.nbytes * 2 == found.nbytes
+    for level, exact in zip(half.levels, found.levels, strict=True):
+        assert level.dtype == torch.float16
+        torch.testing.assert_close(level.float(), exact, rtol=2**-11, atol=1e-6)
+
+
+def test_batches_are_the_rows_asked_for(records: list[Picture], backbone: Backbone) -> None:
+    for storage in ("host", "file"):
+        found = compute(records, backbone, storage=storage)
+        order = [
+            torch.tensor([5, 0]),
+            torch.tensor([3]),
+            torch.tensor([6, 6, 1]),
+            torch.tensor([2]),
+            torch.tensor([4]),
+        ]
+        batches = list(found.batches(order))
+        assert [indices.tolist() for indices, _ in batches] == [indices.tolist() for indices in order]
+        for indices, levels in batches:
+            for level, whole in zip(levels, found.levels, strict=True):
+                assert level.dtype == torch.float32 and level.is_contiguous()
+                torch.testing.assert_close(level, whole[indices].float(), rtol=0, atol=0)
+    with pytest.raises(IndexError):
+        found.batch(torch.tensor([7]))
+
+
+def test_stopping_early_and_failing_leave_no_thread(records: list[Picture], backbone: Backbone) -> None:
+    import threading
+
+    found = compute(records, backbone, storage="file")
+    batches = found.batches([torch.tensor([0])] * 9)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    with pytest.raises(IndexError):
+        list(found.batches([torch.tensor([9])]))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("features")]
+
+
+def test_every_storage_holds_the_same(records: list[Picture], backbone: Backbone, cache: Path) -> None:
+    kept = [compute(records, backbone, storage=storage) for storage in ("file", "host", "device", "auto")]
+    assert [found.storage for found in kept] == ["file", "host", "host", "host"]
+    assert [found.cached for found in kept] == [False, True, True, True]
+    assert len(entries(cache)) == 1
+    shutil.rmtree(cache)
+    unkept = compute(records, backbone, keep=False)
+    assert not cache.exists() and unkept.storage == "host"
+    for found in kept[1:]:
+        assert_same(found, unkept)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_second_call_computes_nothing(
+    records: list[Picture], backbone: Backbone, request: pytest.FixtureRequest
+) -> None:
+    first = compute(records, backbone)
+    request.getfixturevalue("forbidden")
+    # What does not shape a feature does not matter.
+    second = compute(records, backbone, batch_size=2, num_workers=2, storage="file")
+    assert second.cached and not first.cached
+    assert_same(first, second)
+
+
+def ingredient_changes() -> dict[str, Any]:
+    def shifted(backbone: Backbone) -> Backbone:
+        other = build_backbone()
+        other.mean = (0.4, 0.5, 0.5)
+        return other
+
+    def touched(records: list[Picture]) -> list[Picture]:
+        stat = records[3].path.stat()
+        os.utime(records[3].path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        return records
+
+    def renamed(records: list[Picture]) -> list[Picture]:
+        moved = records[0].path.rename(records[0].path.with_name("moved.png"))
+        return [Picture(moved), *records[1:]]
+
+    def grown(records: list[Picture]) -> list[Picture]:
+        path = records[3].path
+        stat = path.stat()
+        path.write_bytes(path.read_bytes() + b"\0")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return records
+
+    return {
+        "image size": lambda r, b: (r, b, {"image_size": 96}),
+        "resize policy": lambda r, b: (r, b, {"resize": "pad"}),
+        "number type": lambda r, b: (r, b, {"dtype": "float32"}),
+        "stages": lambda r, b: (r, build_backbone(out_indices=(1, 2)), {}),
+        "pyramid": lambda r, b: (r, build_backbone(out_indices=(3,), pyramid=(64, 32)), {}),
+        "network": lambda r, b: (r, build_backbone("mobilenetv3_small_050", weights="random"), {}),
+        "weights": lambda r, b: (r, build_backbone(weights="random"), {}),
+        "normalisation": lambda r, b: (r, shifted(b), {}),
+        "autocast": lambda r, b: (r, build_backbone(autocast="bfloat16"), {}),
+        "time of a file": lambda r, b: (touched(r), b, {}),
+        "size of a file": lambda r, b: (grown(r), b, {}),
+        "name of a file": lambda r, b: (renamed(r), b, {}),
+        "order": lambda r, b: (r[::-1], b, {}),
+        "fewer files": lambda r, b: (r[:-1], b, {}),
+    }
+
+
+@pytest.mark.parametrize("ingredient", ingredient_changes())
+def test_the_key_changes_with(ingredient: str, records: list[Picture], backbone: Backbone) -> None:
+    first = compute(records, backbone)
+    changed_records, changed_backbone, changes = ingredient_changes()[ingredient](records, backbone)
+    second = compute(changed_records, changed_backbone, **changes)
+    assert not second.cached and second.key != first.key
+
+
+def test_the_key_changes_with_the_code(
+    records: list[Picture], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compute(records, backbone, keep=False)
+    monkeypatch.setattr(features, "_code_digest", lambda: "changed")
+    assert compute(records, backbone, keep=False).key != first.key
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut level", "long level", "no level", "no manifest", "cut manifest", "other key"]
+)
+def test_a_damaged_entry_is_computed_again(
+    damage: str, records: list[Picture], backbone: Backbone, cache: Path
+) -> None:
+    first = compute(records, backbone)
+    (entry,) = entries(cache)
+    level, manifest = entry / "level1.npy", entry / "manifest.json"
+    if damage == "cut level":
+        level.write_bytes(level.read_bytes()[:-1])
+    elif damage == "long level":
+        level.write_bytes(level.read_bytes() + b"\0")
+    elif damage == "no level":
+        level.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "cut manifest":
+        manifest.write_text(manifest.read_text()[:100])
+    else:
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "key": "0"}))
+    again = compute(records, backbone)
+    assert not again.cached
+    assert_same(first, again)
+    assert compute(records, backbone).cached and entries(cache) == [entry]
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import numpy as np
+from hgadlib import features
+from hgadlib.backbone import build_backbone
+
+what, folder = sys.argv[1], Path(sys.argv[2])
+records = [SimpleNamespace(path=path) for path in sorted((folder / "images").iterdir())]
+backbone = build_backbone()
+load_images = features.load_images
+(folder / f"{what}.ready").touch()
+while not all((folder / f"{other}.ready").exists() for other in sys.argv[3:]):
+    time.sleep(0.05)
+
+def slow(*arguments, **keywords):
+    for number, batch in enumerate(load_images(*arguments, **keywords)):
+        if what == "killed" and number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.3)
+        yield batch
+
+features.load_images = slow
+found = features.dataset_features(records, backbone, image_size=64, batch_size=3, num_workers=1)
+print(found.cached)
+np.save(folder / f"{what}.npy", found.levels[1].numpy())
+"""
+
+
+def start(what: str, folder: Path, *others: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(features.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, what, str(folder), *others],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_two_processes_fill_one_cache(
+    records: list[Picture], backbone: Backbone, tmp_path: Path, cache: Path
+) -> None:
+    processes = [start("one", tmp_path, "two"), start("two", tmp_path, "one")]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], answers
+    # One computed; the other waited and found the result.
+    assert sorted(out.strip() for out, _ in answers) == ["False", "True"]
+    assert sum("another process computes them; waiting" in err for _, err in answers) == 1
+    (entry,) = entries(cache)
+    here = compute(records, backbone)
+    assert here.cached and here.key == entry.name
+    for name in ("one", "two"):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), here.levels[1].numpy())
+
+
+def test_without_locks_the_first_writer_wins(tmp_path: Path) -> None:
+    layout = feature_cache.Layout(2, ((1, 1),), (3,), "float32")
+    first, second = (feature_cache.EntryWriter(tmp_path / "key", layout) for _ in range(2))
+    with first, second:
+        for value, writer in enumerate((first, second)):
+            writer.append([np.full((2, 1, 3), value, dtype=np.float32)])
+        first.commit("key", {})
+        found = feature_cache.open_entry(tmp_path / "key", "key")
+        second.commit("key", {})
+    assert found is not None and found[0] == layout and not found[1][0].any()
+    again = feature_cache.open_entry(tmp_path / "key", "key")
+    assert again is not None and not again[1][0].any()
+    assert entries(tmp_path) == [tmp_path / "key"]
+
+
+def test_a_killed_writer_leaves_nothing_that_is_trusted(
+    records: list[Picture], backbone: Backbone, tmp_path: Path, cache: Path
+) -> None:
+    process = start("killed", tmp_path)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    (part,) = entries(cache)
+    assert part.suffix == ".part" and (part / "level0.npy").stat().st_size > 0
+    expected = compute(records, backbone, keep=False)
+    # Another entry's writer clears it away, though not under the eyes of a writer that lives.
+    key = part.name.split(".")[0]
+    with FileLock(cache / "locks" / f"{key}.lock"):
+        compute(records[:2], backbone)
+        assert part.exists()
+    compute(records[:3], backbone)
+    assert not part.exists()
+    found = compute(records, backbone)
+    assert not found.cached
+    assert_same(found, expected)
+
+
+def test_the_same_entrys_next_writer_clears_away_too(
+    records: list[Picture], backbone: Backbone, cache: Path
+) -> None:
+    found = compute(records, backbone)
+    (entry,) = entries(cache)
+    entry.rename(cache / f"{found.key}.0123.part")
+    assert not compute(records, backbone).cached
+    assert entries(cache) == [entry]
+
+
+def test_a_disk_without_room_is_refused(
+    records: list[Picture], backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(total=10**12, used=0, free=2**28 + 1000)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(
+        InputError, match=r"features of 7 images need 0.00 GB in .*; free some space"
+    ) as error:
+        compute(records, backbone)
+    assert str(cache) in refusal(error)
+    assert not entries(cache)
+    usage.free += 7 * (64 * 40 + 16 * 112) * 2
+    compute(records, backbone)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Let no file grow beyond 20 kB, as on a disk that fills up meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_disk_that_fills_up_leaves_nothing(records: list[Picture], backbone: Backbone, cache: Path) -> None:
+    with pytest.raises(InputError, match="cannot write in") as error:
+        compute(records, backbone)
+    refusal(error)
+    assert not entries(cache)
+
+
+def test_a_cache_that_cannot_be_written_is_refused(
+    records: list[Picture], backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="name a writable folder by HGAD_CACHE") as error:
+        compute(records, backbone, cache_dir=tmp_path / "file" / "cache")
+    refusal(error)
+
+
+def scaled(backbone: Backbone, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    forward = Backbone.forward
+
+    def larger(self: Backbone, images: Tensor) -> list[Tensor]:
+        maps = forward(self, images)
+        if len(images) > 1:
+            maps[0][1, 0, 0, 0] = factor
+        return maps
+
+    monkeypatch.setattr(Backbone, "forward", larger)
+
+
+def test_features_too_large_for_float16_are_refused(
+    records: list[Picture], backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(backbone, monkeypatch, 1e5)
+    for keep in (True, False):
+        with pytest.raises(InputError, match=r"size 1e\+05 is more than float16 holds .* float32") as error:
+            compute(records, backbone, keep=keep)
+        assert str(records[1].path) in refusal(error)
+    assert not entries(cache)
+    assert compute(records, backbone, dtype="float32").levels[0].max() == 1e5
+
+
+def test_features_that_are_not_finite_are_refused(
+    records: list[Picture], backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled(backbone, monkeypatch, float("nan"))
+    with pytest.raises(InputError, match="not finite") as error:
+        compute(records, backbone, dtype="float32")
+    assert str(records[1].path) in refusal(error)
+    assert not entries(cache)
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(
+    records: list[Picture], backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Backbone.forward
+
+    def disturbed(self: Backbone, images: Tensor) -> list[Tensor]:
+        os.utime(records[2].path)
+        return forward(self, images)
+
+    monkeypatch.setattr(Backbone, "forward", disturbed)
+    with pytest.raises(InputError, match="changed while its features were computed") as error:
+        compute(records, backbone)
+    refusal(error)
+    assert not entries(cache)
+
+
+def test_a_bad_image_leaves_nothing(records: list[Picture], backbone: Backbone, cache: Path) -> None:
+    records[4].path.write_bytes(records[4].path.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"4\.png") as error:
+        compute(records, backbone)
+    refusal(error)
+    assert not entries(cache)
+    records[4].path.unlink()
+    with pytest.raises(InputError, match=r"4\.png: expected an image file, found none"):
+        compute(records, backbone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float64"}, "features.dtype: expected one of float16, float32, found 'float64'"),
+        ({"storage": "ram"}, "features.storage: expected one of auto, device, host, file, found 'ram'"),
+        ({"storage": "file", "keep": False}, "expected one of auto, device, host, found 'file'"),
+        ({"resize": "crop"}, "features.resize: expected one of stretch"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_wrong_parameters_are_refused(
+    changes: dict[str, Any], message: str, records: list[Picture], backbone: Backbone, cache: Path
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        compute(records, backbone, **changes)
+    refusal(error)
+    assert not entries(cache)
+
+
+def test_no_images_and_a_wrong_pyramid_are_refused(records: list[Picture], backbone: Backbone) -> None:
+    with pytest.raises(InputError, match="at least one image, found none"):
+        compute([], backbone)
+    pyramid = build_backbone(out_indices=(3,), pyramid=(64, 32))
+    with pytest.raises(InputError, match="expected 64, where the pyramid starts, found 128"):
+        compute(records, pyramid, image_size=128)
+
+
+def test_storage_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(feature_store, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 200))
+    assert choose_storage(50, "auto", cuda) == "device"
+    assert choose_storage(51, "auto", cuda) == choose_storage(500, "auto", cuda) == "host"
+    assert choose_storage(501, "auto", cuda) == choose_storage(501, "auto", cpu) == "file"
+    assert choose_storage(50, "device", cpu) == "host"
+    assert choose_storage(10**6, "file", cpu) == "file"
+    for storage, size, device in (("device", 101, cuda), ("host", 1001, cuda), ("device", 1001, cpu)):
+        with pytest.raises(InputError, match="set it to auto or file") as error:
+            choose_storage(size, storage, device)
+        refusal(error)
+
+
+def test_without_room_in_memory_features_go_to_a_file(
+    records: list[Picture], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "free_host_bytes", lambda: 1000)
+    found = compute(records, backbone)
+    assert found.storage == "file"
+    with pytest.raises(InputError, match="which memory has no room for") as error:
+        compute(records, backbone, keep=False)
+    refusal(error)
+
+
+def test_free_memory_is_at_most_the_machines() -> None:
+    import psutil
+
+    assert 0 < free_host_bytes() <= psutil.virtual_memory().total
+
+
+def test_global_features_are_averages_of_length_one(records: list[Picture], backbone: Backbone) -> None:
+    found = compute(records, backbone)
+    pooled = global_features(found)
+    assert pooled.shape == (7, 112) and pooled.dtype == np.float32
+    expected = found.levels[1][3].float().mean(0)
+    np.testing.assert_allclose(pooled[3], expected / expected.norm(), rtol=1e-5)
+    assert global_features(found, level=0).shape == (7, 40)
+
+
+def test_it_says_where_features_go(
+    records: list[Picture], backbone: Backbone, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compute(records, backbone, progress=True)
+    text = capsys.readouterr().err
+    assert f"features of 7 images: 0.00 GB in {cache}" in text
+    assert "7/7" in text and "image/s" in text
+    compute(records, backbone, progress=False)
+    assert not capsys.readouterr().err
