@@ -41,7 +41,8 @@ def normalize(features: ArrayLike) -> NDArray[np.float64]:
 def discover_classes(features: ArrayLike, n_classes: int | None = None, seed: int = 0) -> NDArray[np.int64]:
     """Cluster images into classes by k-means on their leading principal components.
 
-    Where the count is not given, the one with the largest mean silhouette of 2..MAX_CLASSES is taken.
+    Where the count is not given, the one with the largest mean silhouette of 2..MAX_CLASSES is taken; that two
+    clusters are one class cannot be seen so, so say n_classes=1 where it is.
     Labels are numbered by first appearance, so that they do not depend on k-means' own order.
 
     Args:
@@ -63,15 +64,18 @@ def discover_classes(features: ArrayLike, n_classes: int | None = None, seed: in
         if n_classes not in (None, 1):
             return np.arange(count, dtype=np.int64)
         return np.zeros(count, dtype=np.int64)
+    distinct = len(np.unique(x.round(9), axis=0))
+    if distinct < (n_classes or 2):
+        if n_classes is None:
+            return np.zeros(count, dtype=np.int64)
+        raise InputError(f"expected {n_classes} classes, found only {distinct} images that differ")
     # Clusters of K classes lie in K - 1 dimensions; the rest is noise that only blurs distances.
     x = PCA(min(64, *x.shape), random_state=seed).fit_transform(x)
     if n_classes is not None:
         return _by_appearance(_cluster(x, n_classes, seed))
     best, best_score = np.zeros(count, dtype=np.int64), -1.0
-    for k in range(2, min(MAX_CLASSES, count - 1) + 1):
+    for k in range(2, min(MAX_CLASSES, count - 1, distinct) + 1):
         labels = _cluster(x, k, seed)
-        if len(np.unique(labels)) < 2:
-            break
         score = float(silhouette_score(x, labels, sample_size=min(count, 3000), random_state=seed))
         if score > best_score:
             best, best_score = labels, score

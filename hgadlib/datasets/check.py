@@ -14,8 +14,9 @@ import pandas as pd
 from hgadlib.datasets import Dataset, ImageRecord, load_dataset
 from hgadlib.datasets.scan import Findings, list_folder, some
 from hgadlib.datasets.visa import SPLIT_FILE
+from hgadlib.decoding import read_header, read_mask
 from hgadlib.errors import InputError
-from hgadlib.images import parallel_map, read_header, read_mask
+from hgadlib.images import parallel_map
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,9 @@ from urllib.parse import urlparse
 import pooch  # type: ignore[import-untyped, unused-ignore]
 import requests
 
-from hgadlib.datasets.archives import byte_bar, unpack
+from hgadlib.datasets.archives import unpack
+from hgadlib.datasets.resume import resume
 from hgadlib.errors import InputError
-
-_BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def _download(url: str, store: Path, name: str, known: Source, checksum: str, pa
     advice = f"see {known.page}, and give another address or an archive on disk as source (--from)"
 
     def downloader(address: str, output_file: Any, _: Any) -> None:
-        _resume(address, part, pause)
+        resume(address, part, pause)
         # Pooch looks at the file it named; a wrong one must not be resumed either.
         os.replace(part, str(output_file))
 
@@ -204,81 +202,3 @@ def _download(url: str, store: Path, name: str, known: Source, checksum: str, pa
 
 def _reason(error: requests.RequestException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _resume(url: str, part: Path, pause: float, attempts: int = 5) -> None:
-    """Fill a partial file until the server's length is reached; every byte gained renews the patience.
-
-    Raises:
-        requests.RequestException: It failed `attempts` times in a row without gaining a byte.
-        InputError: The server does not have the file, or does not keep to HTTP.
-    """
-    tag = part.with_suffix(".tag")
-    failures = 0
-    while True:
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            if _continue(url, part, tag):
-                tag.unlink(missing_ok=True)
-                return
-            problem: requests.RequestException = requests.ConnectionError("the line broke before the end")
-        except _BROKEN as error:
-            problem = error
-        after = part.stat().st_size if part.exists() else 0
-        failures = 0 if after > before else failures + 1
-        if failures >= attempts:
-            raise problem
-        time.sleep(min(30.0, pause * 2.0 ** max(0, failures - 1)))
-
-
-def _continue(url: str, part: Path, tag: Path) -> bool:
-    """Ask for what is missing and append it. Returns whether the file is as long as the server says."""
-    have = part.stat().st_size if part.exists() and tag.exists() else 0
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        # Without it the end of a newer file could be glued to the start of an older one.
-        if validator := tag.read_text(encoding="utf-8"):
-            headers["If-Range"] = validator
-    with requests.get(url, headers=headers, stream=True, timeout=(15, 60)) as response:
-        if response.status_code == 416:
-            part.unlink(missing_ok=True)
-            return False
-        if response.status_code in (408, 429) or response.status_code >= 500:
-            raise requests.ConnectionError(f"the server answered {response.status_code} {response.reason}")
-        if response.status_code not in (200, 206):
-            raise InputError(f"{url}: the server answered {response.status_code} {response.reason}")
-        if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise InputError(f"{url}: expected an archive, found a web page; the address has probably moved")
-        start = _start(response) if response.status_code == 206 else 0
-        if start > have:
-            raise InputError(f"{url}: asked for bytes from {have}, the server sent them from {start}")
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length is not None and length.isdecimal() else None
-        tag.write_text(_validator(response), encoding="utf-8")
-        with part.open("r+b" if part.exists() else "w+b") as file:
-            file.truncate(start)
-            file.seek(start)
-            label = f"Fetching {urlparse(url).path.rsplit('/', 1)[-1]}"
-            with byte_bar(total or 0, label) as bar:
-                bar.update(start)
-                for chunk in response.iter_content(1 << 18):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            size = file.tell()
-    return total is None or size == total
-
-
-def _start(response: requests.Response) -> int:
-    """Read where a partial answer starts."""
-    text = response.headers.get("Content-Range", "")
-    first = text.removeprefix("bytes ").partition("-")[0]
-    if not text.startswith("bytes ") or not first.isdecimal():
-        raise InputError(f"{response.url}: partial answer without a usable Content-Range, found {text!r}")
-    return int(first)
-
-
-def _validator(response: requests.Response) -> str:
-    """Return what tells this version of the file from others: a strong ETag, or the time of change."""
-    etag = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")

@@ -15,7 +15,7 @@ from pathlib import Path
 from hgadlib.datasets.records import GOOD, ImageRecord
 from hgadlib.datasets.scan import Findings
 from hgadlib.errors import InputError
-from hgadlib.images import describe_failure, parallel_map
+from hgadlib.images import parallel_map
 
 TRAIN_SHARE = 0.75
 _COLUMNS = "IMAGE PROBABILITY {mono|poly}"
@@ -77,30 +77,37 @@ def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
         else:
             wanted.append((root / name, kind, probability == 1.0))
     digests = parallel_map(lambda item: _digest(item[0]), wanted)
+    images = [(*item, digest) for item, digest in zip(wanted, digests, strict=True)]
+    # Content that also stands for something else, anomalous or the other type, must not be learnt as normal.
+    meanings: dict[str, set[tuple[str, bool]]] = defaultdict(set)
+    for _, kind, is_anomalous, digest in images:
+        meanings[digest].add((kind, is_anomalous))
+    doubtful_content = {digest for digest, found in meanings.items() if len(found) > 1}
     by_class: dict[str, list[tuple[Path, bool, str]]] = defaultdict(list)
-    for (path, kind, is_anomalous), digest in zip(wanted, digests, strict=True):
+    for path, kind, is_anomalous, digest in images:
         by_class[kind].append((path, is_anomalous, digest))
     findings.note(f"{doubtful} images with a defect probability between 0 and 1 were left out")
-    return [record for kind in sorted(by_class) for record in _split(kind, by_class[kind], seed)]
+    return [
+        record for kind in sorted(by_class) for record in _split(kind, by_class[kind], doubtful_content, seed)
+    ]
 
 
 def _digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise describe_failure(path, error) from error
+    except OSError:
+        # Nobody can read it; the verification that follows says so, or leaves it out.
+        return str(path)
 
 
-def _split(kind: str, images: list[tuple[Path, bool, str]], seed: int) -> list[ImageRecord]:
+def _split(
+    kind: str, images: list[tuple[Path, bool, str]], test_only: set[str], seed: int
+) -> list[ImageRecord]:
     """Give about three quarters of the normal images to training, whole groups of identical content."""
     groups: dict[str, list[Path]] = defaultdict(list)
     for path, is_anomalous, digest in images:
-        if not is_anomalous:
+        if not is_anomalous and digest not in test_only:
             groups[digest].append(path)
-    # Content that is also labelled anomalous must not be learnt as normal.
-    for _, is_anomalous, digest in images:
-        if is_anomalous:
-            groups.pop(digest, None)
     drawn = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest())
     target = round(TRAIN_SHARE * sum(len(paths) for paths in groups.values()))
     train: set[Path] = set()

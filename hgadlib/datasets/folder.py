@@ -19,8 +19,8 @@ from pathlib import Path
 
 from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, ImageRecord
 from hgadlib.datasets.scan import Findings, check_unique_names, is_image, list_folder, list_images, some
+from hgadlib.decoding import read_mask
 from hgadlib.errors import InputError
-from hgadlib.images import read_mask
 
 SCORE = "score"
 EXPECTED = "expected CLASS/train/good/*.png (MVTec layout) or CLASS/*.png (flat layout)"

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hgadlib.datasets.records import ImageRecord
+from hgadlib.datasets.records import UNKNOWN_CLASS, ImageRecord
+from hgadlib.decoding import check_mask_size, read_header, read_image, read_mask
 from hgadlib.errors import InputError
-from hgadlib.images import check_mask_size, parallel_map, read_header, read_image, read_mask
+from hgadlib.images import parallel_map
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 # Left behind by operating systems and archivers; no one means them as data.
@@ -230,7 +231,7 @@ def keep_trainable(records: Sequence[ImageRecord], root: Path, findings: Finding
     trained = {record.class_name for record in records if record.split == "train"}
     if not trained:
         raise InputError(f"{root}: no class has a training image" + _first(findings.skipped))
-    orphans = sorted({record.class_name for record in records} - trained)
+    orphans = sorted({record.class_name for record in records} - trained - {UNKNOWN_CLASS})
     for name in orphans:
         findings.bad(root, f"class {name!r} has test images but no training image; add normal images")
     return [record for record in records if record.class_name not in orphans]
