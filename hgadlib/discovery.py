@@ -41,8 +41,8 @@ def normalize(features: ArrayLike) -> NDArray[np.float64]:
 def discover_classes(features: ArrayLike, n_classes: int | None = None, seed: int = 0) -> NDArray[np.int64]:
     """Cluster images into classes by k-means on their leading principal components.
 
-    Where the count is not given, the one with the largest mean silhouette of 2..MAX_CLASSES is taken; that two
-    clusters are one class cannot be seen so, so say n_classes=1 where it is.
+    Where the count is not given, the one with the largest mean silhouette of 2..MAX_CLASSES is taken; that
+    two clusters are one class cannot be seen so: say n_classes=1 where it is.
     Labels are numbered by first appearance, so that they do not depend on k-means' own order.
 
     Args:

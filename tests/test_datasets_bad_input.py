@@ -1,4 +1,4 @@
-"""One clear error for each thing that can be wrong with somebody's data; `strict=False` goes on without it."""
+"""One clear error for each thing that can be wrong with the data; `strict=False` goes on without it."""
 
 from __future__ import annotations
 

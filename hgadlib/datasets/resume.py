@@ -85,6 +85,7 @@ def _continue(url: str, part: Path, tag: Path) -> bool:
                     file.write(chunk)
                     bar.update(len(chunk))
             size = file.tell()
+    # urllib3 before 2 does not notice a short answer by itself.
     return total is None or size == total
 
 
