@@ -1,0 +1,28 @@
+"""The book's figures and tables: one function each, data in, Axes (or a Figure for grids) out; one theme."""
+
+from __future__ import annotations
+
+from hgadlib.figures.histograms import log_likelihood_histogram, log_likelihood_histograms
+from hgadlib.figures.latents import latent_scatter
+from hgadlib.figures.losses import LOSS_LABELS, loss_curves
+from hgadlib.figures.maps import anomaly_map_grid, outline_mask
+from hgadlib.figures.tables import METRIC_LABELS, auroc_table
+from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, class_colors, panel_grid, theme
+
+__all__ = [
+    "ANOMALOUS_COLOR",
+    "LOSS_LABELS",
+    "METRIC_LABELS",
+    "NORMAL_COLOR",
+    "PALETTE",
+    "anomaly_map_grid",
+    "auroc_table",
+    "class_colors",
+    "latent_scatter",
+    "log_likelihood_histogram",
+    "log_likelihood_histograms",
+    "loss_curves",
+    "outline_mask",
+    "panel_grid",
+    "theme",
+]

@@ -1,0 +1,107 @@
+"""Anomaly maps over their images, with the true masks outlined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.contour import QuadContourSet
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from hgadlib.errors import InputError
+
+
+def outline_mask(ax: Axes, mask: ArrayLike) -> list[QuadContourSet]:
+    """Draw a mask's outline, white within black, which shows on any image.
+
+    Args:
+        ax: An axes with an image of the mask's size.
+        mask: True inside, (H, W) bool.
+
+    Returns:
+        The two contours; none where the mask is empty.
+    """
+    mask = np.asarray(mask, dtype=bool)
+    if not mask.any():
+        return []
+    # A border of False closes the outline of a region that touches the edge of the image.
+    padded = np.pad(mask, 1).astype(float)
+    y, x = (np.arange(-1, n + 1) for n in mask.shape)
+    ax.autoscale(False)  # the border lies outside the image and must not widen the view
+    styles: tuple[tuple[str, float], ...] = (("black", 2.6), ("white", 1.1))
+    return [
+        ax.contour(x, y, padded, levels=[0.5], colors=c, linewidths=w, antialiased=True) for c, w in styles
+    ]
+
+
+def anomaly_map_grid(
+    images: NDArray[np.uint8],
+    maps: ArrayLike,
+    masks: ArrayLike | None = None,
+    titles: Sequence[str] | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    size: float = 1.9,
+) -> Figure:
+    """Draw a row per image: the image, the map over it with the true mask outlined, and the map alone.
+
+    Args:
+        images: RGB, (N, H, W, 3) uint8.
+        maps: Anomaly maps, (N, H, W) float; higher is more anomalous.
+        masks: True where anomalous, (N, H, W) bool; None where there are none.
+        titles: A name per row, for instance class, defect type and score.
+        limits: Scores at the two ends of the colour scale; the range of all maps if not given. One scale
+            serves all rows, so that colours compare.
+        size: Height and width of a panel in inches.
+
+    Raises:
+        InputError: Shapes disagree, there is no image, or a score is not finite.
+
+    Source: paper Fig. 4 and 6.
+    """
+    images, maps = np.asarray(images), np.asarray(maps, dtype=float)
+    masks = np.zeros(maps.shape, bool) if masks is None else np.asarray(masks, dtype=bool)
+    titles = [""] * len(images) if titles is None else list(titles)
+    if images.ndim != 4 or not len(images) or images.shape != (*maps.shape, 3) or masks.shape != maps.shape:
+        raise InputError(
+            "expected images (N, H, W, 3), maps and masks (N, H, W), N > 0, found "
+            f"{images.shape}, {maps.shape} and {masks.shape}; resize them to one size"
+        )
+    if len(titles) != len(images) or not np.isfinite(maps).all():
+        raise InputError(
+            f"expected a title and finite scores per image, found {len(titles)} titles; check both"
+        )
+    low, high = limits or (float(maps.min()), float(maps.max()))
+    scale = Normalize(low, high, clip=True)
+    n = len(images)
+    figure, axes = plt.subplots(n, 3, figsize=(3 * size + 1.3, n * size + 0.35), squeeze=False)
+    for row, image, anomaly_map, mask, title in zip(axes, images, maps, masks, titles, strict=True):
+        grey = image.mean(-1)
+        heat = scale(anomaly_map)
+        row[0].imshow(image)
+        row[1].imshow(grey, cmap="gray", vmin=0, vmax=255)
+        # The lower a score, the more of the image shows through.
+        row[1].imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.65 * np.asarray(heat))
+        outline_mask(row[1], mask)
+        row[2].imshow(anomaly_map, cmap="inferno", norm=scale)
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        row[0].set_ylabel(title, fontsize=9)
+    for ax, name in zip(axes[0], ("image", "map and true mask", "anomaly map"), strict=True):
+        ax.set_title(name if masks.any() else name.replace("and true mask", "over image"))
+    bar = figure.colorbar(
+        axes[0, 2].images[0],
+        ax=axes.ravel().tolist(),
+        shrink=min(0.92, 3 / n),
+        anchor=(0, 1),
+        aspect=14 * min(n, 3),
+        pad=0.01,
+    )
+    bar.set_label("anomaly score (no unit)")
+    bar.ax.spines[:].set_visible(False)
+    return figure
