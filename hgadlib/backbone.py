@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,15 +14,8 @@ from torch import Tensor, nn
 
 from hgadlib.errors import InputError
 from hgadlib.folding import fold_batch_norms
-from hgadlib.pretrained import (
-    BUNDLED,
-    bundled_weights_path,
-    check_names_and_shapes,
-    hub_weights,
-    quiet_timm,
-    read_weights,
-    weights_digest,
-)
+from hgadlib.networks import create_feature_network
+from hgadlib.pretrained import BUNDLED, weights_digest
 
 _AUTOCAST = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -203,74 +195,10 @@ def build_backbone(
             "features.pyramid: expected image sizes and exactly one stage in features.out_indices, "
             f"found sizes {list(pyramid)} and stages {list(indices)}"
         )
-    config = _published(name)
-    overlay, pretrained = _locate_weights(name, weights, config)
-    network = _create_features(name, indices, pretrained=pretrained, pretrained_cfg_overlay=overlay)
+    network = create_feature_network(name, indices, weights)
     data = resolve_model_data_config(network)
     mean, std = tuple(data["mean"]), tuple(data["std"])
     sizes = None if pyramid is None else tuple(pyramid)
     return Backbone(
         network, name=name, out_indices=indices, pyramid=sizes, mean=mean, std=std, autocast=autocast
     )
-
-
-def _published(name: str) -> Any:
-    """Look up timm's configuration of a model, with its normalisation and the address of its weights."""
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5) or ["timm.list_models()"]
-        raise InputError(f"features.backbone: timm has no model {name!r}; see {', '.join(close)}")
-    try:
-        return timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
-        raise InputError(
-            f"features.backbone: timm has no weights {name!r}; its tags are {', '.join(tags)}"
-        ) from error
-
-
-def _locate_weights(name: str, weights: Path | str | None, config: Any) -> tuple[dict[str, Any], bool]:
-    """Say what to lay over timm's configuration of a model, and whether timm is to load weights at all."""
-    if weights == "random":
-        return {}, False
-    if weights is None and name != BUNDLED:
-        return hub_weights(name, config), True
-    path = bundled_weights_path() if weights is None else Path(weights)
-    # timm forgives missing tensors of a feature network; so each is checked against the whole model first.
-    state = read_weights(path)
-    heads = (config.classifier,) if isinstance(config.classifier, str) else tuple(config.classifier or ())
-    optional = tuple(f"{head}." for head in heads)
-    expected = _create(name).state_dict()
-    state = check_names_and_shapes(state, expected, optional=optional, source=str(path))
-    return {"state_dict": state, "custom_load": False}, True
-
-
-def _create(name: str, **kwargs: Any) -> Any:
-    """Let timm build a model that takes images of any size, as far as it can."""
-    flexible: list[dict[str, Any]] = [{}]
-    if _published(name).fixed_input_size:
-        # Patch transformers and windowed ones have different words for it; some have none.
-        flexible = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
-    for option in flexible[:-1]:
-        try:
-            return timm.create_model(name, **kwargs, **option)
-        except TypeError:
-            continue
-    return timm.create_model(name, **kwargs, **flexible[-1])
-
-
-def _create_features(name: str, indices: tuple[int, ...], **kwargs: Any) -> nn.Module:
-    """Let timm build a feature network, or say in one line why it cannot."""
-    try:
-        with quiet_timm():
-            return _create(name, features_only=True, out_indices=indices, **kwargs)
-    except (IndexError, AssertionError, ValueError) as error:
-        stages = _create(name, features_only=True).feature_info.channels()
-        raise InputError(
-            f"features.out_indices: expected stages from 0 to {len(stages) - 1} of {name} "
-            f"(channels {stages}), found {list(indices)}"
-        ) from error
-    except (RuntimeError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"features.backbone: timm cannot give the feature maps of {name}: {reason}"
-        ) from error

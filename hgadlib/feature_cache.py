@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -56,35 +55,6 @@ class Layout:
 def default_cache_dir() -> Path:
     """Name the cache's folder: the environment variable HGAD_CACHE, else ~/.cache/hgad."""
     return Path(os.environ.get("HGAD_CACHE") or Path.home() / ".cache" / "hgad").expanduser()
-
-
-def cache_key(ingredients: Mapping[str, Any]) -> str:
-    """Hash everything that shapes a feature.
-
-    Args:
-        ingredients: Values that JSON can write.
-
-    Returns:
-        sha256, hexadecimal.
-    """
-    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_facts(paths: Sequence[Path | str]) -> list[tuple[str, int, int]]:
-    """List absolute path, size in bytes and time of change in ns of each file.
-
-    Raises:
-        InputError: A file is missing or cannot be seen.
-    """
-    facts = []
-    for path in paths:
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            raise InputError(f"{path}: expected an image file, found none ({error.strerror})") from error
-        facts.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
-    return facts
 
 
 def open_entry(folder: Path, key: str) -> tuple[Layout, list[NDArray[Any]]] | None:

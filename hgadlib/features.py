@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import PIL
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from hgadlib import backbone as backbone_module
-from hgadlib import images as images_module
-from hgadlib.backbone import Backbone, flatten_maps
+from hgadlib.backbone import Backbone
 from hgadlib.errors import InputError
+from hgadlib.extraction import Extraction, cache_key
 from hgadlib.feature_cache import (
     EntryWriter,
-    Layout,
-    cache_key,
     check_disk,
     default_cache_dir,
-    file_facts,
     locked_entry,
     open_entry,
 )
@@ -39,8 +31,7 @@ from hgadlib.feature_store import (
     place_levels,
     with_index,
 )
-from hgadlib.images import RESIZE_POLICIES, load_images
-from hgadlib.progress import progress_bar
+from hgadlib.images import RESIZE_POLICIES
 
 __all__ = ["DTYPES", "STORAGES", "Features", "dataset_features", "global_features"]
 
@@ -52,79 +43,6 @@ class _HasPath(Protocol):
 
     @property
     def path(self) -> Path: ...
-
-
-@dataclass(frozen=True)
-class _Extraction:
-    """What is to be computed, and how."""
-
-    paths: tuple[Path, ...]
-    backbone: Backbone
-    image_size: int
-    resize: str
-    dtype: str
-    device: torch.device
-    batch_size: int
-    num_workers: int | None
-    progress: bool
-
-    def layout(self) -> Layout:
-        """Find the shapes, by one empty image."""
-        grids = tuple(self.backbone.grids(self.image_size))
-        return Layout(len(self.paths), grids, tuple(self.backbone.channels), self.dtype)
-
-    def ingredients(self) -> dict[str, Any]:
-        """Everything that shapes a feature."""
-        return {
-            "backbone": self.backbone.identity(),
-            "image_size": self.image_size,
-            "resize": self.resize,
-            "dtype": self.dtype,
-            "software": {"code": _code_digest(), "pillow": PIL.__version__},
-            "files": file_facts(self.paths),
-        }
-
-    def check_unchanged(self, ingredients: dict[str, Any]) -> None:
-        """Refuse features of files that were replaced while they were read."""
-        for before, after in zip(ingredients["files"], file_facts(self.paths), strict=True):
-            if before != after:
-                raise InputError(f"{after[0]}: changed while its features were computed; run again")
-
-    def batches(self) -> Iterator[list[Tensor]]:
-        """Compute batch after batch, per level (B, H_l * W_l, C_l) in the number type asked for."""
-        loaded = load_images(
-            self.paths,
-            size=self.image_size,
-            resize=self.resize,
-            mean=self.backbone.mean,
-            std=self.backbone.std,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-        )
-        with progress_bar(len(self.paths), "features", show=self.progress) as bar:
-            for indices, images in loaded:
-                if self.device.type == "cuda":
-                    images = images.pin_memory().to(self.device, non_blocking=True)
-                with torch.inference_mode():
-                    wide = flatten_maps(self.backbone(images))
-                    levels = [level.to(getattr(torch, self.dtype)) for level in wide]
-                    for before, level in zip(wide, levels, strict=True):
-                        if not torch.isfinite(level).all():
-                            raise self._not_finite(indices, before, level)
-                yield levels
-                bar.update(len(indices))
-
-    def _not_finite(self, indices: Tensor, wide: Tensor, level: Tensor) -> InputError:
-        row = int((~torch.isfinite(level)).flatten(1).any(1).nonzero()[0, 0])
-        path, largest = self.paths[int(indices[row])], float(wide[row].abs().max())
-        if torch.isfinite(wide[row]).all():
-            return InputError(
-                f"{path}: a feature of size {largest:.3g} is more than float16 holds (65504); "
-                "set features.dtype to float32"
-            )
-        return InputError(
-            f"{path}: its features are not finite; the weights or features.autocast are to blame"
-        )
 
 
 def dataset_features(
@@ -179,7 +97,7 @@ def dataset_features(
         raise InputError(
             f"image_size: expected {backbone.input_size}, where the pyramid starts, found {image_size}"
         )
-    extraction = _Extraction(
+    extraction = Extraction(
         tuple(Path(record.path) for record in records),
         backbone.to(with_index(device)),
         image_size=image_size,
@@ -196,7 +114,7 @@ def dataset_features(
     return _through_cache(extraction, storage, folder, start)
 
 
-def _in_memory(extraction: _Extraction, storage: str, start: float) -> Features:
+def _in_memory(extraction: Extraction, storage: str, start: float) -> Features:
     """Compute features that are not to be kept on disk."""
     ingredients, layout = extraction.ingredients(), extraction.layout()
     where = choose_storage(layout.nbytes, storage, extraction.device)
@@ -216,7 +134,7 @@ def _in_memory(extraction: _Extraction, storage: str, start: float) -> Features:
     return Features(tuple(levels), layout.grids, cache_key(ingredients), where, False, seconds)
 
 
-def _through_cache(extraction: _Extraction, storage: str, folder: Path, start: float) -> Features:
+def _through_cache(extraction: Extraction, storage: str, folder: Path, start: float) -> Features:
     """Find features in the cache, or compute them into it."""
 
     def say(text: str) -> None:
@@ -251,11 +169,3 @@ def _through_cache(extraction: _Extraction, storage: str, folder: Path, start: f
     where = choose_storage(layout.nbytes, storage, extraction.device)
     levels = place_levels(arrays, where, extraction.device)
     return Features(tuple(levels), layout.grids, key, where, cached, time.perf_counter() - start)
-
-
-def _code_digest() -> str:
-    """Hash the code that decodes images and computes features, so that a change of it is never overlooked."""
-    digest = hashlib.sha256()
-    for module in (images_module, backbone_module):
-        digest.update(Path(module.__file__ or "").read_bytes())
-    return digest.hexdigest()

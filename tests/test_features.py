@@ -22,7 +22,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from hgadlib import feature_cache, feature_store, features
+from hgadlib import extraction, feature_cache, feature_store, features
 from hgadlib.backbone import Backbone, build_backbone, flatten_maps
 from hgadlib.errors import InputError
 from hgadlib.feature_store import choose_storage, free_host_bytes
@@ -220,7 +220,7 @@ def test_the_key_changes_with_the_code(
     records: list[Picture], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = compute(records, backbone, keep=False)
-    monkeypatch.setattr(features, "_code_digest", lambda: "changed")
+    monkeypatch.setattr(extraction, "_code_digest", lambda: "changed")
     assert compute(records, backbone, keep=False).key != first.key
 
 
@@ -256,13 +256,13 @@ import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
-from hgadlib import features
+from hgadlib import extraction, features
 from hgadlib.backbone import build_backbone
 
 what, folder = sys.argv[1], Path(sys.argv[2])
 records = [SimpleNamespace(path=path) for path in sorted((folder / "images").iterdir())]
 backbone = build_backbone()
-load_images = features.load_images
+load_images = extraction.load_images
 (folder / f"{what}.ready").touch()
 while not all((folder / f"{other}.ready").exists() for other in sys.argv[3:]):
     time.sleep(0.05)
@@ -274,7 +274,7 @@ def slow(*arguments, **keywords):
         time.sleep(0.3)
         yield batch
 
-features.load_images = slow
+extraction.load_images = slow
 found = features.dataset_features(records, backbone, image_size=64, batch_size=3, num_workers=1)
 print(found.cached)
 np.save(folder / f"{what}.npy", found.levels[1].numpy())
