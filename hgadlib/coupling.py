@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class _FusedCoupling(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         position_share: Tensor,
@@ -87,7 +87,7 @@ class _FusedCoupling(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Give the gradients of x, position_share, both weights, bias2, gain and shift."""
         x, hidden, tanh, scale, y2, weight1, weight2, gain, scaled_rotation = ctx.saved_tensors
         images, positions, channels = x.shape
@@ -156,7 +156,7 @@ class _AffineCoupling(InvertibleModule):
         # Under autocast the subnet may answer in bfloat16; the density is summed in the features' own type.
         return self.clamp * torch.tanh(s.to(x1.dtype)), t.to(x1.dtype)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
         """Map (B, N, C) to (B, N, C); the log-determinant is per position, (B, N)."""
@@ -227,14 +227,14 @@ class PositionalCoupling(_AffineCoupling):
         return self.subnet[2]((F.linear(x1, features_weight) + share).relu_())
 
     def position_share(self, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give the first layer's share of each position, (N, hidden) or (hidden,), and its features' weight."""
-        first = self.subnet[0]
+        """Give the first layer's share of each position, (N, hidden) or (hidden,), and its other weights."""
+        first = cast(nn.Linear, self.subnet[0])
         if condition is None:
             return first.bias, first.weight
         features_weight, position_weight = first.weight.split([self.splits[0], condition.shape[-1]], dim=1)
         return F.linear(condition, position_weight, first.bias), features_weight
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
         """See the base class; forwards, the block is one fused function."""

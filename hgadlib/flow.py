@@ -91,7 +91,7 @@ class FixedAffine(InvertibleModule):
         self.inverse_weight.copy_((axes * deviation) @ axes.T)
         self.log_det.copy_(-deviation.log().sum())
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
         """Map (B, N, C) to (B, N, C); the log-determinant is one constant."""

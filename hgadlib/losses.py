@@ -128,7 +128,8 @@ def full_mixture_nll(
 ) -> Tensor:
     r"""Negative log-likelihood under all centres of all classes at once.
 
-    .. math:: -\log\sum_y p(y)\sum_i \exp(-\tfrac12\|z-\mu_i^y\|^2 + c_i^y - \tfrac d2\log 2\pi) - \log|\det J|
+    .. math:: -\log\sum_y p(y)\sum_i \exp(-\tfrac12\|z-\mu_i^y\|^2 + c_i^y - \tfrac d2\log 2\pi)
+              - \log|\det J|
 
     Args:
         z: Latents, (..., N, D).
@@ -197,8 +198,8 @@ def hgad_losses(
         extended: Optimise Eq. 18 in place of Eq. 6 and 10 (what the paper warns of).
 
     Returns:
-        "total" and one scalar per term: "nll" (the likelihood term that is trained), "mi", "entropy", "intra",
-        "log_sigmoid"; terms are in nats per position, likelihoods per dimension where asked for.
+        "total" and one scalar per term: "nll" (the likelihood term that is trained), "mi", "entropy",
+        "intra", "log_sigmoid"; terms are in nats per position, likelihoods per dimension where asked for.
 
     Source: paper Eq. 11.
     """

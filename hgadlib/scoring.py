@@ -152,8 +152,11 @@ def transductive(values: LevelValues, size: int) -> Normalisation:
 
     log_prob_max, neg_entropy_max = level_maxima(values.log_prob), level_maxima(values.neg_entropy)
     return Normalisation(
-        log_prob_max, neg_entropy_max, offset(values.log_prob, log_prob_max), offset(values.neg_entropy, neg_entropy_max)
-    )  # fmt: skip
+        log_prob_max,
+        neg_entropy_max,
+        offset(values.log_prob, log_prob_max),
+        offset(values.neg_entropy, neg_entropy_max),
+    )
 
 
 def anomaly_maps(

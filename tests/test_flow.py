@@ -84,7 +84,7 @@ def test_log_det_is_the_jacobian_and_the_flow_inverts(channels: int, layers: int
         return flow(changed)[0][1, 4]
 
     jacobian = torch.autograd.functional.jacobian(at_position, x[1, 4])
-    expected = torch.linalg.slogdet(jacobian)[1]  # type: ignore[arg-type]
+    expected = torch.linalg.slogdet(jacobian)[1]
     torch.testing.assert_close(log_det[1, 4], expected, rtol=1e-8, atol=1e-8)
 
 
@@ -95,7 +95,7 @@ def test_convolutional_flow(channels: int) -> None:
     z, log_det = flow(x)
     torch.testing.assert_close(flow.inverse(z)[0], x, rtol=1e-8, atol=1e-8)
     jacobian = torch.autograd.functional.jacobian(lambda v: flow(v.view_as(x))[0].flatten(), x.flatten())
-    torch.testing.assert_close(log_det.sum(), torch.linalg.slogdet(jacobian)[1], rtol=1e-8, atol=1e-8)  # type: ignore[arg-type]
+    torch.testing.assert_close(log_det.sum(), torch.linalg.slogdet(jacobian)[1], rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("position_dim", [0, 8])

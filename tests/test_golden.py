@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hgadlib.flow import FeatureFlow, positional_encoding_2d
 from hgadlib.losses import hgad_losses, intra_class_nll
 from hgadlib.mixture import LOG_2PI, HierarchicalGaussianMixture, center_logits
-from hgadlib.scoring import LevelValues, anomaly_maps, image_scores, transductive
+from hgadlib.scoring import Criterion, LevelValues, anomaly_maps, image_scores, transductive
 
+Arrays = dict[str, Tensor]
+Model = tuple[FeatureFlow, HierarchicalGaussianMixture]
 GOLDEN = Path(__file__).resolve().parents[1].parent / "shared" / "golden"
 pytestmark = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason=f"no golden arrays beside the project ({GOLDEN.name})"
@@ -21,13 +24,13 @@ K, M, D, GRID, P, LAYERS = 5, 4, 24, (4, 6), 16, 3
 
 
 @pytest.fixture(scope="module")
-def golden():
+def golden() -> Arrays:
     with np.load(GOLDEN / "golden_losses.npz") as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
 @pytest.fixture
-def model(golden):
+def model(golden: Arrays) -> Model:
     flow = FeatureFlow(D, GRID, layers=LAYERS, position_dim=P, clamp=1.9)
     flow.inn.load_state_dict({k.removeprefix("flow."): v for k, v in golden.items() if k.startswith("flow.")})
     prior = HierarchicalGaussianMixture(K, M, D)
@@ -39,22 +42,22 @@ def model(golden):
     return flow, prior
 
 
-def close(actual, expected, rtol=1e-5, atol=1e-5):
+def close(actual: Tensor, expected: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
-def test_position_code(golden):
+def test_position_code(golden: Arrays) -> None:
     close(positional_encoding_2d(P, *GRID), golden["pos_embed_2d"])
 
 
-def test_flow_output(golden, model):
+def test_flow_output(golden: Arrays, model: Model) -> None:
     z, log_det = model[0](golden["x"].view(3, 24, D))
     close(z.reshape(-1, D), golden["z"])
     close(log_det.flatten(), golden["log_det"])
 
 
 @pytest.mark.parametrize("stage", ["warmup", "full"])
-def test_losses_and_gradients(golden, model, stage):
+def test_losses_and_gradients(golden: Arrays, model: Model, stage: str) -> None:
     flow, prior = model
     z, log_det = flow(golden["x"].view(3, 24, D))
     terms = hgad_losses(
@@ -79,13 +82,13 @@ def test_losses_and_gradients(golden, model, stage):
     for name, parameter in grads.items():
         expected = golden[f"{stage}.grad.{name}"]
         if stage == "full" and name.startswith("flow."):
-            # Both stages were differentiated through one flow when this was recorded: its gradient is the sum.
+            # Both stages were differentiated through one flow when this was recorded: a sum of gradients.
             expected = expected - golden[f"warmup.grad.{name}"]
         actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         close(actual, expected, rtol=1e-4, atol=1e-4 * max(float(expected.abs().max()), 1e-6))
 
 
-def test_log_prob_under_every_class(golden, model):
+def test_log_prob_under_every_class(golden: Arrays, model: Model) -> None:
     flow, prior = model
     z, log_det = flow(golden["x"].view(3, 24, D))
     per_class = [
@@ -95,7 +98,7 @@ def test_log_prob_under_every_class(golden, model):
     close(torch.stack(per_class, -1).view(-1, K), golden["test.log_prob_per_class"])
 
 
-def test_negative_entropy(golden, model):
+def test_negative_entropy(golden: Arrays, model: Model) -> None:
     flow, prior = model
     z, _ = flow(golden["x"].view(3, 24, D))
     close(prior.neg_entropy(z).flatten(), golden["test.neg_entropy"])
@@ -103,19 +106,21 @@ def test_negative_entropy(golden, model):
     close(log_p.exp().sum(-1), torch.ones(3, 24))
 
 
-def test_transductive_maps():
+def test_transductive_maps() -> None:
     with np.load(GOLDEN / "golden_maps.npz") as arrays:
         maps = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     values = LevelValues(
-        tuple(maps[f"log_prob_{level}"] for level in range(3)), tuple(maps[f"neg_entropy_{level}"] for level in range(3))
-    )  # fmt: skip
+        tuple(maps[f"log_prob_{level}"] for level in range(3)),
+        tuple(maps[f"neg_entropy_{level}"] for level in range(3)),
+    )
     size, sigma = int(maps["map_size"]), float(maps["gaussian_sigma"])
     constants = transductive(values, size)
-    for criterion, name in (
-        ("likelihood", "likelihood_map"),
-        ("entropy", "entropy_map"),
-        ("both", "anomaly_map"),
-    ):
+    expected: dict[Criterion, str] = {
+        "likelihood": "likelihood_map",
+        "entropy": "entropy_map",
+        "both": "anomaly_map",
+    }
+    for criterion, name in expected.items():
         actual = anomaly_maps(values, constants, size=size, sigma=sigma, criterion=criterion)
         close(actual, maps[name])
     close(image_scores(actual), maps["pred_score"])
