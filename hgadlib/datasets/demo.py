@@ -29,7 +29,7 @@ from hgadlib.errors import InputError
 from hgadlib.images import parallel_map
 from hgadlib.progress import progress_bar
 
-VERSION = 1
+VERSION = 2
 """Goes up when the images change, so that old ones are not taken for new."""
 N_TRAIN, N_TEST_GOOD, N_PER_DEFECT = 60, 20, 6
 MISSING = "missing_part"
@@ -123,7 +123,11 @@ def render(shot: Shot, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] 
     if defect is not None:
         # Severities spread evenly over a type's images, so that each has subtle and plain ones.
         severity = 0.2 + 0.8 * (shot.number + rng.uniform()) / N_PER_DEFECT
-        surface, cover = defect(surface, _center(shot.class_name, rng), severity, rng)
+        changed, cover = defect(surface, _center(shot.class_name, rng), severity, rng)
+        if shot.class_name == "hex_nut" and shot.kind in ("color", "scratch"):
+            # What is on the steel does not go on over the mat or the bore.
+            changed, cover = defects.confine(surface, changed, cover, surface.gloss > 0.5)
+        surface = changed
         mask = defects.exact_mask(cover, SIDE)
     return photograph(shade(surface, rng), SIDE, rng), mask
 

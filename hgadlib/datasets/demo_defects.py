@@ -144,6 +144,26 @@ def contamination(
     return Surface(albedo, height.astype(np.float32), gloss.astype(np.float32)), cover
 
 
+def confine(before: Surface, after: Surface, cover: Array, where: NDArray[np.bool_]) -> tuple[Surface, Array]:
+    """Undo a defect outside a region.
+
+    Args:
+        before: The surface without the defect.
+        after: The surface with it.
+        cover: Coverage of the defect, (n, n).
+        where: The region it is kept in, (n, n) bool.
+
+    Returns:
+        The surface and the coverage, changed in the region only.
+    """
+    surface = Surface(
+        np.where(where[..., None], after.albedo, before.albedo),
+        np.where(where, after.height, before.height),
+        np.where(where, after.gloss, before.gloss),
+    )
+    return surface, cover * where
+
+
 def exact_mask(cover: Array, side: int) -> NDArray[np.bool_]:
     """Turn the coverage of a defect into a mask of the image: at least a third of a pixel's area or strength.
 
