@@ -1,0 +1,137 @@
+"""The mixture prior: against torch.distributions in float64, its limits, its rounding, its initial states."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from hgadlib.mixture import (
+    GaussianPrior,
+    HierarchicalGaussianMixture,
+    center_logits,
+    mixture_log_prob,
+    standard_log_prob,
+)
+
+
+def reference_log_prob(z: Tensor, centers: Tensor, weights: Tensor) -> Tensor:
+    """Mixture log-density by torch.distributions, in float64: z (N, D), centers (K, D), weights (K,)."""
+    centers = centers.double()
+    components = Independent(Normal(centers, torch.ones_like(centers)), 1)
+    return MixtureSameFamily(Categorical(weights.double()), components).log_prob(z.double())
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 10.0])
+def test_mixture_is_the_distribution(scale: float) -> None:
+    torch.manual_seed(0)
+    z, centers = scale * torch.randn(50, 7), scale * torch.randn(5, 7)
+    weights = torch.softmax(torch.randn(5), 0)
+    torch.testing.assert_close(
+        mixture_log_prob(z, centers, weights.log()).double(),
+        reference_log_prob(z, centers, weights),
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
+def test_standard_gaussian_is_the_distribution() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(20, 9)
+    expected = Independent(Normal(torch.zeros(9), torch.ones(9)), 1).log_prob(z)
+    torch.testing.assert_close(standard_log_prob(z), expected)
+    torch.testing.assert_close(
+        GaussianPrior().log_prob(z[None], torch.zeros(1, dtype=torch.int64)), expected[None]
+    )
+
+
+@pytest.mark.parametrize("init", ["index", "tiled_identity"])
+def test_far_centres_keep_their_digits(init: str) -> None:
+    # Forty classes at mu_y = y + r lie 1000 away from the origin; float32 alone would lose 0.2 nats.
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(40, 10, 576, init=init)
+    class_idx = torch.tensor([0, 19, 39])
+    z = prior.centers.detach()[class_idx, None] + torch.randn(3, 50, 576)
+    single = prior.log_prob(z, class_idx)
+    double = prior.double().log_prob(z.double(), class_idx)
+    assert (single - double).abs().max() < 1e-3
+
+
+def test_one_centre_is_one_gaussian() -> None:
+    torch.manual_seed(0)
+    z, center = torch.randn(4, 30, 6), torch.randn(1, 6)
+    torch.testing.assert_close(mixture_log_prob(z, center, torch.zeros(1)), standard_log_prob(z - center))
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 40])
+def test_weights_sum_to_one(n_classes: int) -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(n_classes, 6, 5)
+    torch.testing.assert_close(prior.log_weights.exp(), torch.full((n_classes,), 1 / n_classes))
+    torch.testing.assert_close(prior.log_weights_intra.exp(), torch.full((n_classes, 6), 1 / 6))
+    with torch.no_grad():
+        prior.psi.copy_(50 * torch.randn(n_classes))
+        prior.psi_intra.copy_(50 * torch.randn(n_classes, 6))
+    torch.testing.assert_close(prior.log_weights.exp().sum(), torch.tensor(1.0))
+    torch.testing.assert_close(prior.log_weights_intra.exp().sum(-1), torch.ones(n_classes))
+
+
+@pytest.mark.parametrize("n_classes", [1, 3, 40])
+def test_entropy_lies_between_0_and_log_k(n_classes: int) -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(n_classes, 2, 8, init="normal")
+    for scale in (0.0, 1e-3, 1.0, 1e4):
+        entropy = -prior.neg_entropy(scale * torch.randn(2, 50, 8))
+        assert entropy.min() >= 0
+        assert entropy.max() <= math.log(n_classes) + 1e-6
+    # both ends are reached: at a point as far from all centres, and at a lone centre
+    with torch.no_grad():
+        prior.centers.copy_(
+            100 * torch.eye(8).repeat(5, 1)[:n_classes] if n_classes <= 8 else prior.centers * 0
+        )
+    torch.testing.assert_close(-prior.neg_entropy(torch.zeros(1, 1, 8)).item(), math.log(n_classes))
+    if n_classes == 3:
+        assert -prior.neg_entropy(prior.centers.detach()[None]).max() == 0
+
+
+def test_initial_centres() -> None:
+    torch.manual_seed(0)
+    text = HierarchicalGaussianMixture(4, 3, 20_000)  # mu_y = y + r, y from 1 (Alg. 1)
+    torch.testing.assert_close(text.centers.mean(-1), torch.arange(1.0, 5.0), rtol=0, atol=0.05)
+    torch.testing.assert_close(text.centers.std(-1), torch.ones(4), rtol=0, atol=0.05)
+    torch.testing.assert_close(text.deltas.std(), torch.tensor(1.0), rtol=0, atol=0.05)
+    assert text.deltas.shape == (4, 2, 20_000)  # the main centre's own offset is fixed at 0
+    assert text.intra_centers()[:, 0].equal(text.centers)
+    assert HierarchicalGaussianMixture(4, 3, 9, delta_std=0.0).deltas.abs().max() == 0
+    normal = HierarchicalGaussianMixture(4, 3, 20_000, init="normal")
+    torch.testing.assert_close(normal.centers.mean(-1), torch.zeros(4), rtol=0, atol=0.05)
+    tiled = HierarchicalGaussianMixture(3, 1, 8, init="tiled_identity").centers
+    # rows of the identity, repeated along the channels; every pair of centres is about 5 apart
+    assert (tiled != 0).sum(0).tolist() == [1] * 8
+    assert torch.cdist(tiled, tiled)[0, 1].item() == pytest.approx(5 * math.sqrt(6 / 4))
+    for prior in (text, normal):
+        assert prior.psi.abs().max() == prior.psi_intra.abs().max() == 0
+
+
+def test_fixed_centres_and_weights_do_not_learn() -> None:
+    prior = HierarchicalGaussianMixture(3, 2, 4, learn_centers=False, learn_weights=False)
+    learnt = {name for name, parameter in prior.named_parameters() if parameter.requires_grad}
+    assert learnt == {"deltas", "psi_intra"}
+    prior.set_centers(torch.ones(3, 4))
+    assert prior.centers.equal(torch.ones(3, 4))
+
+
+def test_autocast_leaves_densities_alone() -> None:
+    torch.manual_seed(0)
+    z, centers, log_weights = torch.randn(20, 64), torch.randn(5, 64), torch.zeros(5) - math.log(5)
+    expected = mixture_log_prob(z, centers, log_weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mixture_log_prob(z, centers, log_weights).equal(expected)
+
+
+def test_other_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected centres of 4 channels, found 5"):
+        center_logits(torch.zeros(1, 4), torch.zeros(2, 5))
