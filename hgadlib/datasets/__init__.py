@@ -58,7 +58,7 @@ def load_dataset(
     if name not in NAMES:
         raise InputError(f"unknown dataset {name!r}; expected one of {', '.join(NAMES)}")
     findings = Findings(strict=strict)
-    where = Path(root) if root is not None else default_root(name)
+    where = Path(root).expanduser() if root is not None else default_root(name)
     records: list[ImageRecord]
     if name == "demo":
         where = demo.ensure(where, seed)
