@@ -36,9 +36,15 @@ def auroc_table(metrics: Mapping[str, Any], *, names: Sequence[str] | None = Non
     table = pd.DataFrame(
         values, pd.Index(rows, name="class"), [f"{METRIC_LABELS[n]} (%)" for n in names], float
     )
-    mean_row = [
-        {"selector": f".row{len(rows) - 1}", "props": "font-weight: bold; border-top: 1px solid currentColor"}
+    look: list[dict[str, str]] = [
+        {"selector": "", "props": "border-collapse: collapse"},
+        {"selector": "td, th.col_heading", "props": "text-align: right; padding: 0.2em 0.7em"},
+        {"selector": "th.row_heading, th.index_name", "props": "text-align: left"},
+        {
+            "selector": f".row{len(rows) - 1}",
+            "props": "font-weight: bold; border-top: 1px solid currentColor",
+        },
     ]
     # A fixed id instead of a random one, so that the same numbers give the same page.
     styler = table.style.set_uuid("metrics").set_table_attributes('class="dataframe"')
-    return styler.format(precision=1, na_rep="–").set_table_styles(mean_row)  # type: ignore[arg-type]
+    return styler.format(precision=1, na_rep="–").set_table_styles(look)  # type: ignore[arg-type]
