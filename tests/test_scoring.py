@@ -1,0 +1,188 @@
+"""Maps and scores: the upsampling matrix against torch and scipy, batch independence, both normalisations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from hgadlib.config import FlowConfig, PriorConfig
+from hgadlib.model import HGAD
+from hgadlib.scoring import (
+    Criterion,
+    LevelValues,
+    anomaly_maps,
+    image_scores,
+    inductive,
+    level_maxima,
+    missing_normality,
+    transductive,
+    upsampling_matrix,
+)
+
+GRIDS = [(8, 6), (4, 3), (1, 2)]
+SIZE = 32
+
+
+def random_values(n: int, seed: int = 0) -> LevelValues:
+    generator = torch.Generator().manual_seed(seed)
+    levels = [tuple(-2 * torch.rand(n, *grid, generator=generator) for grid in GRIDS) for _ in range(2)]
+    return LevelValues(*levels)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 32, 50])
+@pytest.mark.parametrize("sigma", [0.0, 0.7, 4.0, 20.0])
+def test_rows_sum_to_one(length: int, sigma: float) -> None:
+    matrix = upsampling_matrix(length, SIZE, sigma)
+    assert matrix.shape == (SIZE, length)
+    assert matrix.min() >= 0
+    torch.testing.assert_close(matrix.sum(1), torch.ones(SIZE, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("sigma", [0.0, 1.5, 4.0])
+def test_matrices_are_torch_s_upsampling_and_scipy_s_blur(grid: tuple[int, int], sigma: float) -> None:
+    torch.manual_seed(0)
+    value = torch.randn(*grid, dtype=torch.float64)
+    rows, columns = (upsampling_matrix(length, SIZE, sigma) for length in grid)
+    up = F.interpolate(value[None, None], size=(SIZE, SIZE), mode="bilinear", align_corners=True)[0, 0]
+    expected = torch.from_numpy(gaussian_filter(up.numpy(), sigma)) if sigma else up
+    torch.testing.assert_close(rows @ value @ columns.T, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_maps_step_by_step() -> None:
+    """Sec. 3.4 written out: subtract, exponentiate, upsample, sum, take from the number of levels, blur."""
+    values = random_values(3)
+    constants = inductive(values)
+
+    def direct(levels: tuple[Tensor, ...], maxima: Tensor) -> Tensor:
+        normality = sum(
+            F.interpolate((v - m).exp()[:, None], size=(SIZE, SIZE), mode="bilinear", align_corners=True)[
+                :, 0
+            ]
+            for v, m in zip(levels, maxima, strict=True)
+        )
+        missing = len(levels) - torch.as_tensor(normality).double()
+        return torch.stack([torch.from_numpy(gaussian_filter(image.numpy(), 2.0)) for image in missing])
+
+    likelihood = direct(values.log_prob, constants.log_prob_max)
+    entropy = direct(values.neg_entropy, constants.neg_entropy_max)
+    expected: dict[Criterion, Tensor] = {
+        "likelihood": likelihood,
+        "entropy": entropy,
+        "both": likelihood * entropy,
+    }
+    for criterion, wanted in expected.items():
+        maps = anomaly_maps(values, constants, size=SIZE, sigma=2.0, criterion=criterion)
+        torch.testing.assert_close(maps.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        image_scores(maps).double(), expected["both"].amax((1, 2)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_small_deviations_keep_their_digits() -> None:
+    values = [torch.tensor([[[-1e-7, -2e-7]]])]
+    missing = missing_normality(values, torch.zeros(1), 2, 0.0)
+    torch.testing.assert_close(missing[0, 0], torch.tensor([1e-7, 2e-7]), rtol=1e-4, atol=0)
+
+
+def test_inductive_maps_are_never_negative() -> None:
+    constants = inductive(random_values(4))
+    better = LevelValues(
+        tuple(v + 5 for v in random_values(4, 1).log_prob),
+        tuple(v + 5 for v in random_values(4, 1).neg_entropy),
+    )
+    for values in (random_values(4), random_values(4, 1), better):
+        for criterion in ("likelihood", "entropy", "both"):
+            maps = anomaly_maps(values, constants, size=SIZE, sigma=4.0, criterion=criterion)
+            assert maps.min() >= 0
+    # above the best training feature nothing is missing
+    assert anomaly_maps(better, constants, size=SIZE, sigma=4.0).abs().max() == 0
+
+
+def test_transductive_minimum_is_zero_before_the_blur() -> None:
+    values = random_values(5)
+    constants = transductive(values, SIZE)
+    assert constants.likelihood_offset > 0  # no pixel is best at every level at once
+    for criterion in ("likelihood", "entropy"):
+        maps = anomaly_maps(values, constants, size=SIZE, sigma=0.0, criterion=criterion)
+        assert maps.amin().abs() < 1e-6
+
+
+def test_only_transductive_scores_depend_on_the_other_images() -> None:
+    values, trained = random_values(6), inductive(random_values(9, 1))
+    alone = values[:1]
+    options = {"size": SIZE, "sigma": 4.0}
+    inductive_maps = anomaly_maps(values, trained, **options)[:1]  # type: ignore[arg-type]
+    torch.testing.assert_close(anomaly_maps(alone, trained, **options), inductive_maps)  # type: ignore[arg-type]
+    published = anomaly_maps(values, transductive(values, SIZE), **options)[:1]  # type: ignore[arg-type]
+    published_alone = anomaly_maps(alone, transductive(alone, SIZE), **options)  # type: ignore[arg-type]
+    assert (published - published_alone).abs().max() > 0.01
+
+
+def test_constants_per_image_are_those_of_its_class() -> None:
+    values = random_values(2)
+    constants = [inductive(random_values(3, seed)) for seed in (1, 2)]
+    joint = type(constants[0])(
+        torch.stack([c.log_prob_max for c in constants]),
+        torch.stack([c.neg_entropy_max for c in constants]),
+        torch.zeros(2),
+        torch.zeros(2),
+    )
+    maps = anomaly_maps(values, joint, size=SIZE, sigma=4.0)
+    for image, own in enumerate(constants):
+        expected = anomaly_maps(values[image : image + 1], own, size=SIZE, sigma=4.0)
+        torch.testing.assert_close(maps[image : image + 1], expected)
+
+
+def test_without_classes_the_likelihood_decides() -> None:
+    values = LevelValues(random_values(2).log_prob, ())
+    constants = inductive(values)
+    expected = anomaly_maps(values, constants, size=SIZE, sigma=4.0, criterion="likelihood")
+    for criterion in ("entropy", "both"):
+        assert anomaly_maps(values, constants, size=SIZE, sigma=4.0, criterion=criterion).equal(expected)
+    assert level_maxima(()).shape == (0,)
+    assert transductive(values, SIZE).entropy_offset == 0
+    with pytest.raises(ValueError, match="at least one level"):
+        missing_normality((), torch.zeros(0), SIZE, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["positional", "convolutional"])
+@pytest.mark.parametrize("prior", ["mixture", "single"])
+def test_an_image_alone_in_a_batch_and_in_another_order(kind: str, prior: str) -> None:
+    torch.manual_seed(0)
+    grids = [(8, 8), (4, 4)]
+    model = HGAD(
+        ["a", "b", "c"], [10, 13], grids,
+        flow=FlowConfig(kind=kind, layers=3, position_dim=8), prior=PriorConfig(kind=prior, n_centers=3),  # type: ignore[arg-type]
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    features = [torch.randn(9, h * w, c) for (h, w), c in zip(grids, model.channels, strict=True)]
+    class_idx = torch.arange(9) % 3
+    model.calibrate([(model.level_values([x - 0.1 for x in features], class_idx), class_idx)])
+
+    def maps(images: Tensor) -> Tensor:
+        values = model.level_values([x[images] for x in features], class_idx[images])
+        constants = model.normalisation(class_idx[images])
+        return anomaly_maps(values, constants, size=SIZE, sigma=4.0)
+
+    together = maps(torch.arange(9))
+    order = torch.tensor([4, 2, 8, 0, 7, 1, 3, 6, 5])
+    alone = torch.cat([maps(torch.tensor([i])) for i in range(9)])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(maps(order), together[order], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(image_scores(alone), image_scores(together), rtol=1e-4, atol=1e-5)
+    assert together.std() > 0.01
+
+
+def test_joining_batches() -> None:
+    values = random_values(5)
+    joined = LevelValues.cat([values[:2], values[2:]])
+    assert len(joined) == 5
+    for level in range(len(GRIDS)):
+        assert joined.log_prob[level].equal(values.log_prob[level])
+        assert joined.neg_entropy[level].equal(values.neg_entropy[level])
