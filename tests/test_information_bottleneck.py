@@ -60,11 +60,11 @@ def model(request: pytest.FixtureRequest) -> Trained:
 
 
 def test_noisy_information_approaches_the_loss(model: Trained) -> None:
-    gaps = {sigma: model.estimate(sigma).gap for sigma in (0.2, 4e-3, 2e-3, 1e-3)}
+    gaps = {sigma: model.estimate(sigma).gap for sigma in (0.2, 0.05, 0.01, 1e-3)}
     assert gaps[0.2] > 0.3  # noise of this size is not small
     assert abs(gaps[1e-3]) < 1e-4
-    # and it does so as sigma squared
-    assert math.log(gaps[4e-3] / gaps[2e-3], 2) == pytest.approx(2, abs=0.1)
+    # and it does so as sigma squared (at smaller sigma too few points meet a kink of a ReLU to count)
+    assert gaps[0.01] == pytest.approx(gaps[0.05] / 25, rel=0.2)
 
 
 def test_so_does_the_paper_s_linearisation(model: Trained) -> None:
