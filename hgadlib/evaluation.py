@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hgadlib.config import ScoreConfig
 from hgadlib.features import Features
-from hgadlib.metrics import PixelMetrics, image_metrics, mean_metrics
+from hgadlib.metrics import IMAGE_METRICS, PIXEL_METRICS, PixelMetrics, image_metrics, mean_metrics
 from hgadlib.model import HGAD
 from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores, transductive
 
@@ -20,8 +20,6 @@ from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps,
 # ranks keep eleven bits over nine decades; metrics see ranks alone.
 _HALF_TOP = 32768.0
 _BATCH = 32
-
-PIXEL_KEYS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,15 @@ class Evaluation:
         per_class: Metrics by class name; None where one has no meaning.
         mean: Their means over the classes that have them.
         scores: Image scores, (N,) float32; higher is more anomalous.
+        protocol: How they came about.
+        constants: The normalisation of each class, to draw its maps again.
     """
 
     per_class: dict[str, dict[str, float | None]]
     mean: dict[str, float | None]
     scores: np.ndarray
+    protocol: Protocol
+    constants: dict[str, Normalisation]
 
     def to_dict(self) -> dict[str, Any]:
         """Give the metrics as metrics.json holds them."""
@@ -58,11 +60,10 @@ class Evaluation:
 
 def level_values(model: HGAD, features: Features, class_idx: np.ndarray) -> LevelValues:
     """Run all images through the flows; what stays is small: two numbers a position, on the host."""
-    device = model.log_prob_max.device
-    labels = torch.as_tensor(class_idx, dtype=torch.int64, device=device)
+    labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
     parts = []
-    for batch in torch.arange(len(labels)).split(_BATCH):
-        values = model.level_values(features.batch(batch, device), labels[batch.to(device)])
+    for index, batch in features.batches(torch.arange(len(labels)).split(_BATCH), model.device):
+        values = model.level_values(batch, labels[index.to(model.device)])
         parts.append(
             LevelValues(tuple(v.cpu() for v in values.log_prob), tuple(v.cpu() for v in values.neg_entropy))
         )
@@ -75,7 +76,7 @@ def class_normalisation(
     """Give the constants for one class: stored ones, or those of its test images."""
     if normalisation == "transductive":
         return transductive(values, map_size)
-    stored = model.normalisation(torch.tensor([k], device=model.log_prob_max.device))
+    stored = model.normalisation(torch.tensor([k], device=model.device))
     return Normalisation(
         stored.log_prob_max[0].cpu(),
         stored.neg_entropy_max[0].cpu(),
@@ -107,6 +108,7 @@ def evaluate(
     *,
     score: ScoreConfig,
     protocol: Protocol,
+    labelled: np.ndarray | None = None,
     fpr_limit: float = 0.3,
 ) -> Evaluation:
     """Compute every metric of a test set under one protocol.
@@ -120,6 +122,8 @@ def evaluate(
             leaves the pixel metrics out.
         score: Map size and blur.
         protocol: Normalisation and criterion.
+        labelled: False where nobody said whether an image is anomalous, (N,); it gets a score, but counts
+            in no metric. None where all are labelled.
         fpr_limit: Of AUPRO.
 
     Returns:
@@ -128,7 +132,9 @@ def evaluate(
     Source: paper Sec. 3.4 and 4.1.
     """
     scores = np.zeros(len(labels), dtype=np.float32)
+    counted = np.ones(len(labels), dtype=bool) if labelled is None else labelled
     per_class: dict[str, dict[str, float | None]] = {}
+    constants: dict[str, Normalisation] = {}
     power = 2 if protocol.criterion == "both" and model.has_entropy else 1
     scale = _HALF_TOP / len(model.flows) ** power
     for k, name in enumerate(model.classes):
@@ -136,14 +142,18 @@ def evaluate(
         if len(members) == 0:
             continue
         mine = values[torch.from_numpy(members)]
-        constants = class_normalisation(model, mine, k, protocol.normalisation, score.map_size)
+        constants[name] = class_normalisation(model, mine, k, protocol.normalisation, score.map_size)
         truth = masks.get(k) if masks is not None else None
         pixels = PixelMetrics(fpr_limit=fpr_limit)
-        for index, maps in map_batches(mine, constants, score, protocol.criterion):
+        for index, maps in map_batches(mine, constants[name], score, protocol.criterion):
             scores[members[index]] = image_scores(maps).numpy()
             if truth is not None:
-                pixels.update((maps * scale).half().numpy(), truth[index])
-        found: dict[str, float | None] = dict(image_metrics(scores[members], labels[members]))
-        found |= pixels.compute() if truth is not None else dict.fromkeys(PIXEL_KEYS)
+                known = counted[members[index]]
+                pixels.update((maps * scale).half().numpy()[known], truth[index][known])
+        known = members[counted[members]]
+        found: dict[str, float | None] = dict.fromkeys(IMAGE_METRICS)
+        if len(known):
+            found |= image_metrics(scores[known], labels[known])
+        found |= pixels.compute() if truth is not None else dict.fromkeys(PIXEL_METRICS)
         per_class[name] = found
-    return Evaluation(per_class, mean_metrics(per_class), scores)
+    return Evaluation(per_class, mean_metrics(per_class), scores, protocol, constants)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hgadlib.config import FlowConfig, PriorConfig
 from hgadlib.errors import InputError
-from hgadlib.flow import FeatureFlow
+from hgadlib.files import read_tensors, write_tensors
+from hgadlib.flow import FeatureFlow, FixedAffine
 from hgadlib.losses import hgad_losses
 from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture
+from hgadlib.moments import Moments
 from hgadlib.scoring import LevelValues, Normalisation, inductive
+
+Prior = HierarchicalGaussianMixture | GaussianPrior
 
 
 class HGAD(nn.Module):
@@ -33,6 +34,9 @@ class HGAD(nn.Module):
         prior: The priors' settings.
         per_dimension: Divide log-likelihoods by D in the scores.
     """
+
+    log_prob_max: Tensor
+    neg_entropy_max: Tensor
 
     def __init__(
         self,
@@ -89,25 +93,47 @@ class HGAD(nn.Module):
         """Whether the prior has classes to be uncertain about."""
         return self.prior_config.kind == "mixture"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.log_prob_max.device
+
+    @property
+    def levels(self) -> list[tuple[FeatureFlow, Prior]]:
+        """Flow and prior of each level."""
+        return [
+            (cast(FeatureFlow, flow), cast(Prior, prior))
+            for flow, prior in zip(self.flows, self.priors, strict=True)
+        ]
+
     @torch.no_grad()
-    def initialise(self, features: Sequence[Tensor], class_idx: Tensor) -> None:
+    def initialise(self, batches: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor]]]) -> None:
         """Set from data what is not learnt: the flows' normalisers, then centres that start at class means.
 
         Args:
-            features: Of a sample of training images: one (B, H*W, C) a level.
-            class_idx: (B,).
+            batches: Gives, at each call, the same training images a batch at a time: features, one
+                (B, H*W, C) a level, and class indices, (B,). Not called where nothing comes from data.
         """
-        for flow, prior, x in zip(self.flows, self.priors, features, strict=True):
-            if flow.normaliser is not None:
-                flat = x.flatten(0, 1)
-                whiten = self.flow_config.normalise == "whiten"
-                flow.normaliser.fit(flat.mean(0), torch.cov(flat.T), whiten=whiten)
-            if self.has_entropy and self.prior_config.init == "class_means":
-                means = torch.cat([flow(part)[0].mean(1) for part in x.split(32)])
-                found = class_idx.unique()
-                centers = prior.centers.detach().clone()
-                centers[found] = torch.stack([means[class_idx == k].mean(0) for k in found])
-                prior.set_centers(centers)
+        if self.flow_config.normalise != "none":
+            moments = [Moments(dim) for dim in self.channels]
+            for features, _ in batches():
+                for moment, x in zip(moments, features, strict=True):
+                    moment.add(x.flatten(0, 1))
+            for (flow, _), moment in zip(self.levels, moments, strict=True):
+                normaliser = cast(FixedAffine, flow.normaliser)
+                normaliser.fit(moment.mean, moment.covariance, whiten=self.flow_config.normalise == "whiten")
+        if self.has_entropy and self.prior_config.init == "class_means":
+            sums = [torch.zeros(len(self.classes), dim, device=self.device) for dim in self.channels]
+            counts = torch.zeros(len(self.classes), device=self.device)
+            for features, class_idx in batches():
+                counts += torch.bincount(class_idx, minlength=len(self.classes))
+                for (flow, _), x, total in zip(self.levels, features, sums, strict=True):
+                    total.index_add_(0, class_idx, flow(x)[0].mean(1))
+            found = counts > 0
+            for (_, prior), total in zip(self.levels, sums, strict=True):
+                mixture = cast(HierarchicalGaussianMixture, prior)
+                mean = total / counts.clamp_min(1)[:, None]
+                mixture.set_centers(torch.where(found[:, None], mean, mixture.centers))
 
     def losses(
         self,
@@ -131,7 +157,7 @@ class HGAD(nn.Module):
             One dictionary of scalars a level, "total" among them.
         """
         terms = []
-        for flow, prior, x in zip(self.flows, self.priors, features, strict=True):
+        for (flow, prior), x in zip(self.levels, features, strict=True):
             with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
                 z, log_det = flow(x)
             terms.append(hgad_losses(z, log_det, class_idx, prior, intra=intra, **weights))
@@ -149,13 +175,13 @@ class HGAD(nn.Module):
             Log-likelihoods and negative entropies, one (B, H, W) a level.
         """
         log_probs, neg_entropies = [], []
-        for flow, prior, grid, x in zip(self.flows, self.priors, self.grids, features, strict=True):
+        for (flow, prior), grid, x in zip(self.levels, self.grids, features, strict=True):
             z, log_det = flow(x)
             log_prob = prior.log_prob(z, class_idx) + log_det
             if self.per_dimension:
                 log_prob = log_prob / z.shape[-1]
             log_probs.append(log_prob.unflatten(1, grid))
-            if self.has_entropy:
+            if isinstance(prior, HierarchicalGaussianMixture):
                 neg_entropies.append(prior.neg_entropy(z).unflatten(1, grid))
         return LevelValues(tuple(log_probs), tuple(neg_entropies))
 
@@ -164,6 +190,9 @@ class HGAD(nn.Module):
 
         Args:
             batches: Level values of training images, and their class indices.
+
+        Raises:
+            FloatingPointError: A value is not finite: the weights are not, or a class has no images.
         """
         lowest = torch.full_like(self.log_prob_max, -torch.inf)
         log_prob_max, neg_entropy_max = lowest.clone(), lowest.clone()
@@ -173,12 +202,19 @@ class HGAD(nn.Module):
                 log_prob_max[k] = torch.maximum(log_prob_max[k], constants.log_prob_max)
                 if self.has_entropy:
                     neg_entropy_max[k] = torch.maximum(neg_entropy_max[k], constants.neg_entropy_max)
+        if not self.has_entropy:
+            neg_entropy_max.zero_()
+        if not (log_prob_max.isfinite().all() and neg_entropy_max.isfinite().all()):
+            raise FloatingPointError(
+                "log-likelihoods of the training images are not finite; lower train.lr or set "
+                "train.gradient_clip, and see that every class has training images"
+            )
         self.log_prob_max.copy_(log_prob_max)
         self.neg_entropy_max.copy_(neg_entropy_max)
 
     def normalisation(self, class_idx: Tensor) -> Normalisation:
         """Give the stored constants, (B, L), for images of these classes."""
-        zero = torch.zeros((), device=self.log_prob_max.device)
+        zero = torch.zeros((), device=self.device)
         return Normalisation(self.log_prob_max[class_idx], self.neg_entropy_max[class_idx], zero, zero)
 
     def architecture(self) -> dict[str, Any]:
@@ -194,8 +230,7 @@ class HGAD(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write weights and architecture to one safetensors file, atomically."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_tensors(path, tensors, {"hgad": json.dumps(self.architecture())})
+        write_tensors(path, dict(self.state_dict()), {"hgad": json.dumps(self.architecture())})
 
     @classmethod
     def load(cls, path: Path, device: str | torch.device = "cpu") -> HGAD:
@@ -209,30 +244,14 @@ class HGAD(nn.Module):
             raise InputError(
                 f"{path}: expected a model of this library, found safetensors without its description"
             )
-        spec = json.loads(metadata["hgad"])
-        spec["flow"], spec["prior"] = FlowConfig(**spec["flow"]), PriorConfig(**spec["prior"])
-        model = cls(**spec)
-        model.load_state_dict(tensors)
+        try:
+            spec = json.loads(metadata["hgad"])
+            spec["flow"], spec["prior"] = FlowConfig(**spec["flow"]), PriorConfig(**spec["prior"])
+            model = cls(**spec)
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: expected a model of this version of the library, found another: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from None
         return model.to(device)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, then move it in place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata.
-
-    Raises:
-        InputError: The file is missing or is not whole.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: expected a safetensors file, found none")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{path}: expected a whole safetensors file, found: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm as auto_bar
@@ -18,7 +18,7 @@ class _LineBar(text_bar):
     """A bar that prints a new line at each refresh: carriage returns make of a log one endless line."""
 
     @staticmethod
-    def status_printer(file: TextIO) -> Callable[[str], None]:
+    def status_printer(file: Any) -> Callable[[str], None]:
         """Give the function that shows a state of the bar."""
 
         def print_status(text: str) -> None:
@@ -40,23 +40,32 @@ def _watched_notebook() -> bool:
     return bool(kernel is not None and getattr(kernel, "_allow_stdin", False))
 
 
-def progress_bar(total: int, description: str, *, unit: str = "image", show: bool = True) -> Any:
+def progress_bar(
+    total: int, description: str, *, unit: str = "image", initial: int = 0, show: bool = True
+) -> Any:
     """Open a progress bar.
 
     Args:
         total: Units of work.
         description: What is being done.
         unit: What is counted.
+        initial: Units done before, by the run that is resumed; they leave the rate alone.
         show: Whether to show it at all.
 
     Returns:
         A tqdm bar to `update`, also a context manager.
     """
-    options: dict[str, Any] = {"total": total, "desc": description, "unit": unit, "disable": not show}
+    options: dict[str, Any] = {
+        "total": total,
+        "desc": description,
+        "unit": unit,
+        "initial": initial,
+        "disable": not show,
+    }
     if _watched_notebook():
         return auto_bar(**options)
     if sys.stderr.isatty():
         return text_bar(**options, mininterval=0.5, dynamic_ncols=True, smoothing=0.1)
     # Without a bound tqdm's monitor would print every 10 s whatever mininterval says.
-    seconds = {"mininterval": _SECONDS_LOG, "maxinterval": _SECONDS_LOG}
-    return _LineBar(**options, **seconds, bar_format=_LOG_FORMAT, smoothing=0.1)
+    options |= {"mininterval": _SECONDS_LOG, "maxinterval": _SECONDS_LOG, "bar_format": _LOG_FORMAT}
+    return _LineBar(**options, smoothing=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from hgadlib.config import LossConfig, TrainConfig
+from hgadlib.errors import InputError
 from hgadlib.features import Features
-from hgadlib.model import HGAD, read_tensors, write_tensors
+from hgadlib.files import read_tensors, write_tensors
+from hgadlib.model import HGAD
 from hgadlib.progress import progress_bar
+from hgadlib.scoring import LevelValues
 
 
 def learning_rate(progress: float, config: TrainConfig) -> float:
@@ -56,7 +59,9 @@ def build_optimiser(model: HGAD, config: TrainConfig) -> torch.optim.Optimizer:
 
 def first_stage_epochs(config: TrainConfig) -> int:
     """Number of epochs without intra-class terms: the configured share, rounded up, but never all."""
-    return min(math.ceil(config.first_stage * config.epochs), config.epochs - 1)
+    # 0.07 * 100 is a little more than 7 in binary; that is no eighth epoch.
+    share = math.ceil(round(config.first_stage * config.epochs, 6))
+    return min(share, config.epochs - 1)
 
 
 def batch_order(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
@@ -75,6 +80,7 @@ def fit(
     loss: LossConfig,
     seed: int = 0,
     checkpoint: Path | None = None,
+    checkpoint_s: float = 15.0,
     on_epoch: Callable[[int, HGAD], dict[str, float]] | None = None,
     on_history: Callable[[pd.DataFrame], None] | None = None,
     progress: bool = True,
@@ -90,9 +96,11 @@ def fit(
         train: Epochs, optimiser, schedule.
         loss: Weights of the terms.
         seed: Of the batches' order.
-        checkpoint: File to save to after every epoch, and to resume from if it exists.
+        checkpoint: File to save to between epochs, and to resume from if it exists.
+        checkpoint_s: Seconds that pass at least from one save to the next; the last epoch is always saved.
+            A resumed run repeats the epochs since, to the same result.
         on_epoch: Called after each epoch; what it returns becomes columns of the history.
-        on_history: Called with the history so far after each epoch, before the checkpoint is written.
+        on_history: Called with the history so far after each epoch, before a checkpoint is written.
         progress: Show a bar.
 
     Returns:
@@ -100,10 +108,11 @@ def fit(
 
     Raises:
         FloatingPointError: The loss is no longer finite.
+        InputError: The checkpoint is damaged.
 
     Source: paper Alg. 1, Sec. 4.2 and App. C.
     """
-    device = model.log_prob_max.device
+    device = model.device
     labels = torch.as_tensor(class_idx, dtype=torch.int64, device=device)
     optimiser = build_optimiser(model, train)
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
@@ -111,93 +120,105 @@ def fit(
     rows: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         rows = load_checkpoint(checkpoint, model, optimiser)
+    saved_at = time.monotonic()
     steps_per_epoch = math.ceil(n_images / train.batch_size)
     stage_two = first_stage_epochs(train)
     precision = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
-    weights = asdict(loss)
-    bar = progress_bar(train.epochs * n_images, "train", show=progress)
-    bar.update(len(rows) * n_images)
-    for epoch in range(len(rows), train.epochs):
-        started = time.perf_counter()
-        intra = epoch >= stage_two
-        if not intra and not train.entropy_in_first_stage:
-            weights["lambda_e"] = 0.0
-        else:
-            weights["lambda_e"] = loss.lambda_e
-        sums: dict[str, Tensor] = {}
-        for step, indices in enumerate(batch_order(n_images, train.batch_size, seed, epoch)):
-            lr = learning_rate((epoch * steps_per_epoch + step) / (train.epochs * steps_per_epoch), train)
-            for group in optimiser.param_groups:
-                group["lr"] = lr
-            batch = features.batch(indices, device)
-            terms = model.losses(
-                batch, labels[indices.to(device)], intra=intra, precision=precision, **weights
-            )
-            optimiser.zero_grad(set_to_none=True)
-            # The levels share no parameter, so one backward pass serves all of them.
-            scale = 1.0 if train.step_per_level else 1.0 / n_levels  # Alg. 1 averages over levels
-            torch.stack([t["total"] for t in terms]).sum().mul(scale).backward()
-            if train.gradient_clip is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
-            optimiser.step()
-            for t in terms:
-                for name, value in t.items():
-                    share = value.detach() * (len(indices) / (n_images * n_levels))
-                    sums[name] = sums[name] + share if name in sums else share
-            bar.update(len(indices))
-        means = {name: float(value) for name, value in sums.items()}  # the epoch's one wait for the device
-        if not math.isfinite(means["total"]):
-            raise FloatingPointError(
-                f"the loss is {means['total']} in epoch {epoch + 1}; lower train.lr or set train.gradient_clip"
-            )
-        seconds = time.perf_counter() - started
-        row = {"epoch": epoch + 1, "stage": 2 if intra else 1, **means, "lr": lr, "seconds": seconds}
-        row["images_per_s"] = n_images / seconds
-        bar.set_postfix_str(f"epoch {epoch + 1}/{train.epochs}, loss {means['total']:.3f}")
-        if on_epoch is not None:
-            row |= on_epoch(epoch + 1, model)
-        rows.append(row)
-        if on_history is not None:
-            on_history(pd.DataFrame(rows))
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimiser, rows)
-    bar.close()
+    # The levels share no parameter, so one backward pass over their sum serves all of them, and one step
+    # of Adam is a step per level. Alg. 1 averages over levels, which scales gradients (not Adam's steps).
+    scale = 1.0 if train.step_per_level else 1.0 / n_levels
+    done = len(rows)
+    bar = progress_bar(train.epochs * n_images, "train", initial=done * n_images, show=progress)
+    with bar:
+        for epoch in range(done, train.epochs):
+            started = time.perf_counter()
+            intra = epoch >= stage_two
+            weights = asdict(loss)
+            if not intra and not train.entropy_in_first_stage:
+                weights["lambda_e"] = 0.0
+            sums: dict[str, Tensor] = {}
+            order = batch_order(n_images, train.batch_size, seed, epoch)
+            for step, (indices, batch) in enumerate(features.batches(order, device)):
+                lr = learning_rate((epoch * steps_per_epoch + step) / (train.epochs * steps_per_epoch), train)
+                for group in optimiser.param_groups:
+                    group["lr"] = lr
+                own = labels[indices.to(device)]
+                terms = model.losses(batch, own, intra=intra, precision=precision, **weights)
+                optimiser.zero_grad(set_to_none=True)
+                torch.stack([t["total"] for t in terms]).sum().mul(scale).backward()
+                if train.gradient_clip is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
+                optimiser.step()
+                for t in terms:
+                    for name, value in t.items():
+                        share = value.detach() * (len(indices) / (n_images * n_levels))
+                        sums[name] = sums[name] + share if name in sums else share
+                bar.update(len(indices))
+            means = {name: float(value) for name, value in sums.items()}  # the one wait for the device
+            if not math.isfinite(means["total"]):
+                raise FloatingPointError(
+                    f"the loss is {means['total']} in epoch {epoch + 1}; lower train.lr or set "
+                    "train.gradient_clip"
+                )
+            seconds = time.perf_counter() - started
+            rows.append({"epoch": epoch + 1, "stage": 2 if intra else 1, **means, "lr": lr})
+            rows[-1] |= {"seconds": seconds, "images_per_s": n_images / seconds}
+            bar.set_postfix_str(f"epoch {epoch + 1}/{train.epochs}, loss {means['total']:.3f}")
+            if on_epoch is not None:
+                rows[-1] |= on_epoch(epoch + 1, model)
+            if on_history is not None:
+                on_history(pd.DataFrame(rows))
+            due = time.monotonic() - saved_at >= checkpoint_s or epoch + 1 == train.epochs
+            if checkpoint is not None and due:
+                save_checkpoint(checkpoint, model, optimiser, rows)
+                saved_at = time.monotonic()
     calibrate(model, features, class_idx)
     return pd.DataFrame(rows)
 
 
 def calibrate(model: HGAD, features: Features, class_idx: np.ndarray, *, batch_size: int = 32) -> None:
     """Take the inductive constants of the scores from the training features."""
-    device = model.log_prob_max.device
-    labels = torch.as_tensor(class_idx, dtype=torch.int64, device=device)
-    batches = torch.arange(len(labels)).split(batch_size)
-    classes = (labels[b.to(device)] for b in batches)
-    model.calibrate(
-        (model.level_values(features.batch(b, device), c), c) for b, c in zip(batches, classes, strict=True)
-    )
+    labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
+
+    def values() -> Iterator[tuple[LevelValues, Tensor]]:
+        for indices, batch in features.batches(torch.arange(len(labels)).split(batch_size), model.device):
+            own = labels[indices.to(model.device)]
+            yield model.level_values(batch, own), own
+
+    model.calibrate(values())
 
 
 def save_checkpoint(
     path: Path, model: HGAD, optimiser: torch.optim.Optimizer, rows: list[dict[str, Any]]
 ) -> None:
     """Write weights, Adam's moments and the history to one file, atomically."""
-    tensors = {
-        f"model.{name}": value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-    }
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         for name, value in state.items():
-            tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value).cpu().contiguous()
-    write_tensors(path, tensors, {"history": json.dumps(rows)})
+            tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
+    write_tensors(path, tensors, {"history": json.dumps(rows, allow_nan=False)})
 
 
 def load_checkpoint(path: Path, model: HGAD, optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Put a checkpoint's state in place and return its history's rows."""
-    tensors, metadata = read_tensors(path)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return json.loads(metadata["history"])
+    """Put a checkpoint's state in place and return its history's rows.
+
+    Raises:
+        InputError: It is damaged, or of another model; the line says what to delete.
+    """
+    try:
+        tensors, metadata = read_tensors(path)
+        rows = json.loads(metadata["history"])
+        prefix = "model."
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = value
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: expected a whole checkpoint of this run, found a damaged one; delete it to train from "
+            f"the start ({' '.join(str(error).split())[:120]})"
+        ) from None
+    return rows

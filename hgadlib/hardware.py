@@ -1,0 +1,113 @@
+"""The machine: which device to compute on, what it is called, how much memory was needed."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hgadlib.errors import InputError
+
+_PACKAGES = ("torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn", "scikit-image", "safetensors")
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """Choose where to compute: CUDA when there, else Apple's GPU, else the processor.
+
+    Raises:
+        InputError: The named device is unknown or not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in counts:
+        raise InputError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
+    there = counts[device.type]
+    if (device.index or 0) >= there:
+        raise InputError(
+            f"device {name!r} is not there: found {there} {device.type} device(s); use -p device auto or cpu"
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device as a person would."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, float | None]:
+    """Give the process's peak memory so far, in MB (10^6 bytes), of the host and of a CUDA device."""
+    # ru_maxrss counts KiB on Linux and bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "peak_host_mb": round(host / 1e6, 1),
+        "peak_device_mb": None if on_device is None else round(on_device / 1e6, 1),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe what a run runs on: versions, hardware, commit, time."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "device": device_name(device),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    # An installed copy may lie in somebody else's repository; its commit would say nothing of this code.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
