@@ -23,7 +23,8 @@ def setup() -> None:
     shell = get_ipython()
     if shell is None:
         return
-    shell.set_custom_exc((InputError,), _one_line)
+    # FloatingPointError: training has diverged, and the line says which settings to change.
+    shell.set_custom_exc((InputError, FloatingPointError), _one_line)
     # Torch's exports need the retina pixels, the page both.
     shell.run_line_magic("config", "InlineBackend.figure_formats = ['retina']")
 
