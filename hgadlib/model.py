@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from hgadlib.config import FlowConfig, PriorConfig
@@ -21,6 +22,10 @@ from hgadlib.moments import Moments
 from hgadlib.scoring import LevelValues, Normalisation, inductive
 
 Prior = HierarchicalGaussianMixture | GaussianPrior
+
+
+# Positions of each image that k-means sees.
+_POSITIONS = 64
 
 
 class HGAD(nn.Module):
@@ -134,6 +139,36 @@ class HGAD(nn.Module):
                 mixture = cast(HierarchicalGaussianMixture, prior)
                 mean = total / counts.clamp_min(1)[:, None]
                 mixture.set_centers(torch.where(found[:, None], mean, mixture.centers))
+
+    @torch.no_grad()
+    def split_centers(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], *, seed: int = 0) -> None:
+        """Put the offsets within each class on the k-means clusters of its latents; main centres stay.
+
+        In D dimensions an offset drawn from N(0, I) lies some sqrt(D) away from every latent of its class:
+        its share of a latent is about e^(-D/2), so it would never be learnt.
+
+        Args:
+            batches: Training images: features, one (B, H*W, C) a level, and class indices, (B,).
+            seed: Of the positions taken and of k-means.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        n_classes = len(self.classes)
+        latents: list[list[list[Tensor]]] = [[[] for _ in range(n_classes)] for _ in self.levels]
+        for features, class_idx in batches:
+            for level, ((flow, _), x) in enumerate(zip(self.levels, features, strict=True)):
+                chosen = torch.randperm(x.shape[1], generator=generator)[:_POSITIONS].to(x.device)
+                z = flow(x)[0][:, chosen].cpu()
+                for k in class_idx.unique().tolist():
+                    latents[level][k].append(z[class_idx.cpu() == k].flatten(0, 1))
+        for (_, prior), own in zip(self.levels, latents, strict=True):
+            mixture = cast(HierarchicalGaussianMixture, prior)
+            clusters = mixture.deltas.shape[1]
+            for k in range(n_classes):
+                z = torch.cat(own[k]) if own[k] else torch.empty(0)
+                if clusters and len(z) >= clusters:
+                    found = KMeans(clusters, n_init=1, max_iter=30, random_state=seed).fit(z.numpy())
+                    centers = torch.from_numpy(found.cluster_centers_).to(mixture.deltas)
+                    mixture.deltas[k] = centers - mixture.centers[k]
 
     def losses(
         self,

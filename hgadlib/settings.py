@@ -60,6 +60,9 @@ class PriorConfig:
     kind: Literal["mixture", "single"] = "mixture"
     n_centers: int = 10
     init: Literal["index", "normal", "tiled_identity", "class_means"] = "index"
+    delta_init: Literal["normal", "kmeans"] = "normal"
+    """How a class's other centres start in the second stage: N(0, delta_std^2) about the main one, or on the
+    clusters of its latents."""
     delta_std: float = 1.0
     learn_centers: bool = True
     learn_weights: bool = True

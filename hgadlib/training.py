@@ -133,6 +133,8 @@ def fit(
         for epoch in range(done, train.epochs):
             started = time.perf_counter()
             intra = epoch >= stage_two
+            if epoch == stage_two and model.has_entropy and model.prior_config.delta_init == "kmeans":
+                split_centers(model, features, labels, seed=seed)
             weights = asdict(loss)
             if not intra and not train.entropy_in_first_stage:
                 weights["lambda_e"] = 0.0
@@ -174,6 +176,15 @@ def fit(
                 saved_at = time.monotonic()
     calibrate(model, features, class_idx)
     return pd.DataFrame(rows)
+
+
+def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int, per_class: int = 64) -> None:
+    """Start the second stage with the centres within each class on clusters of its latents."""
+    members = [(labels == k).nonzero()[:, 0].cpu() for k in range(len(model.classes))]
+    # Spread evenly over each class's images.
+    sample = torch.cat([m[:: max(1, len(m) // per_class)] for m in members]).sort().values
+    batches = features.batches(sample.split(32), model.device)
+    model.split_centers(((x, labels[index.to(model.device)]) for index, x in batches), seed=seed)
 
 
 def calibrate(model: HGAD, features: Features, class_idx: np.ndarray, *, batch_size: int = 32) -> None:

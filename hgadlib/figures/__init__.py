@@ -6,7 +6,7 @@ from hgadlib.figures.histograms import log_likelihood_histogram, log_likelihood_
 from hgadlib.figures.latents import latent_scatter
 from hgadlib.figures.losses import LOSS_LABELS, loss_curves
 from hgadlib.figures.maps import anomaly_map_grid, outline_mask
-from hgadlib.figures.tables import METRIC_LABELS, auroc_table
+from hgadlib.figures.tables import METRIC_LABELS, auroc_table, fact_table, protocol_table
 from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, class_colors, panel_grid, theme
 
 __all__ = [
@@ -18,11 +18,13 @@ __all__ = [
     "anomaly_map_grid",
     "auroc_table",
     "class_colors",
+    "fact_table",
     "latent_scatter",
     "log_likelihood_histogram",
     "log_likelihood_histograms",
     "loss_curves",
     "outline_mask",
     "panel_grid",
+    "protocol_table",
     "theme",
 ]
