@@ -16,7 +16,8 @@ class DataConfig:
     root: str | None = None
     """Folder of the dataset; None for $HGAD_DATA/NAME, else data/NAME."""
     download: bool = False
-    image_size: int = 256
+    image_size: int = 512
+    """Pixels a side after resizing; with a pyramid, those of its largest image."""
     resize: Literal["stretch", "short_side_center_crop", "pad"] = "stretch"
     strict: bool = True
     """False leaves bad images out and lists them in the run record."""
@@ -31,8 +32,8 @@ class FeaturesConfig:
     backbone: str = "tf_efficientnet_lite0"
     weights: str | None = None
     """A weights file; None for the bundled ones, or timm's own."""
-    out_indices: tuple[int, ...] = (2, 3, 4)
-    pyramid: tuple[int, ...] | None = None
+    out_indices: tuple[int, ...] = (4,)
+    pyramid: tuple[int, ...] | None = (512, 256)
     """Image sizes of a pyramid: then one stage, at each size, is a level."""
     dtype: Literal["float16", "float32"] = "float16"
     storage: Literal["auto", "device", "host", "file"] = "auto"
@@ -44,12 +45,12 @@ class FlowConfig:
     """The flow of each level (paper App. C)."""
 
     kind: Literal["positional", "convolutional"] = "positional"
-    layers: int = 12
-    position_dim: int = 256
-    hidden_ratio: float = 2.0
+    layers: int = 8
+    position_dim: int = 64
+    hidden_ratio: float = 1.0
     """Hidden width of a subnet over its number of inputs (positions included)."""
     clamp: float = 1.9
-    normalise: Literal["none", "standardise", "whiten"] = "none"
+    normalise: Literal["none", "standardise", "whiten"] = "whiten"
     """A fixed affine map in front of the flow, set from the training features."""
 
 
@@ -59,8 +60,8 @@ class PriorConfig:
 
     kind: Literal["mixture", "single"] = "mixture"
     n_centers: int = 10
-    init: Literal["index", "normal", "tiled_identity", "class_means"] = "index"
-    delta_init: Literal["normal", "kmeans"] = "normal"
+    init: Literal["index", "normal", "tiled_identity", "class_means"] = "class_means"
+    delta_init: Literal["normal", "kmeans"] = "kmeans"
     """How a class's other centres start in the second stage: N(0, delta_std^2) about the main one, or on the
     clusters of its latents."""
     delta_std: float = 1.0
@@ -73,13 +74,13 @@ class LossConfig:
     """Weights and switches of the training loss (paper Eq. 11)."""
 
     lambda1: float = 1.0
-    lambda2: float = 100.0
+    lambda2: float = 1.0
     lambda_e: float = 1.0
     lambda_in: float = 1.0
     lambda_z: float = 0.0
-    per_dimension: bool = False
+    per_dimension: bool = True
     label_smoothing: float = 0.0
-    detach_class_weights: bool = False
+    detach_class_weights: bool = True
     extended: bool = False
 
 
@@ -87,28 +88,28 @@ class LossConfig:
 class TrainConfig:
     """The two-stage fit."""
 
-    epochs: int = 100
-    batch_size: int = 8
+    epochs: int = 24
+    batch_size: int = 16
     first_stage: float = 0.08
     """Share of the epochs without intra-class terms; 0 for one-stage optimisation."""
     entropy_in_first_stage: bool = False
-    lr: float = 2e-4
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    lr: float = 1e-3
+    schedule: Literal["step", "cosine", "constant"] = "cosine"
     milestones: tuple[float, ...] = (0.48, 0.57, 0.88)
     """Shares of the epochs at which a step schedule drops the rate tenfold."""
     final_lr_ratio: float = 1e-3
-    warmup: float = 0.0
+    warmup: float = 0.05
     """Share of the epochs in which the rate rises linearly to lr."""
     warmup_start_ratio: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
-    decay_prior: bool = True
+    decay_prior: bool = False
     step_per_level: bool = False
     """One optimiser step per level, as the released code does; otherwise one for all."""
-    gradient_clip: float | None = None
+    gradient_clip: float | None = 100.0
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the subnets under autocast; densities stay in float32."""
-    evaluate_every: int = 0
+    evaluate_every: int = 8
     """Epochs between evaluations on the test set; they never steer the training. 0 for the end only."""
 
 
@@ -116,7 +117,7 @@ class TrainConfig:
 class ScoreConfig:
     """From log-likelihood and entropy to maps and scores (paper Sec. 3.4)."""
 
-    criterion: Literal["likelihood", "entropy", "both"] = "both"
+    criterion: Literal["likelihood", "entropy", "both"] = "likelihood"
     normalisation: Literal["inductive", "transductive"] = "inductive"
     per_dimension: bool = True
     """Divide log-likelihoods by D before the exponential, as the released code does."""
