@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 
 from hgadlib.backbone import Backbone, build_backbone
 from hgadlib.config import Config
-from hgadlib.datasets import Dataset, ImageRecord, load_dataset
+from hgadlib.datasets import Dataset, ImageRecord, load_dataset, relabel
+from hgadlib.discovery import assign_nearest, discover_classes
 from hgadlib.errors import InputError
-from hgadlib.features import Features, dataset_features
+from hgadlib.features import Features, dataset_features, global_features
 from hgadlib.hardware import select_device
 from hgadlib.images import load_masks
 
@@ -86,7 +87,8 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
     dataset = load_dataset(config.dataset, root=data.root, download=data.download, strict=data.strict, seed=0)
     if not dataset.test:
         raise InputError(f"{dataset.root}: expected test images to evaluate on, found none; add some")
-    dataset.class_idx(dataset.test)  # refuses images of no known class before any work
+    if data.classes == "folders":
+        dataset.class_idx(dataset.test)  # refuses images of no known class before any work
     backbone = build_backbone(
         features.backbone,
         out_indices=features.out_indices,
@@ -108,7 +110,31 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
             progress=progress,
         )
 
-    return Inputs(dataset, backbone, of(dataset.train), of(dataset.test), device)
+    train, test = of(dataset.train), of(dataset.test)
+    if data.classes == "discovered":
+        dataset = discover(dataset, train, test)
+    return Inputs(dataset, backbone, train, test, device)
+
+
+def discover(dataset: Dataset, train: Features, test: Features) -> Dataset:
+    """Name classes by clustering the training images; each test image joins its nearest training image's.
+
+    Args:
+        dataset: With whatever classes its folders have; they are not looked at.
+        train: Features of its training images.
+        test: Features of its test images.
+
+    Returns:
+        The same images under class_00, class_01, ...
+
+    Source: paper App. A.2.
+    """
+    references, found = global_features(train), global_features(test)
+    labels = discover_classes(references)
+    nearest = assign_nearest(found, references, labels)
+    names = [[f"class_{label:02d}" for label in part] for part in (labels, nearest)]
+    note = f"{len(set(names[0]))} classes were discovered by clustering the training images."
+    return replace(relabel(dataset, *names), notes=(*dataset.notes, note))
 
 
 def summary(inputs: Inputs) -> pd.DataFrame:

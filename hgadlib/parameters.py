@@ -21,6 +21,7 @@ SECTIONS: tuple[str, ...] = tuple(name for name, hint in _HINTS.items() if datac
 SHORTCUTS: dict[str, str] = {
     "data_root": "data.root",
     "download": "data.download",
+    "classes": "data.classes",
     "image_size": "data.image_size",
     "num_workers": "data.num_workers",
     "backbone": "features.backbone",

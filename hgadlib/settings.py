@@ -19,6 +19,8 @@ class DataConfig:
     image_size: int = 512
     """Pixels a side after resizing; with a pyramid, those of its largest image."""
     resize: Literal["stretch", "short_side_center_crop", "pad"] = "stretch"
+    classes: Literal["folders", "discovered"] = "folders"
+    """Where classes come from: the folders' names, or clusters of the images' features (App. A.2)."""
     strict: bool = True
     """False leaves bad images out and lists them in the run record."""
     num_workers: int | None = None

@@ -174,7 +174,7 @@ def test_flat_layout(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"somewhere.png: expected one of the classes left, right"):
         dataset.class_idx(dataset.test)
     known = relabel(dataset, [r.class_name for r in dataset.train], ["right", "left"])
-    assert known.class_idx(known.test).tolist() == [0, 1]
+    assert known.class_idx(known.test).tolist() == [1, 0]
 
 
 def test_all_images_in_one_folder(tmp_path: Path) -> None:
@@ -188,7 +188,8 @@ def test_all_images_in_one_folder(tmp_path: Path) -> None:
 def test_relabel_and_only(tmp_path: Path) -> None:
     dataset = load_dataset("folder", root=trees.mvtec(tmp_path))
     new = relabel(dataset, ["b", "a"] * 3, ["a"] * 8)
-    assert new.classes == ("a", "b") and new.class_idx(new.train).tolist() == [0, 0, 0, 1, 1, 1]
+    assert new.classes == ("a", "b") and new.class_idx(new.train).tolist() == [1, 0, 1, 0, 1, 0]
+    assert [r.path for r in new.records] == [r.path for r in dataset.records]
     with pytest.raises(InputError, match="'c' has test images but no training image"):
         relabel(dataset, ["a"] * 6, ["c"] * 8)
     assert dataset.only(["cable"]).classes == ("cable",) and len(dataset.only(["cable"]).records) == 7

@@ -132,21 +132,18 @@ def relabel(dataset: Dataset, train_classes: Sequence[str], test_classes: Sequen
         test_classes: A class name for each of `dataset.test`.
 
     Returns:
-        The same images under the new classes.
+        The same images in the same order, so that what was computed of them still fits; new classes.
 
     Raises:
         InputError: The number of names differs from the number of images, or a class has no training image.
     """
-    new: list[ImageRecord] = []
-    sides = (("train", dataset.train, train_classes), ("test", dataset.test, test_classes))
-    for split, records, names in sides:
-        if len(records) != len(names):
-            raise InputError(f"expected {len(records)} {split} class names, found {len(names)}")
-        new.extend(replace(record, class_name=name) for record, name in zip(records, names, strict=True))
+    names = {"train": list(train_classes), "test": list(test_classes)}
+    for split, records in (("train", dataset.train), ("test", dataset.test)):
+        if len(records) != len(names[split]):
+            raise InputError(f"expected {len(records)} {split} class names, found {len(names[split])}")
+    each = {split: iter(values) for split, values in names.items()}
+    new = tuple(replace(record, class_name=next(each[record.split])) for record in dataset.records)
     orphans = sorted(set(test_classes) - set(train_classes))
     if orphans:
         raise InputError(f"class {orphans[0]!r} has test images but no training image")
-    classes = tuple(sorted(set(train_classes)))
-    order = {name: index for index, name in enumerate(classes)}
-    new.sort(key=lambda record: (order[record.class_name], record.split != "train"))
-    return replace(dataset, classes=classes, records=tuple(new))
+    return replace(dataset, classes=tuple(sorted(set(train_classes))), records=new)
