@@ -80,6 +80,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,
+        "cuda": torch.version.cuda,
         "device": device_name(device),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

@@ -1,0 +1,182 @@
+"""Scores and metrics of a test set: each image on its own, ranks kept, nothing made up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small import features, model
+
+from hgadlib.config import ScoreConfig
+from hgadlib.evaluation import (
+    Evaluation,
+    Protocol,
+    class_normalisation,
+    evaluate,
+    level_values,
+    map_batches,
+)
+from hgadlib.metrics import IMAGE_METRICS, PIXEL_METRICS, pixel_metrics
+from hgadlib.model import HGAD
+from hgadlib.scoring import Criterion, anomaly_maps, image_scores
+from hgadlib.training import calibrate
+
+SCORE = ScoreConfig(map_size=16, sigma=1.0)
+INDUCTIVE, TRANSDUCTIVE = Protocol("inductive", "both"), Protocol("transductive", "both")
+
+
+@pytest.fixture(scope="module")
+def fitted() -> HGAD:
+    made = model()
+    data, class_idx = features(20, seed=1)
+    calibrate(made, data, class_idx)
+    return made
+
+
+def some_test(n: int = 12) -> tuple[object, np.ndarray, np.ndarray, dict[int, np.ndarray]]:
+    """Features, classes, labels and masks of n test images, the second half of them anomalous."""
+    data, class_idx = features(n, seed=2)
+    labels = np.arange(n) >= n // 2
+    masks = {}
+    for level, (height, width) in zip(data.levels, data.grids, strict=True):
+        grid = level.view(n, height, width, -1)
+        grid[n // 2 :, : height // 2 + 1, : width // 2] += 2.0
+    for k in (0, 1):
+        own = labels[class_idx == k]
+        masks[k] = np.zeros((len(own), 16, 16), bool)
+        masks[k][own, :8, :8] = True
+    return data, class_idx, labels, masks
+
+
+def evaluated(fitted: HGAD, protocol: Protocol = INDUCTIVE, order: np.ndarray | None = None) -> Evaluation:
+    data, class_idx, labels, _ = some_test()
+    values = level_values(fitted, data, class_idx)  # type: ignore[arg-type]
+    order = np.arange(len(labels)) if order is None else order
+    return evaluate(
+        fitted, values[torch.from_numpy(order)], class_idx[order], labels[order], None,
+        score=SCORE, protocol=protocol,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("criterion", ["likelihood", "entropy", "both"])
+def test_an_image_gets_the_same_map_and_score_alone_in_a_batch_and_in_any_order(
+    fitted: HGAD, criterion: Criterion
+) -> None:
+    data, class_idx, _, _ = some_test()
+    labels = torch.from_numpy(class_idx)
+    levels = list(data.levels)  # type: ignore[attr-defined]
+    constants = fitted.normalisation(labels)
+
+    def maps(order: list[int]) -> torch.Tensor:
+        index = torch.tensor(order)
+        values = fitted.level_values([x[index] for x in levels], labels[index])
+        constants = fitted.normalisation(labels[index])
+        return anomaly_maps(values, constants, size=16, sigma=1.0, criterion=criterion)
+
+    assert constants.log_prob_max.shape == (12, 2)
+    together = maps(list(range(12)))
+    assert together.std() > 0
+    backwards = maps(list(range(11, -1, -1))).flip(0)
+    torch.testing.assert_close(backwards, together, rtol=1e-4, atol=1e-6)
+    for i in range(12):
+        torch.testing.assert_close(maps([i])[0], together[i], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            image_scores(maps([i]))[0], image_scores(together)[i], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_inductive_scores_of_an_image_do_not_depend_on_the_test_set(fitted: HGAD) -> None:
+    whole = evaluated(fitted).scores
+    half = evaluated(fitted, order=np.arange(5, -1, -1)).scores[::-1]
+    np.testing.assert_allclose(half, whole[:6], rtol=1e-4)
+
+
+def test_transductive_scores_do_and_touch_zero_before_the_blur(fitted: HGAD) -> None:
+    whole = evaluated(fitted, TRANSDUCTIVE)
+    half = evaluated(fitted, TRANSDUCTIVE, order=np.arange(6))
+    assert not np.allclose(half.scores, whole.scores[:6], rtol=1e-3)
+    data, class_idx, _, _ = some_test()
+    values = level_values(fitted, data, class_idx)[torch.from_numpy(class_idx == 0)]  # type: ignore[arg-type]
+    criteria: tuple[Criterion, ...] = ("likelihood", "entropy")
+    for criterion in criteria:
+        constants = class_normalisation(fitted, values, 0, "transductive", 16)
+        maps = anomaly_maps(values, constants, size=16, sigma=0.0, criterion=criterion)
+        assert float(maps.min()) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("protocol", [INDUCTIVE, TRANSDUCTIVE, Protocol("inductive", "likelihood")])
+def test_scaled_float16_keeps_the_ranks_of_float32(fitted: HGAD, protocol: Protocol) -> None:
+    data, class_idx, labels, masks = some_test()
+    values = level_values(fitted, data, class_idx)  # type: ignore[arg-type]
+    found = evaluate(fitted, values, class_idx, labels, masks, score=SCORE, protocol=protocol)
+    for k, name in enumerate(fitted.classes):
+        mine = values[torch.from_numpy(class_idx == k)]
+        batches = map_batches(mine, found.constants[name], SCORE, protocol.criterion)
+        maps = torch.cat([batch for _, batch in batches]).numpy()
+        assert maps.dtype == np.float32
+        for metric, value in pixel_metrics(maps, masks[k]).items():
+            assert found.per_class[name][metric] == pytest.approx(
+                value, abs=1e-3 if metric == "pixel_auroc" else 5e-3
+            ), metric
+        assert 0 < float(found.per_class[name]["pixel_auroc"] or 0) < 1  # something to rank
+
+
+def test_float16_tells_the_least_scores_apart(fitted: HGAD) -> None:
+    """Unscaled, float16 would make one value of all below 6e-8."""
+    from hgadlib.evaluation import _HALF_TOP
+
+    tiny = torch.tensor([1e-9, 2e-9, 4e-9, 1.0, 3.99])
+    halves = (tiny * (_HALF_TOP / len(fitted.flows) ** 2)).half()
+    assert halves.isfinite().all()
+    assert (halves.diff() > 0).all()
+    assert not (tiny.half().diff() > 0).all()
+
+
+def test_a_class_without_masks_has_no_pixel_metrics(fitted: HGAD) -> None:
+    data, class_idx, labels, masks = some_test()
+    values = level_values(fitted, data, class_idx)  # type: ignore[arg-type]
+    del masks[0]
+    found = evaluate(fitted, values, class_idx, labels, masks, score=SCORE, protocol=INDUCTIVE)
+    assert all(found.per_class["class0"][name] is None for name in PIXEL_METRICS)
+    assert all(found.per_class["class0"][name] is not None for name in IMAGE_METRICS)
+    # The mean is over the classes that have one.
+    assert found.mean["pixel_auroc"] == found.per_class["class1"]["pixel_auroc"]
+    found = evaluate(fitted, values, class_idx, labels, None, score=SCORE, protocol=INDUCTIVE)
+    assert all(found.mean[name] is None for name in PIXEL_METRICS)
+
+
+def test_a_class_of_normal_images_alone_has_no_image_metrics(fitted: HGAD) -> None:
+    found = evaluated(fitted, order=np.array([0, 2, 1, 7, 9]))  # of class 0 only normal ones
+    assert all(found.per_class["class0"][name] is None for name in IMAGE_METRICS)
+    assert found.mean["image_auroc"] == found.per_class["class1"]["image_auroc"] is not None
+
+
+def test_images_nobody_labelled_are_scored_and_not_counted(fitted: HGAD) -> None:
+    data, class_idx, labels, _ = some_test()
+    values = level_values(fitted, data, class_idx)  # type: ignore[arg-type]
+    known = np.arange(12) != 11
+    found = evaluate(fitted, values, class_idx, labels, None, score=SCORE, protocol=INDUCTIVE, labelled=known)
+    np.testing.assert_array_equal(found.scores, evaluated(fitted).scores)
+    alone = evaluated(fitted, order=np.arange(11))
+    assert found.per_class == alone.per_class
+    found = evaluate(
+        fitted, values, class_idx, labels, None, score=SCORE, protocol=INDUCTIVE, labelled=np.zeros(12, bool)
+    )
+    assert all(value is None for value in found.mean.values())
+
+
+def test_one_gaussian_scores_by_likelihood_alone() -> None:
+    single = model(kind="single")
+    data, class_idx = features(20, seed=1)
+    calibrate(single, data, class_idx)
+    both, likelihood = (evaluated(single, Protocol("inductive", c)) for c in ("both", "likelihood"))
+    np.testing.assert_array_equal(both.scores, likelihood.scores)
+    assert both.scores.std() > 0
+
+
+def test_scores_that_are_not_numbers_never_become_a_metric(fitted: HGAD) -> None:
+    data, class_idx, labels, _ = some_test()
+    values = level_values(fitted, data, class_idx)  # type: ignore[arg-type]
+    values.log_prob[0][3, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        evaluate(fitted, values, class_idx, labels, None, score=SCORE, protocol=INDUCTIVE)

@@ -1,0 +1,403 @@
+"""A run end to end on small images with the bundled backbone: what it writes, and how wrong input ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from small import folder_config, image_folder
+
+from hgadlib import experiment, training
+from hgadlib.config import Config
+from hgadlib.errors import InputError
+from hgadlib.experiment import (
+    Inputs,
+    Result,
+    build_model,
+    class_masks,
+    evaluate_model,
+    gallery,
+    predict,
+    prepare,
+    select_device,
+    summary,
+    train_model,
+)
+from hgadlib.gallery import typical_images
+from hgadlib.metrics import IMAGE_METRICS, PIXEL_METRICS
+from hgadlib.model import HGAD
+from hgadlib.record import best_epochs
+from hgadlib.runs import RunDirectory, read_history, read_metrics
+
+METRICS = {*IMAGE_METRICS, *PIXEL_METRICS}
+TIMED = ["seconds", "images_per_s"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that went through, and what it went through."""
+
+    root: Path
+    config: Config
+    inputs: Inputs
+    model: HGAD
+    run: RunDirectory
+    result: Result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HGAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("whole")
+    root = image_folder(folder / "images")
+    # One class has no masks.
+    shutil.rmtree(root / "square" / "ground_truth")
+    config = folder_config(root, folder / "run", train={"evaluate_every": 1})
+    run = RunDirectory.open(config)
+    inputs = prepare(config, progress=False)
+    model = train_model(config, inputs, run, progress=False)
+    return Done(root, config, inputs, model, run, evaluate_model(config, inputs, model, run))
+
+
+def test_the_run_directory_is_complete(done: Done) -> None:
+    names = sorted(p.relative_to(done.run.path).as_posix() for p in done.run.path.rglob("*") if p.is_file())
+    maps = [f"maps/{n}.png" for n in ("00_disc_spot", "01_disc_good", "02_square_spot", "03_square_good")]
+    files = ["config.yaml", "data.json", "environment.json", "history.csv"]
+    assert names == [*files, *maps, "metrics.json", "model.safetensors", "scores.npz"]
+    for name in maps:
+        with Image.open(done.run.path / name) as picture:
+            assert picture.width > 200
+
+
+def test_metrics_json_is_the_contract(done: Done) -> None:
+    text = (done.run.path / "metrics.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in metrics.json"))
+    assert found == done.result.metrics == read_metrics(done.run.path)
+    assert (found["schema"], found["dataset"], found["experiment"], found["seed"]) == (1, "folder", "hgad", 0)
+    assert found["protocol"]["epoch"] == "last"
+    assert found["protocol"]["normalisation"] == done.config.score.normalisation
+    assert set(found["mean"]) == METRICS
+    assert set(found["per_class"]) == {"disc", "square"}
+    assert all(set(metrics) == METRICS for metrics in found["per_class"].values())
+    assert set(found["timing"]) >= {
+        "features_s", "train_s", "evaluate_s", "train_images_per_s", "predict_images_per_s",
+    }  # fmt: skip
+    assert set(found["memory"]) == {"peak_host_mb", "peak_device_mb"}
+    assert found["memory"]["peak_host_mb"] > 50
+    assert found["memory"]["peak_device_mb"] is None
+    assert found["counts"]["train"] == 12
+    assert len(found["other_protocols"]) == 6
+    name = f"{done.config.score.normalisation}/{done.config.score.criterion}"
+    assert found["other_protocols"][name]["mean"] == found["mean"]
+
+
+def test_metrics_without_meaning_are_null(done: Done) -> None:
+    per_class = done.result.metrics["per_class"]
+    assert all(per_class["square"][name] is None for name in PIXEL_METRICS)
+    assert all(0 <= per_class["square"][name] <= 1 for name in IMAGE_METRICS)
+    assert all(0 <= per_class["disc"][name] <= 1 for name in METRICS)
+    assert done.result.metrics["mean"]["aupro"] == per_class["disc"]["aupro"]
+
+
+def test_scores_npz_has_a_row_an_image_and_histograms(done: Done) -> None:
+    with np.load(done.run.path / "scores.npz") as scores:
+        assert scores["score"].shape == scores["label"].shape == scores["class_idx"].shape == (12,)
+        assert scores["label"].sum() == 6
+        assert scores["classes"].tolist() == ["disc", "square"]
+        assert scores["image"][0] == "disc/test/good/000.png"
+        counts = scores["log_likelihood_counts"]
+        assert counts.shape[:3] == (2, 2, 2)
+        assert scores["log_likelihood_edges"].shape == (2, counts.shape[-1] + 1)
+        # Every position of every test image is in one bin: 6 images a class.
+        positions = [h * w for h, w in done.inputs.test.grids]
+        np.testing.assert_array_equal(counts.sum((2, 3)), [[6 * n for n in positions]] * 2)
+        # In the class without masks every position of an anomalous image counts as anomalous.
+        np.testing.assert_array_equal(counts[1].sum(-1), [[3 * n, 3 * n] for n in positions])
+        assert (counts[0, :, 1].sum(-1) < counts[1, :, 1].sum(-1)).all()
+
+
+def test_history_has_test_metrics_and_best_epochs_say_where(done: Done) -> None:
+    history = read_history(done.run.path)
+    assert history["epoch"].tolist() == [1, 2]
+    last = history.iloc[-1]
+    mean = done.result.metrics["mean"]
+    assert last["test_image_auroc"] == pytest.approx(mean["image_auroc"])
+    assert last["test_pixel_auroc"] == pytest.approx(mean["pixel_auroc"])
+    best = done.result.metrics["best_epoch"]["image_auroc"]
+    assert best["value"] == pytest.approx(history["test_image_auroc"].max())
+    assert history["test_image_auroc"][best["epoch"] - 1] == pytest.approx(best["value"])
+
+
+def test_best_epochs_by_hand() -> None:
+    history = pd.DataFrame(
+        {"epoch": [1, 2, 3, 4], "test_image_auroc": [np.nan, 0.7, 0.9, 0.9], "test_pixel_auroc": [np.nan] * 4}
+    )
+    assert best_epochs(history) == {"image_auroc": {"epoch": 3, "value": 0.9}}
+    assert best_epochs(pd.DataFrame({"epoch": [1]})) == {}
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.read_bytes())
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def test_a_second_call_trains_nothing_and_writes_nothing(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "fit", lambda *a, **k: pytest.fail("trained again"))
+    before = files(done.run.path)
+    run = RunDirectory.open(done.config)
+    model = train_model(done.config, done.inputs, run, progress=False)
+    again = evaluate_model(done.config, done.inputs, model, run)
+    assert files(done.run.path) == before
+    assert again.metrics == done.result.metrics
+    np.testing.assert_array_equal(again.evaluation.scores, done.result.evaluation.scores)
+
+
+def test_an_image_scored_from_its_file_has_the_evaluation_s_score(done: Done) -> None:
+    records = done.inputs.dataset.test
+    order = [7, 0, 3]
+    scores, maps = predict(done.config, done.inputs, done.model, [records[i] for i in order])
+    assert maps.shape == (3, 32, 32)
+    np.testing.assert_allclose(scores, done.result.evaluation.scores[order], rtol=2e-3)
+    alone, _ = predict(done.config, done.inputs, done.model, [records[0]])
+    np.testing.assert_allclose(alone, scores[1:2], rtol=1e-3)
+    assert predict(done.config, done.inputs, done.model, [])[1].shape == (0, 32, 32)
+
+
+def test_a_run_killed_after_training_goes_on_to_the_same_metrics(done: Done, tmp_path: Path) -> None:
+    shutil.copytree(done.run.path, tmp_path / "run")
+    for name in ("metrics.json", "scores.npz", "maps/00_disc_spot.png"):
+        (tmp_path / "run" / name).unlink()
+    config = folder_config(done.root, tmp_path / "run", train={"evaluate_every": 1})
+    run = RunDirectory.open(config)
+    assert not run.complete
+    model = train_model(config, done.inputs, run, progress=False)
+    result = evaluate_model(config, done.inputs, model, run)
+    for key in ("mean", "per_class", "best_epoch", "counts"):
+        assert result.metrics[key] == done.result.metrics[key]
+    assert set(files(run.path)) == set(files(done.run.path))
+
+
+@pytest.mark.parametrize("killed_in", [1, 2])
+def test_a_run_killed_in_an_epoch_goes_on_to_the_same_bits(
+    done: Done, tmp_path: Path, killed_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = folder_config(done.root, tmp_path / "run", train={"evaluate_every": 1})
+    monkeypatch.setattr(
+        training.fit, "__kwdefaults__", {**(training.fit.__kwdefaults__ or {}), "checkpoint_s": 0.0}
+    )
+    original = experiment.level_values
+    calls: list[int] = []
+
+    def kill(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == killed_in:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment, "level_values", kill)
+        train_model(config, done.inputs, RunDirectory.open(config), progress=False)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    run = RunDirectory.open(config)
+    assert run.checkpoint.exists() == (killed_in == 2)
+    model = train_model(config, done.inputs, run, progress=False)
+    for (name, expected), found in zip(
+        done.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+    pd.testing.assert_frame_equal(
+        read_history(run.path).drop(columns=TIMED),
+        read_history(done.run.path).drop(columns=TIMED),
+        check_exact=True,
+    )
+
+
+def test_the_seed_makes_the_model(done: Done) -> None:
+    one, same = (build_model(done.config, done.inputs).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    other = build_model(folder_config(done.root, None, seed=1), done.inputs).state_dict()
+    assert not torch.equal(one["priors.0.deltas"], other["priors.0.deltas"])
+
+
+def test_other_images_of_the_same_layout_are_another_run(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `-p data_root` of another product would be answered by the first one's model."""
+    (tmp_path / "params").mkdir()
+    monkeypatch.chdir(tmp_path)
+    elsewhere = shutil.copytree(done.root, tmp_path / "images")
+
+    def run(root: Path) -> Path:
+        config = folder_config(root, None, epochs=1)
+        opened = RunDirectory.open(config)
+        train_model(config, prepare(config, progress=False), opened, progress=False)
+        return opened.path
+
+    # The same images elsewhere are the same run.
+    path = run(done.root)
+    assert run(elsewhere) == path
+    assert list(path.parent.iterdir()) == [path]
+    (elsewhere / "disc" / "test" / "good" / "000.png").unlink()
+    run(elsewhere)
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_summary_counts_images_by_class(done: Done) -> None:
+    table = summary(done.inputs)
+    assert table.columns.tolist() == ["train", "test normal", "test anomalous", "with masks"]
+    assert list(table.loc["disc"]) == [6, 3, 3, 3]
+    assert list(table.loc["square"]) == [6, 3, 3, 0]
+    assert list(table.loc["all"]) == [12, 6, 6, 3]
+
+
+def test_masks_are_those_of_classes_that_have_them_all(done: Done) -> None:
+    masks = class_masks(done.config, done.inputs)
+    assert list(masks) == [0]
+    assert masks[0].shape == (6, 32, 32)
+    assert masks[0].any((1, 2)).tolist() == [False] * 3 + [True] * 3
+
+
+def test_the_gallery_shows_the_image_of_median_score() -> None:
+    scores = np.array([0.1, 0.9, 0.5, 0.2, 0.8, 0.7, 0.3])
+    classes = np.array([0, 0, 0, 0, 0, 1, 1])
+    labels = np.array([False, True, True, False, True, False, False])
+    known = np.ones(7, bool)
+    # Class 0, anomalous: 0.5, 0.8, 0.9; normal: 0.1, 0.2. Class 1, normal: 0.3, 0.7.
+    assert typical_images(scores, classes, labels, known) == [4, 3, 5]
+    assert typical_images(scores, classes, labels, known, per_class=3) == [2, 4, 1, 0, 3, 6, 5]
+    known[4] = False
+    assert typical_images(scores, classes, labels, known) == [1, 3, 5]
+
+
+def test_the_gallery_s_maps_are_those_that_were_evaluated(done: Done) -> None:
+    shown = gallery(done.config, done.inputs, done.result)
+    assert shown["images"].shape == (4, 32, 32, 3)
+    assert shown["images"].dtype == np.uint8
+    assert shown["masks"] is not None
+    assert shown["masks"].any((1, 2)).tolist() == [True, False, False, False]
+    assert [title.partition("\n")[0] for title in shown["titles"]] == [
+        "disc, spot", "disc, good", "square, spot", "square, good",
+    ]  # fmt: skip
+    scores = done.result.evaluation.scores
+    medians = [np.sort(scores[i : i + 3])[1] for i in (3, 0, 9, 6)]
+    np.testing.assert_allclose(shown["maps"].max((1, 2)), medians, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cudaa", "", "cpu:x", "meta", "cuda:-1"])
+def test_a_device_that_is_none_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match="expected auto, cpu, cuda, cuda:N or mps") as caught:
+        select_device(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1", "mps"):
+        with pytest.raises(InputError, match=r"is not there: found 0 .* use -p device auto or cpu"):
+            select_device(name)
+    with pytest.raises(InputError, match="found 1 cpu"):
+        select_device("cpu:1")
+    assert select_device().type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert select_device().type == "cuda"
+    assert select_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(InputError, match=r"'cuda:2' is not there: found 2 cuda"):
+        select_device("cuda:2")
+
+
+def wrong_device(root: Path) -> tuple[dict[str, Any], str]:
+    return {"device": "cudaa"}, "expected auto, cpu, cuda, cuda:N or mps"
+
+
+def no_such_root(root: Path) -> tuple[dict[str, Any], str]:
+    return {"data_root": str(root / "nowhere")}, "no such folder"
+
+
+def class_without_training_images(root: Path) -> tuple[dict[str, Any], str]:
+    shutil.rmtree(root / "disc" / "train" / "good")
+    return {}, "disc"
+
+
+def truncated_image(root: Path) -> tuple[dict[str, Any], str]:
+    path = root / "disc" / "train" / "good" / "001.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    return {}, r"001\.png"
+
+
+def no_test_images(root: Path) -> tuple[dict[str, Any], str]:
+    for name in ("disc", "square"):
+        shutil.rmtree(root / name / "test")
+        shutil.rmtree(root / name / "ground_truth")
+    return {}, "expected test images"
+
+
+def no_weights(root: Path) -> tuple[dict[str, Any], str]:
+    return {"features": {"weights": str(root / "weights.safetensors")}}, r"weights\.safetensors"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [wrong_device, no_such_root, class_without_training_images, truncated_image, no_test_images, no_weights],
+)
+def test_wrong_input_is_one_line_and_leaves_no_run(tmp_path: Path, spoil: Any) -> None:
+    root = image_folder(tmp_path / "images")
+    parameters, said = spoil(root)
+    config = folder_config(root, tmp_path / "run", **parameters)
+    run = RunDirectory.open(config)
+    with pytest.raises(InputError, match=said) as caught:
+        inputs = prepare(config, progress=False)
+        train_model(config, inputs, run, progress=False)
+    assert "\n" not in str(caught.value)
+    assert not [p for p in (tmp_path / "run").rglob("*") if not p.name.startswith(".")]
+    del run
+    assert not os.path.lexists(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_in_a_run_says_what_to_delete(done: Done, tmp_path: Path) -> None:
+    config = folder_config(done.root, tmp_path / "run")
+    run = RunDirectory.open(config)
+    run.start(done.inputs.identity())
+    run.checkpoint.write_bytes(b"half of it")
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors.*delete it to train from the start"):
+        train_model(config, done.inputs, run, progress=False)
+
+
+def test_unlabelled_images_are_scored_and_counted_apart(tmp_path: Path) -> None:
+    root = tmp_path / "flat"
+    source = image_folder(tmp_path / "images")
+    for name in ("disc", "square"):
+        shutil.copytree(source / name / "train" / "good", root / name)
+        shutil.copytree(source / name / "test" / "spot", root / "score" / name)
+    config = folder_config(root, tmp_path / "run", epochs=1)
+    run = RunDirectory.open(config)
+    inputs = prepare(config, progress=False)
+    assert list(summary(inputs).loc["all"]) == [12, 0, 0, 6, 0]
+    result = evaluate_model(config, inputs, train_model(config, inputs, run, progress=False), run)
+    assert all(value is None for value in result.metrics["mean"].values())
+    assert result.metrics["counts"]["test_unlabelled"] == 6
+    with np.load(run.path / "scores.npz") as scores:
+        assert np.isfinite(scores["score"]).all()
+        assert not scores["labelled"].any()
+        assert scores["log_likelihood_counts"].sum() == 0
+    assert gallery(config, inputs, result)["titles"] == []

@@ -1,0 +1,303 @@
+"""The fit: schedule, stages, order, resumption, and what happens when it diverges."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import CHANNELS, GRIDS, features, model
+
+from hgadlib.config import FlowConfig, LossConfig, PriorConfig, TrainConfig
+from hgadlib.errors import InputError
+from hgadlib.model import HGAD
+from hgadlib.training import (
+    batch_order,
+    build_optimiser,
+    calibrate,
+    first_stage_epochs,
+    fit,
+    learning_rate,
+    load_checkpoint,
+)
+
+LOSS = LossConfig(lambda2=1.0)
+
+
+def config(**more: object) -> TrainConfig:
+    settings: dict[str, object] = {
+        "epochs": 6, "batch_size": 5, "first_stage": 0.34, "lr": 1e-2, "schedule": "constant", "warmup": 0.0,
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **more})  # type: ignore[arg-type]
+
+
+def run(
+    train: TrainConfig, *, n: int = 16, into: HGAD | None = None, **more: object
+) -> tuple[HGAD, pd.DataFrame]:
+    data, class_idx = features(n)
+    fitted = into if into is not None else model()
+    history = fit(fitted, data, class_idx, train=train, loss=LOSS, progress=False, **more)  # type: ignore[arg-type]
+    return fitted, history
+
+
+def test_the_paper_s_steps_fall_at_epochs_48_57_and_88() -> None:
+    train = TrainConfig(epochs=100, lr=2e-4, schedule="step", milestones=(0.48, 0.57, 0.88), warmup=0.0)
+    for steps in (1, 7, 454):  # steps in an epoch
+
+        def rate(epoch: int, step: int, steps: int = steps) -> float:
+            return learning_rate((epoch * steps + step) / (100 * steps), train)
+
+        for epoch, before, after in ((48, 2e-4, 2e-5), (57, 2e-5, 2e-6), (88, 2e-6, 2e-7)):
+            assert rate(epoch - 1, steps - 1) == pytest.approx(before)
+            assert rate(epoch, 0) == pytest.approx(after)
+
+
+def test_cosine_with_warm_up_by_hand() -> None:
+    train = TrainConfig(lr=1.0, schedule="cosine", warmup=0.2, warmup_start_ratio=0.1, final_lr_ratio=0.01)
+    by_hand = {0.0: 0.1, 0.1: 0.55, 0.2: 1.0, 0.6: 0.505, 1.0: 0.01}
+    for progress, rate in by_hand.items():
+        assert learning_rate(progress, train) == pytest.approx(rate)
+    third = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi / 4))
+    assert learning_rate(0.4, train) == pytest.approx(third)
+
+
+def test_a_constant_rate_is_constant() -> None:
+    assert {learning_rate(p, TrainConfig(lr=0.3, schedule="constant", warmup=0.0)) for p in (0, 0.5, 1)} == {
+        0.3
+    }
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "expected"),
+    [(0.08, 100, 8), (0.07, 100, 7), (0.0, 10, 0), (0.01, 10, 1), (1.0, 10, 9), (0.5, 1, 0)],
+)
+def test_first_stage_is_its_share_but_never_all(share: float, epochs: int, expected: int) -> None:
+    assert first_stage_epochs(TrainConfig(first_stage=share, epochs=epochs)) == expected
+
+
+def test_the_first_stage_has_no_intra_terms() -> None:
+    # 0.34 of 6 epochs, rounded up, are 3.
+    _, history = run(config())
+    assert history["stage"].tolist() == [1, 1, 1, 2, 2, 2]
+    assert history["intra"].isna().tolist() == [True] * 3 + [False] * 3
+    assert history["entropy"].isna().tolist() == [True] * 3 + [False] * 3
+    _, history = run(config(entropy_in_first_stage=True))
+    assert not history["entropy"].isna().any()
+
+
+def test_the_first_stage_leaves_the_centres_within_classes_alone() -> None:
+    before = model()
+    after, _ = run(config(epochs=2, first_stage=0.5, weight_decay=0.0), into=model())
+    halfway: dict[str, torch.Tensor] = {}
+
+    def keep(epoch: int, current: HGAD) -> dict[str, float]:
+        if epoch == 1:
+            halfway.update({k: v.clone() for k, v in current.state_dict().items()})
+        return {}
+
+    run(config(epochs=2, first_stage=0.5, weight_decay=0.0), on_epoch=keep)
+    for name in ("priors.0.deltas", "priors.0.psi_intra"):
+        assert torch.equal(halfway[name], before.state_dict()[name]), name
+        assert not torch.equal(after.state_dict()[name], before.state_dict()[name]), name
+
+
+def test_one_stage_optimises_all_terms_from_the_start() -> None:
+    _, history = run(config(first_stage=0.0, epochs=2))
+    assert history["stage"].tolist() == [2, 2]
+    assert not history[["intra", "entropy"]].isna().any(axis=None)
+
+
+def test_every_epoch_sees_every_image_once_in_an_order_of_its_own() -> None:
+    orders = {}
+    for seed in (0, 1):
+        for epoch in (0, 1):
+            batches = batch_order(23, 5, seed, epoch)
+            assert [len(b) for b in batches] == [5, 5, 5, 5, 3]
+            assert torch.equal(torch.cat(batches).sort().values, torch.arange(23))
+            assert all(torch.equal(b, b.sort().values) for b in batches)
+            orders[seed, epoch] = torch.cat(batches).tolist()
+    assert len({tuple(order) for order in orders.values()}) == 4
+    torch.manual_seed(99)  # the global generator plays no part
+    assert torch.cat(batch_order(23, 5, 1, 1)).tolist() == orders[1, 1]
+
+
+@pytest.mark.parametrize("kind", ["mixture", "single"])
+def test_the_loss_falls_on_classes_that_lie_apart(kind: str) -> None:
+    _, history = run(config(epochs=25, first_stage=0.1), into=model(kind=kind))
+    second = history[history["stage"] == 2]["total"]
+    assert second.iloc[-1] < second.iloc[0] - 1
+    assert history["nll"].iloc[-1] < history["nll"].iloc[0] - 1
+
+
+def test_history_has_a_row_an_epoch_with_means_over_images() -> None:
+    seen: list[int] = []
+    _, history = run(
+        config(epochs=3), on_history=lambda h: seen.append(len(h)), on_epoch=lambda e, m: {"x": e}
+    )
+    assert seen == [1, 2, 3]
+    assert history["epoch"].tolist() == history["x"].tolist() == [1, 2, 3]
+    assert (history[["seconds", "images_per_s"]] > 0).all(axis=None)
+    # With a rate of 0 nothing moves, and the split into batches must not show.
+    still = config(epochs=1, lr=0.0, first_stage=0.0)
+    one = run(still)[1]["total"][0]
+    for size in (1, 7, 16):
+        other = run(config(epochs=1, lr=0.0, first_stage=0.0, batch_size=size))[1]["total"][0]
+        assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
+    broken = model()
+    with torch.no_grad():
+        broken.priors[0].centers.fill_(math.nan)  # type: ignore[union-attr, operator, unused-ignore]
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(FloatingPointError, match=r"epoch 1; lower train\.lr or set train\.gradient_clip"):
+        run(config(), into=broken, checkpoint=path)
+    assert not path.exists()
+
+
+def test_weights_that_broke_in_the_last_step_do_not_pass() -> None:
+    def spoil(epoch: int, current: HGAD) -> dict[str, float]:
+        if epoch == 2:
+            next(current.flows.parameters()).data.fill_(math.nan)
+        return {}
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        run(config(epochs=2), on_epoch=spoil)
+
+
+@pytest.mark.parametrize("killed_in", [1, 2, 3, 4, 5, 6])
+def test_a_killed_fit_resumes_to_the_same_bits(tmp_path: Path, killed_in: int) -> None:
+    whole, history = run(config(schedule="cosine"))
+    path = tmp_path / "checkpoint.safetensors"
+
+    def kill(epoch: int, current: HGAD) -> dict[str, float]:
+        if epoch == killed_in:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config(schedule="cosine"), checkpoint=path, checkpoint_s=0.0, on_epoch=kill)
+    assert path.exists() == (killed_in > 1)
+    # A model of another seed: all that counts comes from the checkpoint.
+    start = model(seed=0 if killed_in == 1 else 5)
+    resumed, again = run(config(schedule="cosine"), into=start, checkpoint=path, checkpoint_s=0.0)
+    timed = ["seconds", "images_per_s"]
+    pd.testing.assert_frame_equal(again.drop(columns=timed), history.drop(columns=timed), check_exact=True)
+    for (name, expected), found in zip(
+        whole.state_dict().items(), resumed.state_dict().values(), strict=True
+    ):
+        assert torch.equal(found, expected), name
+
+
+def test_adam_s_moments_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    """Without them the first step after a resumption would be another one."""
+    path = tmp_path / "checkpoint.safetensors"
+    run(config(epochs=2), checkpoint=path)
+    fresh = model(seed=3)
+    optimiser = build_optimiser(fresh, config())
+    assert [row["epoch"] for row in load_checkpoint(path, fresh, optimiser)] == [1, 2]
+    states = optimiser.state_dict()["state"].values()
+    trained = [p for p in fresh.parameters() if p.requires_grad]
+    assert len(states) == len(trained)
+    assert all(float(state["step"]) in (4, 8) for state in states)  # 2 epochs of 4, or the second stage alone
+    assert all(float(state["exp_avg_sq"].abs().max()) > 0 for state in states)
+
+
+def test_checkpoints_come_with_time_and_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    there: list[bool] = []
+    _, history = run(
+        config(epochs=3), checkpoint=path, checkpoint_s=1e9, on_history=lambda h: there.append(path.exists())
+    )
+    assert there == [False] * 3
+    assert path.exists()
+    # A fit that is done is not done again.
+    _, again = run(config(epochs=3), checkpoint=path)
+    pd.testing.assert_frame_equal(again, history, check_exact=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another model"])
+def test_a_damaged_checkpoint_says_what_to_delete(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    n_classes = 3 if damage == "another model" else 2
+    data, class_idx = features(16, n_classes=n_classes)
+    other = model(n_classes=n_classes)
+    fit(other, data, class_idx, train=config(epochs=1), loss=LOSS, progress=False, checkpoint=path)
+    content = path.read_bytes()
+    if damage != "another model":
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    with pytest.raises(
+        InputError, match=r"checkpoint\.safetensors.*delete it to train from the start"
+    ) as caught:
+        run(config(epochs=1), checkpoint=path)
+    assert "\n" not in str(caught.value)
+
+
+def test_calibration_stores_the_largest_value_of_each_class() -> None:
+    data, class_idx = features(10)
+    fitted = model()
+    calibrate(fitted, data, class_idx, batch_size=3)
+    values = fitted.level_values(list(data.levels), torch.from_numpy(class_idx))
+    for k in (0, 1):
+        own = torch.from_numpy(np.flatnonzero(class_idx == k))
+        for level in range(2):
+            torch.testing.assert_close(fitted.log_prob_max[k, level], values.log_prob[level][own].amax())
+            torch.testing.assert_close(
+                fitted.neg_entropy_max[k, level], values.neg_entropy[level][own].amax()
+            )
+
+
+def test_data_sets_normalisers_and_centres_batch_by_batch() -> None:
+    data, class_idx = features(12, seed=4)
+    labels = torch.from_numpy(class_idx)
+    torch.manual_seed(0)
+    fresh = HGAD(
+        ["a", "b", "no image"], CHANNELS, GRIDS,
+        flow=FlowConfig(layers=2, position_dim=4, normalise="whiten"), prior=PriorConfig(init="class_means"),
+    )  # fmt: skip
+    untouched = fresh.priors[0].state_dict()["centers"][2].clone()
+    fresh.initialise(lambda: ((x, labels[i]) for i, x in data.batches(torch.arange(12).split(5))))
+    for (flow, prior), x in zip(fresh.levels, data.levels, strict=True):
+        assert flow.normaliser is not None
+        (white,), _ = flow.normaliser([x])
+        flat = white.flatten(0, 1)
+        torch.testing.assert_close(flat.mean(0), torch.zeros(x.shape[-1]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.cov(flat.T), torch.eye(x.shape[-1]), atol=5e-2, rtol=0)
+        with torch.no_grad():
+            z = flow(x)[0].mean(1)
+        centers = prior.state_dict()["centers"]
+        torch.testing.assert_close(centers[0], z[labels == 0].mean(0), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(centers[1], z[labels == 1].mean(0), atol=1e-4, rtol=1e-4)
+    assert torch.equal(fresh.priors[0].state_dict()["centers"][2], untouched)
+
+
+def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
+    fitted, _ = run(config(epochs=1))
+    fitted.save(tmp_path / "model.safetensors")
+    again = HGAD.load(tmp_path / "model.safetensors")
+    data, class_idx = features(4)
+    one, other = (m.level_values(list(data.levels), torch.from_numpy(class_idx)) for m in (fitted, again))
+    assert all(torch.equal(a, b) for a, b in zip(one.log_prob, other.log_prob, strict=True))
+    assert again.architecture() == fitted.architecture()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "no description", "another version"])
+def test_a_model_file_that_is_none_is_one_line(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "model.safetensors"
+    model().save(path)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "no description":
+        save_file(load_file(path), path)
+    else:
+        save_file(load_file(path), path, {"hgad": '{"flow": {"spline": 1}, "prior": {}}'})
+    with pytest.raises(InputError, match=r"model\.safetensors: expected") as caught:
+        HGAD.load(path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob(".*"))
