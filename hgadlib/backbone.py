@@ -20,6 +20,10 @@ from hgadlib.pretrained import BUNDLED, weights_digest
 _AUTOCAST = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+# Pixels of the images that a processor runs through the network at a time.
+_CACHED_PIXELS = 512 * 512
+
+
 class Backbone(nn.Module):
     """A frozen network in evaluation mode that gives one feature map per level.
 
@@ -101,7 +105,7 @@ class Backbone(nn.Module):
         """
         images = images.contiguous(memory_format=torch.channels_last)
         if self.pyramid is None:
-            return self._stages(images)
+            return self._in_cache(images)
         height, width = images.shape[-2:]
         if height != self.input_size or width != self.input_size:
             raise InputError(
@@ -115,8 +119,19 @@ class Backbone(nn.Module):
                 scaled = F.interpolate(
                     images, size=(size, size), mode="bilinear", align_corners=False, antialias=True
                 )
-            maps += self._stages(scaled)
+            maps += self._in_cache(scaled)
         return maps
+
+    def _in_cache(self, images: Tensor) -> list[Tensor]:
+        """Run the network on a processor over few images at a time: then activations stay in its cache.
+
+        Lite0 at 512 pixels is half as fast again for it, and an image's features depend on no other image.
+        """
+        chunk = max(1, _CACHED_PIXELS // (images.shape[-2] * images.shape[-1]))
+        if images.device.type != "cpu" or len(images) <= chunk:
+            return self._stages(images)
+        parts = [self._stages(part) for part in images.split(chunk)]
+        return [torch.cat(level) for level in zip(*parts, strict=True)]
 
     def _stages(self, images: Tensor) -> list[Tensor]:
         dtype = _AUTOCAST[self.autocast]
