@@ -18,7 +18,7 @@ from hgadlib.evaluation import (
 )
 from hgadlib.metrics import IMAGE_METRICS, PIXEL_METRICS, pixel_metrics
 from hgadlib.model import HGAD
-from hgadlib.scoring import Criterion, anomaly_maps, image_scores
+from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores
 from hgadlib.training import calibrate
 
 SCORE = ScoreConfig(map_size=16, sigma=1.0)
@@ -122,14 +122,29 @@ def test_scaled_float16_keeps_the_ranks_of_float32(fitted: HGAD, protocol: Proto
 
 
 def test_float16_tells_the_least_scores_apart(fitted: HGAD) -> None:
-    """Unscaled, float16 would make one value of all below 6e-8."""
-    from hgadlib.evaluation import _HALF_TOP
+    """Unscaled, float16 would make one value of all below 6e-8, and chance of their AUROC."""
+    labels = np.array([False, True])
+    rows = torch.linspace(1, 2, 12).view(1, 3, 4), torch.linspace(1, 2, 4).view(1, 2, 2)
+    factors = torch.tensor([1.0, 1.5])[:, None, None]
 
-    tiny = torch.tensor([1e-9, 2e-9, 4e-9, 1.0, 3.99])
-    halves = (tiny * (_HALF_TOP / len(fitted.flows) ** 2)).half()
-    assert halves.isfinite().all()
-    assert (halves.diff() > 0).all()
-    assert not (tiny.half().diff() > 0).all()
+    def near(maxima: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(m - 2e-5 * factors * row for m, row in zip(maxima, rows, strict=True))
+
+    values = LevelValues(near(fitted.log_prob_max[0]), near(fitted.neg_entropy_max[0]))
+    masks = {0: np.zeros((2, 16, 16), bool)}
+    masks[0][1] = True
+    found = evaluate(
+        fitted, values, np.zeros(2, int), labels, masks, score=SCORE, protocol=INDUCTIVE
+    ).per_class["class0"]
+    maps = anomaly_maps(values, inductive_of(fitted), size=16, sigma=1.0)
+    assert 0 < float(maps.max()) < 6e-8
+    expected = pixel_metrics(maps.numpy(), masks[0])["pixel_auroc"]
+    assert found["pixel_auroc"] == pytest.approx(expected, abs=1e-3)
+    assert 0.6 < float(expected or 0) < 1
+
+
+def inductive_of(fitted: HGAD) -> Normalisation:
+    return fitted.normalisation(torch.zeros(2, dtype=torch.int64))
 
 
 def test_a_class_without_masks_has_no_pixel_metrics(fitted: HGAD) -> None:
