@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,3 +150,34 @@ def fit_flow(
         schedule.step()
         history.append({name: value.item() for name, value in terms.items()})
     return flow, history
+
+
+def plane(extent: tuple[float, float, float, float], n: int) -> Tensor:
+    """Lay a grid of points over a part of the plane.
+
+    Args:
+        extent: Left, right, bottom, top.
+        n: Points along each axis.
+
+    Returns:
+        (n * n, 2), row by row from the bottom.
+    """
+    left, right, bottom, top = extent
+    rows, columns = torch.meshgrid(
+        torch.linspace(bottom, top, n), torch.linspace(left, right, n), indexing="ij"
+    )
+    return torch.stack([columns, rows], -1).flatten(0, 1)
+
+
+def pull(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Give the direction in which a loss moves latents: minus its gradient.
+
+    Args:
+        loss: Latents (B, N, D) to losses (B, N).
+        z: (B, N, D).
+
+    Returns:
+        (B, N, D), in nats per unit of z.
+    """
+    z = z.detach().requires_grad_()
+    return -torch.autograd.grad(loss(z).sum(), z)[0]
