@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from hgadlib.config import FlowConfig, PriorConfig
@@ -166,7 +167,9 @@ class HGAD(nn.Module):
             for k in range(n_classes):
                 z = torch.cat(own[k]) if own[k] else torch.empty(0)
                 if clusters and len(z) >= clusters:
-                    found = KMeans(clusters, n_init=1, max_iter=30, random_state=seed).fit(z.numpy())
+                    # Threads add up in the order they finish: one alone gives a resumed run the same bits.
+                    with threadpool_limits(1):
+                        found = KMeans(clusters, n_init=1, max_iter=30, random_state=seed).fit(z.numpy())
                     centers = torch.from_numpy(found.cluster_centers_).to(mixture.deltas)
                     mixture.deltas[k] = centers - mixture.centers[k]
 

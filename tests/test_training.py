@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import CHANNELS, GRIDS, features, model
 
+from hgadlib import training
 from hgadlib.config import FlowConfig, LossConfig, PriorConfig, TrainConfig
 from hgadlib.errors import InputError
+from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 from hgadlib.training import (
     batch_order,
@@ -23,6 +25,7 @@ from hgadlib.training import (
     fit,
     learning_rate,
     load_checkpoint,
+    split_centers,
 )
 
 LOSS = LossConfig(lambda2=1.0)
@@ -301,3 +304,39 @@ def test_a_model_file_that_is_none_is_one_line(tmp_path: Path, damage: str) -> N
         HGAD.load(path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_centres_within_a_class_start_on_its_clusters() -> None:
+    data, class_idx = features(16)
+    # Each class looks normal in two ways.
+    for level in data.levels:
+        level[::4] += 4.0
+        level[1::4] -= 4.0
+    started = model()
+    main = [prior.state_dict()["centers"].clone() for prior in started.priors]
+    split_centers(started, data, torch.from_numpy(class_idx), seed=0)
+    for (flow, prior), centers, x in zip(started.levels, main, data.levels, strict=True):
+        assert isinstance(prior, HierarchicalGaussianMixture)
+        assert torch.equal(prior.centers, centers)
+        with torch.no_grad():
+            z = flow(x)[0]
+            clusters = prior.intra_centers()[:, 1:]
+        for k in (0, 1):
+            own = z[class_idx == k].flatten(0, 1)
+            apart = torch.cdist(own, clusters[k]).min(1).values.square().mean()
+            together = (own - own.mean(0)).square().sum(1).mean()
+            assert apart < 0.5 * together
+
+
+def test_clusters_are_found_once_and_a_resumed_run_finds_the_same(tmp_path: Path) -> None:
+    split: list[int] = []
+
+    def count(*arguments: object, **more: object) -> None:
+        split.append(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "split_centers", count)
+        run(config(epochs=4), checkpoint=tmp_path / "c.safetensors")
+        assert split == [1]
+        run(config(epochs=6), checkpoint=tmp_path / "c.safetensors")  # from the second stage on
+        assert split == [1]
