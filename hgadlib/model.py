@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from hgadlib.config import FlowConfig, PriorConfig
