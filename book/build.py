@@ -153,6 +153,9 @@ def stage_notebook(executed: Path, target: Path) -> None:
         if cell.cell_type == "code":
             # Progress bars are widgets: a page without a kernel cannot show them.
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+            for output in cell.outputs:
+                # Both sides fixed would squeeze a figure that is wider than its column.
+                output.get("metadata", {}).get("image/png", {}).pop("height", None)
     nbformat.write(notebook, target)
 
 
