@@ -401,3 +401,24 @@ def test_unlabelled_images_are_scored_and_counted_apart(tmp_path: Path) -> None:
         assert not scores["labelled"].any()
         assert scores["log_likelihood_counts"].sum() == 0
     assert gallery(config, inputs, result)["titles"] == []
+
+
+def test_classes_are_discovered_where_no_folder_names_them(tmp_path: Path) -> None:
+    named = image_folder(tmp_path / "named")
+    hidden = tmp_path / "hidden" / "parts"
+    for split in ("train/good", "test/good"):
+        (hidden / split).mkdir(parents=True)
+        for number, path in enumerate(sorted(named.glob(f"*/{split}/*.png"))):
+            shutil.copy(path, hidden / split / f"{number:02d}.png")
+    config = folder_config(hidden.parent, tmp_path / "run", data={"classes": "discovered"})
+    inputs = prepare(config, progress=False)
+    assert inputs.dataset.classes == ("class_00", "class_01")
+    # Files are in the order of their true classes, six to train on and three to test on of each.
+    for records, of_each in ((inputs.dataset.train, 6), (inputs.dataset.test, 3)):
+        names = [record.class_name for record in records]
+        assert names in (
+            ["class_00"] * of_each + ["class_01"] * of_each,
+            ["class_01"] * of_each + ["class_00"] * of_each,
+        )
+    model = train_model(config, inputs, RunDirectory.open(config), progress=False)
+    assert model.classes == inputs.dataset.classes
