@@ -1,0 +1,69 @@
+"""The ledger of runs: what a record holds, and what it does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hgadlib.config import config_from_dict
+from hgadlib.errors import InputError
+from hgadlib.ledger import add, main, read_ledger
+from hgadlib.runs import RunDirectory
+
+
+def finished(path: Path, seed: int = 0) -> Path:
+    config = config_from_dict(
+        {"dataset": "demo", "seed": seed, "run_dir": str(path), "data": {"root": "/somewhere"}}
+    )
+    run = RunDirectory.open(config)
+    run.start({"digest": "d" * 64, "train": 1, "test": 1})
+    (path / "history.csv").write_text("epoch,total\n1,0.5\n2,0.4\n")
+    (path / "environment.json").write_text(json.dumps({"device": "a processor", "commit": "abc"}))
+    run.finish(
+        {
+            "protocol": {"epoch": "last"},
+            "mean": {"image_auroc": 0.9, "pixel_auroc": None},
+            "per_class": {},
+            "best_epoch": {},
+            "timing": {"train_s": 1.0},
+            "memory": {},
+            "counts": {},
+            "other_protocols": {"inductive/both": {"mean": {"image_auroc": 0.8}, "per_class": {"a": 1}}},
+        }
+    )
+    return path
+
+
+def test_a_record_holds_the_run_and_no_path(tmp_path: Path) -> None:
+    file = add(finished(tmp_path / "run"), tmp_path / "ledger")
+    record = json.loads(file.read_text())
+    assert file.name.startswith("demo-hgad-seed0-") and record["epochs"] == 2
+    assert record["config"]["train"]["epochs"] == 24 and record["config_digest"][:8] in file.name
+    assert record["other_protocols"] == {"inductive/both": {"image_auroc": 0.8}}
+    assert str(tmp_path) not in file.read_text() and "/somewhere" not in file.read_text()
+
+
+def test_adding_again_is_the_same_file_and_seeds_differ(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    run = finished(tmp_path / "run")
+    assert add(run, ledger) == add(run, ledger)
+    add(finished(tmp_path / "other", seed=1), ledger)
+    table = read_ledger(ledger)
+    assert table["seed"].tolist() == [0, 1] and table["image_auroc"].tolist() == [0.9, 0.9]
+    assert table["pixel_auroc"].isna().all()
+
+
+def test_a_run_that_is_not_whole_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"expected a finished run with metrics.json"):
+        add(tmp_path, tmp_path / "ledger")
+    assert main(["add", str(tmp_path)]) == 2
+    assert "finished run" in capsys.readouterr().err
+
+
+def test_committed_records_name_no_path_of_a_machine() -> None:
+    for file in (Path(__file__).parents[1] / "results" / "runs").glob("*.json"):
+        assert not any(word in file.read_text() for word in ("/home/", "/root/", "/tmp/", "/work/")), (
+            file.name
+        )
