@@ -35,7 +35,7 @@ def _curve(
     return np.asarray(canvas.reduce(zoom), dtype=np.float32) / 255.0
 
 
-def _blob(
+def blob(
     side: int, center: Point, radius: float, rough: float, soft: float, rng: np.random.Generator
 ) -> Array:
     """Draw a patch with an uneven rim: coverage, (side, side)."""
@@ -67,7 +67,7 @@ def stain(
     surface: Surface, center: Point, severity: float, rng: np.random.Generator
 ) -> tuple[Surface, Array]:
     """Soak a patch, darker and browner, with a darker rim where it dried."""
-    patch = _blob(surface.side, center, rng.uniform(0.08, 0.16), 0.16, 0.35, rng)
+    patch = blob(surface.side, center, rng.uniform(0.08, 0.16), 0.16, 0.35, rng)
     rim = patch * (1.0 - patch) * 4.0
     dark = (0.16 + 0.46 * severity) * patch * (0.8 + 0.5 * rim)
     brown = np.array([0.75, 0.95, 1.2], dtype=np.float32)
@@ -85,7 +85,7 @@ def color(
 ) -> tuple[Surface, Array]:
     """Discolour a patch: rust, a burn, yellowing or spilt paint, by the tint."""
     side = surface.side
-    patch = _blob(side, center, rng.uniform(0.055, 0.12), 0.22, 0.45, rng)
+    patch = blob(side, center, rng.uniform(0.055, 0.12), 0.22, 0.45, rng)
     mottled = patch * np.clip(0.85 + 0.18 * noise(rng, side, 40, 2), 0.3, 1.0) * (0.26 + 0.60 * severity)
     gloss = surface.gloss * (1.0 - 0.75 * patch * (0.4 + 0.6 * severity))
     albedo = mix(surface.albedo, tint, mottled)
@@ -94,7 +94,7 @@ def color(
 
 def hole(surface: Surface, center: Point, severity: float, rng: np.random.Generator) -> tuple[Surface, Array]:
     """Press or break a hollow: dark at the bottom, lit on the far wall."""
-    pit = _blob(surface.side, center, rng.uniform(0.042, 0.060 + 0.045 * severity), 0.18, 0.5, rng)
+    pit = blob(surface.side, center, rng.uniform(0.042, 0.060 + 0.045 * severity), 0.18, 0.5, rng)
     height = surface.height - (0.010 + 0.030 * severity) * pit
     albedo = surface.albedo * (1.0 - (0.28 + 0.55 * severity) * pit)[..., None]
     return replace(surface, albedo=albedo.astype(np.float32), height=height.astype(np.float32)), pit

@@ -1,0 +1,249 @@
+"""A validation set without test labels: held-out normal images, and synthetic defects drawn on them.
+
+It has the MVTec layout, so that a run on it is a run on any folder::
+
+    FOLDER/CLASS/train/good/*             the normal training images that are left
+    FOLDER/CLASS/test/good/*              the held-out ones
+    FOLDER/CLASS/test/KIND/*.png          held-out ones with one defect each, KIND one of `synthetic.KINDS`
+    FOLDER/CLASS/ground_truth/KIND/*_mask.png
+
+Only training images are opened here. What is chosen on this set has not seen the test set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hgadlib.datasets import union
+from hgadlib.datasets.records import GOOD, Dataset, ImageRecord
+from hgadlib.datasets.synthetic import KINDS, MIN_SIDE, draw_defect
+from hgadlib.decoding import read_image
+from hgadlib.errors import InputError
+from hgadlib.images import parallel_map
+from hgadlib.progress import progress_bar
+
+VERSION = 1
+"""Goes up when the images change, so that old ones are not taken for new."""
+MIN_HELD_OUT, MAX_HELD_OUT = 8, 60
+_MARKER = "validation.json"
+_RESERVED = ("train", "test", "ground_truth", "score")
+
+
+def make_validation(
+    dataset: Dataset, folder: Path, *, held_out: float = 0.15, defects_per_image: int = 2, seed: int = 0
+) -> Path:
+    """Write the validation set of a dataset, unless it is there already.
+
+    Which images are held out is drawn from a hash of their content, so it depends neither on names nor on
+    order, and of identical images all stay in training or all leave it (then the first by name is held out).
+    Images are hard-linked where the file system allows it, else copied. The folder is made beside its place
+    and moved there when complete.
+
+    Args:
+        dataset: Any dataset; a class named A/B gets the folder A_B.
+        folder: Where to write.
+        held_out: Share of each class's distinct normal training images, in 0..1; at least 8 and at most 60
+            are taken, and never more than half.
+        defects_per_image: Defective copies of each held-out image, each with one defect of another kind.
+        seed: Another seed draws other images and other defects.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: A parameter is out of range, a class has too few or too small images, an image is bad, or
+            the folder holds something else or cannot be written.
+    """
+    _check_parameters(held_out, defects_per_image, seed)
+    folder = Path(folder).expanduser()
+    home = folder.resolve()
+    parts = [dataset.root / part for part in union.PARTS] if dataset.name == "union" else [dataset.root]
+    for root in (part.resolve() for part in parts):
+        # A loader would take it for one more class.
+        if home == root or root in home.parents:
+            raise InputError(f"{folder}: lies inside the dataset {root}; give a folder outside of it")
+    names = _folder_names(dataset)
+    records = sorted(dataset.train, key=lambda record: (record.class_name, str(record.path)))
+    by_class: dict[str, list[tuple[ImageRecord, str]]] = defaultdict(list)
+    for record, digest in zip(records, parallel_map(_digest, records), strict=True):
+        by_class[record.class_name].append((record, digest))
+    contents = hashlib.sha256()
+    for name, pairs in by_class.items():
+        contents.update(f"{name}:{sorted(digest for _, digest in pairs)};".encode())
+    expected = {
+        "dataset": "hgadlib validation", "version": VERSION, "of": dataset.name, "held_out": held_out,
+        "defects_per_image": defects_per_image, "seed": seed, "training_images": contents.hexdigest(),
+    }  # fmt: skip
+    if _is_there(folder, expected):
+        return folder
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{home.name}-unfinished-", dir=home.parent))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}; give another folder") from error
+    try:
+        with progress_bar(len(by_class), "Making the validation set", unit="class") as bar:
+            for name, pairs in by_class.items():
+                _write_class(unfinished / names[name], pairs, held_out, defects_per_image, seed)
+                bar.update(1)
+        (unfinished / _MARKER).write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+        unfinished.chmod(0o755)
+        os.replace(unfinished, home)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}; give another folder") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _check_parameters(held_out: float, defects_per_image: int, seed: int) -> None:
+    if not 0.0 < held_out < 1.0:
+        raise InputError(f"held_out: expected a share between 0 and 1, found {held_out}")
+    if defects_per_image not in range(1, len(KINDS) + 1):
+        raise InputError(f"defects_per_image: expected 1 to {len(KINDS)}, found {defects_per_image}")
+    if seed < 0:
+        raise InputError(f"seed: expected 0 or more, found {seed}")
+
+
+def _folder_names(dataset: Dataset) -> dict[str, str]:
+    """Give each class a folder of one level that every loader and file system takes."""
+    names = {name: name.replace("/", "_").replace("\\", "_") for name in dataset.classes}
+    seen: dict[str, str] = {}
+    for name, flat in names.items():
+        if flat in _RESERVED or flat.startswith("."):
+            raise InputError(f"class {name!r} cannot be a folder of the MVTec layout; rename it")
+        key = unicodedata.normalize("NFC", flat).casefold()
+        if key in seen:
+            raise InputError(
+                f"classes {seen[key]!r} and {name!r} would share the folder {flat!r}; rename one"
+            )
+        seen[key] = name
+    return names
+
+
+def _digest(record: ImageRecord) -> str:
+    try:
+        return hashlib.sha256(record.path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{record.path}: cannot be read: {error.strerror}") from error
+
+
+def _is_there(folder: Path, expected: dict[str, object]) -> bool:
+    """Whether the folder holds this very set.
+
+    Raises:
+        InputError: It holds something else.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder, found a file; give another folder")
+    if not any(folder.iterdir()):
+        return False
+    try:
+        found = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        differs = sorted(key for key, value in expected.items() if found.get(key) != value)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: expected a validation set, found other files; give another folder"
+        ) from error
+    if differs:
+        raise InputError(
+            f"{folder}: holds a validation set that differs in {', '.join(differs)}; remove it or give "
+            "another folder"
+        )
+    return True
+
+
+def _write_class(
+    folder: Path, pairs: Sequence[tuple[ImageRecord, str]], held_out: float, copies: int, seed: int
+) -> None:
+    """Split one class's images and write them."""
+    class_name = pairs[0][0].class_name
+    # Of one content, the first by name stands for all.
+    first = {digest: record for record, digest in reversed(pairs)}
+    if len(first) < 2 * MIN_HELD_OUT:
+        raise InputError(
+            f"class {class_name!r}: expected at least {2 * MIN_HELD_OUT} different normal training images, "
+            f"half of them to hold out, found {len(first)}; add images or leave the class out"
+        )
+    count = min(max(round(held_out * len(first)), MIN_HELD_OUT), MAX_HELD_OUT, len(first) // 2)
+    drawn = sorted(first, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())[:count]
+    stems = _unique_stems([record for record, _ in pairs])
+    for record, digest in pairs:
+        if digest not in drawn or first[digest] is record:
+            part = "test" if digest in drawn else "train"
+            _place(record.path, folder / part / GOOD / f"{stems[record]}{record.path.suffix}")
+    held = [first[digest] for digest in drawn]
+    tasks = [(rank, record, stems[record]) for rank, record in enumerate(held)]
+    for _ in parallel_map(
+        lambda task: _write_defects(*task, folder, drawn[task[0]], copies, copies * count, seed),
+        tasks,
+        ahead=8,
+    ):
+        pass
+
+
+def _write_defects(
+    rank: int, record: ImageRecord, stem: str, folder: Path, digest: str, copies: int, total: int, seed: int
+) -> None:
+    """Draw each copy's defect: kinds in turn, severities spread evenly over the images of a kind."""
+    image = read_image(record.path)
+    if min(image.shape[:2]) < MIN_SIDE:
+        size = f"{image.shape[1]}x{image.shape[0]}"
+        raise InputError(
+            f"{record.path}: expected at least {MIN_SIDE} pixels a side to draw on, found {size}"
+        )
+    left = [KINDS[(rank * copies + number) % len(KINDS)] for number in range(len(KINDS))]
+    for number in range(copies):
+        rng = np.random.default_rng([seed, number, *bytes.fromhex(digest)])
+        severity = ((rank * copies + number) // len(KINDS) + rng.uniform()) / (total / len(KINDS) + 1)
+        for kind in left:
+            drawn = draw_defect(image, kind, severity, rng)
+            if drawn is not None:
+                break
+        else:
+            raise InputError(f"{record.path}: no defect can be seen on this image; leave it out of training")
+        left.remove(kind)
+        for pixels, path in (
+            (drawn[0], folder / "test" / kind / f"{stem}.png"),
+            (drawn[1], folder / "ground_truth" / kind / f"{stem}_mask.png"),
+        ):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+
+
+def _unique_stems(records: Sequence[ImageRecord]) -> dict[ImageRecord, str]:
+    """Name each image after its file; namesakes, from other folders or of other suffixes, get a number."""
+    stems: dict[ImageRecord, str] = {}
+    taken: set[str] = set()
+    for record in records:
+        stem, number = record.path.stem, 1
+        while stem.casefold() in taken:
+            number += 1
+            stem = f"{record.path.stem}-{number}"
+        taken.add(stem.casefold())
+        stems[record] = stem
+    return stems
+
+
+def _place(source: Path, target: Path) -> None:
+    """Link or copy a file; a link's own target, for a relative link would lead nowhere."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system, or one without hard links.
+        shutil.copyfile(source, target)
