@@ -98,6 +98,9 @@ class RunDirectory:
         """
         if self._started:
             return
+        if not self.complete and not getattr(self._release, "alive", False):
+            self._check_writable()
+            self._acquire()  # given up by abandon
         stored, seen = self._stored_config(), self._stored_data()
         if stored is not None and (stored, seen) != (self.config.digest, data["digest"]):
             if seen is None and stored == self.config.digest:
@@ -122,6 +125,11 @@ class RunDirectory:
         if self._stored_data() is None:
             write_atomically(self.path / "data.json", _json(data))
         self._started = True
+
+    def abandon(self) -> None:
+        """Give up a directory in which nothing was started: nothing of it stays, until :meth:`start`."""
+        if not self._started:
+            self._release()
 
     def write_history(self, history: pd.DataFrame) -> None:
         """Write history.csv."""

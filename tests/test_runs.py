@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from hgadlib.config import Config, load_config
+from hgadlib.config import Config, config_from_dict, load_config
 from hgadlib.errors import InputError
 from hgadlib.files import read_tensors, replacing, write_atomically, write_tensors
 from hgadlib.runs import RunDirectory, read_config, read_history, read_metrics
@@ -288,3 +288,15 @@ def test_tensors_come_back_and_others_may_read_them(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match=r"a\.safetensors: expected a whole safetensors file"):
         read_tensors(path)
+
+
+def test_an_abandoned_directory_leaves_nothing_and_can_be_started(tmp_path: Path) -> None:
+    config = config_from_dict({"dataset": "demo", "run_dir": str(tmp_path / "run")})
+    run = RunDirectory.open(config)
+    assert run.path.is_dir()
+    run.abandon()
+    assert not run.path.exists()
+    run.start({"digest": "d" * 64, "train": 1, "test": 1})
+    assert (run.path / "config.yaml").is_file() and (run.path / ".lock").is_file()
+    run.abandon()  # too late: it has begun
+    assert (run.path / "config.yaml").is_file()
