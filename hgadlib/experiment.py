@@ -20,7 +20,7 @@ from hgadlib.record import Result, metrics_record, scores_record
 from hgadlib.run_files import read_history, read_metrics
 from hgadlib.runs import RunDirectory
 from hgadlib.scoring import LevelValues
-from hgadlib.training import calibrate, fit
+from hgadlib.training import calibrate, fit, spread_sample
 
 __all__ = [
     "Gallery", "Inputs", "Result",
@@ -44,9 +44,8 @@ def build_model(config: Config, inputs: Inputs) -> HGAD:
         per_dimension=config.score.per_dimension,
     ).to(inputs.device)
     classes = inputs.train_classes
-    members = [np.flatnonzero(classes == k) for k in range(len(inputs.dataset.classes))]
-    # Spread evenly over each class, so that no class outweighs another.
-    sample = torch.from_numpy(np.sort(np.concatenate([m[:: max(1, len(m) // _SAMPLE)] for m in members])))
+    # As many of each class, so that no class outweighs another.
+    sample = spread_sample(classes, len(inputs.dataset.classes), _SAMPLE)
     labels = torch.from_numpy(classes).to(inputs.device)
 
     def batches() -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:

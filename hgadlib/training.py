@@ -178,11 +178,15 @@ def fit(
     return pd.DataFrame(rows)
 
 
+def spread_sample(class_idx: np.ndarray, n_classes: int, per_class: int) -> Tensor:
+    """Take about per_class images of each class, spread evenly over it: sorted indices, int64."""
+    members = [np.flatnonzero(class_idx == k) for k in range(n_classes)]
+    return torch.from_numpy(np.sort(np.concatenate([m[:: max(1, len(m) // per_class)] for m in members])))
+
+
 def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int, per_class: int = 64) -> None:
     """Start the second stage with the centres within each class on clusters of its latents."""
-    members = [(labels == k).nonzero()[:, 0].cpu() for k in range(len(model.classes))]
-    # Spread evenly over each class's images.
-    sample = torch.cat([m[:: max(1, len(m) // per_class)] for m in members]).sort().values
+    sample = spread_sample(labels.cpu().numpy(), len(model.classes), per_class)
     batches = features.batches(sample.split(32), model.device)
     model.split_centers(((x, labels[index.to(model.device)]) for index, x in batches), seed=seed)
 
