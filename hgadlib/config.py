@@ -141,7 +141,8 @@ def read_params(name: str, folder: Path) -> dict[str, Any]:
     """
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise unknown(name, known, "experiment" if folder.name == "experiments" else "dataset")
+        kinds = {"experiments": "experiment", "grids": "grid"}
+        raise unknown(name, known, kinds.get(folder.name, "dataset"))
     path = folder / f"{name}.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The ledger of runs: one small committed record per real run, `python -m hgadlib.ledger add RUN_DIR`."""
+"""The ledger of runs: one small committed record per real run, `python -m hgadlib.runs add RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from hgadlib.config import project_dir
+from hgadlib.config import Config, config_from_dict, project_dir
 from hgadlib.errors import InputError
 from hgadlib.files import write_atomically
+from hgadlib.grid import training_key
+from hgadlib.overlap import histogram_overlap
 from hgadlib.run_files import read_config, read_history, read_metrics
 
+# Rows of a history that a record keeps at most, and significant digits of its numbers.
+_CURVE_ROWS, _CURVE_DIGITS = 60, 5
 _KEPT = ("schema", "dataset", "experiment", "seed", "protocol", "mean", "per_class", "best_epoch", "timing")
 
 
@@ -32,17 +37,51 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
     metrics, config = read_metrics(run), read_config(run)
     data = json.loads((run / "data.json").read_text(encoding="utf-8"))
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    history = read_history(run)
     return {
         **{key: metrics[key] for key in _KEPT},
         "note": note,
         "other_protocols": {name: found["mean"] for name, found in metrics["other_protocols"].items()},
         "memory": metrics["memory"],
         "counts": metrics["counts"],
-        "epochs": len(read_history(run)),
+        "epochs": len(history),
+        "curves": curves(history),
+        "overlap": overlaps(run / "scores.npz"),
         "config_digest": config.digest,
         "config": config.identity(),
         "data": data,
         "environment": environment,
+    }
+
+
+def curves(history: pd.DataFrame) -> dict[str, list[float | None]]:
+    """Thin a run's history to what a figure needs: evenly spread epochs, and every one that was evaluated.
+
+    Args:
+        history: A row an epoch.
+
+    Returns:
+        Columns by name, in the order of the epochs; None where a column has no value there.
+    """
+    tested = [name for name in history.columns if name.startswith("test_")]
+    keep = history[tested].notna().any(axis=1).to_numpy(copy=True)
+    keep[np.unique(np.linspace(0, len(history) - 1, _CURVE_ROWS).round().astype(int))] = True
+    kept = history[keep].drop(columns=["seconds", "images_per_s", "lr"], errors="ignore")
+    return {
+        name: [None if pd.isna(value) else float(f"{value:.{_CURVE_DIGITS}g}") for value in kept[name]]
+        for name in kept.columns
+    }
+
+
+def overlaps(scores: Path) -> dict[str, list[float | None]]:
+    """Compute what normal and anomalous log-likelihoods have in common: by class, one number a level."""
+    if not scores.is_file():
+        return {}
+    with np.load(scores) as arrays:
+        counts, names = arrays["log_likelihood_counts"], [str(name) for name in arrays["classes"]]
+    return {
+        name: [histogram_overlap(*counts[k, level]) for level in range(counts.shape[1])]
+        for k, name in enumerate(names)
     }
 
 
@@ -69,23 +108,50 @@ def add(run: Path, folder: Path, note: str = "") -> Path:
     return file
 
 
+def read_records(folder: Path | None = None) -> list[dict[str, Any]]:
+    """Read the ledger's records, sorted by file name, each with the name as "record".
+
+    Args:
+        folder: The ledger; None for the project's results/runs.
+    """
+    folder = folder or project_dir() / "results" / "runs"
+    return [
+        json.loads(file.read_text(encoding="utf-8")) | {"record": file.stem}
+        for file in sorted(folder.glob("*.json"))
+    ]
+
+
+def find_records(records: Sequence[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
+    """Find the runs that trained as a configuration says, whatever their seed.
+
+    Args:
+        records: What :func:`read_records` gave; a setting that a record is too old to name has its default.
+        config: Its experiment's name, its seed and its way of scoring play no part.
+
+    Returns:
+        The records, by seed.
+    """
+    wanted = training_key(config, seed=False)
+    found = [r for r in records if training_key(config_from_dict(r["config"]), seed=False) == wanted]
+    return sorted(found, key=lambda record: (record["data"]["digest"], record["seed"]))
+
+
 def read_ledger(folder: Path) -> pd.DataFrame:
     """List the ledger: a row per run, with its mean metrics, sorted by name."""
     rows = []
-    for file in sorted(folder.glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
+    for record in read_records(folder):
         row = {key: record[key] for key in ("dataset", "experiment", "seed", "epochs")}
         row |= record["mean"] | {
             "train_s": record["timing"]["train_s"],
             "device": record["environment"]["device"],
         }
-        rows.append(row | {"commit": record["environment"]["commit"], "record": file.name})
+        rows.append(row | {"commit": record["environment"]["commit"], "record": record["record"]})
     return pd.DataFrame(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all is well, 2 on wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m hgadlib.ledger", description="Records of real runs.")
+    parser = argparse.ArgumentParser(prog="python -m hgadlib.runs", description="Records of real runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="write a finished run's record into results/runs")
     adding.add_argument("run", type=Path)

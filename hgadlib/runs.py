@@ -250,3 +250,12 @@ def _identity(config: str, data: str | None) -> str:
 def _json(content: Mapping[str, Any]) -> str:
     # A NaN is an error of ours, and no JSON.
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+if __name__ == "__main__":
+    import sys
+
+    # The command is the ledger's; it is found where a reader looks for it, beside the run directories.
+    from hgadlib.ledger import main
+
+    sys.exit(main())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from hgadlib.config import config_from_dict
 from hgadlib.errors import InputError
-from hgadlib.ledger import add, main, read_ledger
+from hgadlib.ledger import add, curves, find_records, main, overlaps, read_ledger, read_records
 from hgadlib.runs import RunDirectory
 
 
@@ -67,3 +69,36 @@ def test_committed_records_name_no_path_of_a_machine() -> None:
         assert not any(word in file.read_text() for word in ("/home/", "/root/", "/tmp/", "/work/")), (
             file.name
         )
+
+
+def test_runs_are_found_by_what_they_trained(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    for seed in (1, 0):
+        add(finished(tmp_path / f"run{seed}", seed=seed), ledger)
+    records = read_records(ledger)
+    wanted = config_from_dict({"dataset": "demo", "experiment": "another", "score": {"criterion": "both"}})
+    assert [record["seed"] for record in find_records(records, wanted)] == [0, 1]
+    assert find_records(records, config_from_dict({"dataset": "demo", "loss": {"lambda2": 7}})) == []
+    # A record that an older version wrote lacks what was added since: the default.
+    for record in records:
+        del record["config"]["train"]["gradient_clip"]
+    assert len(find_records(records, wanted)) == 2
+
+
+def test_curves_keep_evaluated_epochs_and_thin_the_others() -> None:
+    epochs = np.arange(1, 501)
+    tested = np.where(epochs % 7 == 0, 0.5, np.nan)
+    found = curves(
+        pd.DataFrame({"epoch": epochs, "total": epochs / 3, "seconds": 1.0, "test_image_auroc": tested})
+    )
+    assert set(found) == {"epoch", "total", "test_image_auroc"}
+    assert {1, 7, 497, 500} <= set(found["epoch"]) and len(found["epoch"]) < 140
+    assert found["test_image_auroc"][0] is None and found["total"][0] == 0.33333
+
+
+def test_overlap_of_normal_and_anomalous(tmp_path: Path) -> None:
+    counts = np.zeros((2, 1, 2, 4), int)
+    counts[0, 0, 0], counts[0, 0, 1] = [2, 2, 0, 0], [0, 2, 2, 0]
+    np.savez(tmp_path / "scores.npz", log_likelihood_counts=counts, classes=np.array(["a", "b"]))
+    assert overlaps(tmp_path / "scores.npz") == {"a": [0.5], "b": [None]}
+    assert overlaps(tmp_path / "missing.npz") == {}
