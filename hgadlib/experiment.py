@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hgadlib.config import Config
+from hgadlib.distributed import ALONE, Group
 from hgadlib.evaluation import Evaluation, Protocol, evaluate, level_values
 from hgadlib.gallery import Gallery, gallery, write_maps
 from hgadlib.hardware import select_device
@@ -56,8 +57,18 @@ def build_model(config: Config, inputs: Inputs) -> HGAD:
     return model
 
 
-def train_model(config: Config, inputs: Inputs, run: RunDirectory, *, progress: bool = True) -> HGAD:
+def train_model(
+    config: Config, inputs: Inputs, run: RunDirectory, *, progress: bool = True, group: Group = ALONE
+) -> HGAD:
     """Train, or load what this run has trained already; resumes from the run's checkpoint.
+
+    Args:
+        config: Of the run.
+        inputs: Of the run.
+        run: Its directory.
+        progress: Show a bar.
+        group: The processes that train it together. The first one alone writes the directory and has a
+            calibrated model in the end.
 
     Returns:
         The calibrated model, also saved in the run's directory with its history.
@@ -66,11 +77,14 @@ def train_model(config: Config, inputs: Inputs, run: RunDirectory, *, progress: 
         InputError: The run's directory is of other images, or a file in it is damaged.
         FloatingPointError: The loss is no longer finite.
     """
-    run.start(inputs.identity())
+    if group.is_main:
+        run.start(inputs.identity())
+    group.wait()  # from here on what lies in the directory is this run's
     if run.model.is_file():
         return HGAD.load(run.model, inputs.device)
     model = build_model(config, inputs)
-    run.write_environment(inputs.device)
+    if group.is_main:
+        run.write_environment(inputs.device, processes=group.size)
     every = config.train.evaluate_every
     masks = class_masks(config, inputs) if every else None
 
@@ -94,8 +108,10 @@ def train_model(config: Config, inputs: Inputs, run: RunDirectory, *, progress: 
         on_epoch=test,
         on_history=run.write_history,
         progress=progress,
+        group=group,
     )
-    model.save(run.model)
+    if group.is_main:
+        model.save(run.model)
     return model
 
 

@@ -135,9 +135,11 @@ class RunDirectory:
         """Write history.csv."""
         write_atomically(self.path / "history.csv", history.to_csv(index=False))
 
-    def write_environment(self, device: torch.device) -> None:
-        """Write environment.json: versions, hardware, commit."""
-        write_atomically(self.path / "environment.json", _json(environment(device)))
+    def write_environment(self, device: torch.device, *, processes: int = 1) -> None:
+        """Write environment.json: versions, hardware, commit, and how many processes train together."""
+        write_atomically(
+            self.path / "environment.json", _json(environment(device) | {"processes": processes})
+        )
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write NAME.npz."""

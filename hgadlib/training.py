@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hgadlib.config import LossConfig, TrainConfig
+from hgadlib.distributed import ALONE, Group
 from hgadlib.errors import InputError
 from hgadlib.features import Features
 from hgadlib.files import read_tensors, write_tensors
@@ -84,6 +85,7 @@ def fit(
     on_epoch: Callable[[int, HGAD], dict[str, float]] | None = None,
     on_history: Callable[[pd.DataFrame], None] | None = None,
     progress: bool = True,
+    group: Group = ALONE,
 ) -> pd.DataFrame:
     """Train all levels together and calibrate the scores.
 
@@ -102,6 +104,7 @@ def fit(
         on_epoch: Called after each epoch; what it returns becomes columns of the history.
         on_history: Called with the history so far after each epoch, before a checkpoint is written.
         progress: Show a bar.
+        group: The processes that share the batches; the first one alone evaluates and writes.
 
     Returns:
         History, a row an epoch: mean of every loss term, learning rate, seconds, images/s.
@@ -114,8 +117,9 @@ def fit(
     """
     device = model.device
     labels = torch.as_tensor(class_idx, dtype=torch.int64, device=device)
+    group.align(model)
     optimiser = build_optimiser(model, train)
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    parameters = [p for settings in optimiser.param_groups for p in settings["params"]]
     n_images, n_levels = len(labels), len(model.flows)
     rows: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
@@ -128,35 +132,43 @@ def fit(
     # of Adam is a step per level. Alg. 1 averages over levels, which scales gradients (not Adam's steps).
     scale = 1.0 if train.step_per_level else 1.0 / n_levels
     done = len(rows)
-    bar = progress_bar(train.epochs * n_images, "train", initial=done * n_images, show=progress)
+    show = progress and group.is_main
+    bar = progress_bar(train.epochs * n_images, "train", initial=done * n_images, show=show)
     with bar:
         for epoch in range(done, train.epochs):
             started = time.perf_counter()
             intra = epoch >= stage_two
             if epoch == stage_two and model.has_entropy and model.prior_config.delta_init == "kmeans":
                 split_centers(model, features, labels, seed=seed)
+                group.align(model)
             weights = asdict(loss)
             if not intra and not train.entropy_in_first_stage:
                 weights["lambda_e"] = 0.0
             sums: dict[str, Tensor] = {}
             order = batch_order(n_images, train.batch_size, seed, epoch)
-            for step, (indices, batch) in enumerate(features.batches(order, device)):
+            parts, shares = zip(*map(group.share, order), strict=True)
+            # Moved once an epoch: a copy per step would have the host wait for the device each time.
+            own_labels = labels[torch.cat(parts).to(device)].split([len(part) for part in parts])
+            places = torch.cat(parts).to(features.levels[0].device).split([len(part) for part in parts])
+            for step, (_, batch) in enumerate(features.batches(places, device)):
                 lr = learning_rate((epoch * steps_per_epoch + step) / (train.epochs * steps_per_epoch), train)
-                for group in optimiser.param_groups:
-                    group["lr"] = lr
-                own = labels[indices.to(device)]
-                terms = model.losses(batch, own, intra=intra, precision=precision, **weights)
+                for settings in optimiser.param_groups:
+                    settings["lr"] = lr
+                terms = model.losses(batch, own_labels[step], intra=intra, precision=precision, **weights)
                 optimiser.zero_grad(set_to_none=True)
-                torch.stack([t["total"] for t in terms]).sum().mul(scale).backward()
+                torch.stack([t["total"] for t in terms]).sum().mul(scale * shares[step]).backward()
+                group.sum_gradients(parameters)
                 if train.gradient_clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
                 optimiser.step()
+                share = shares[step] * len(order[step]) / (n_images * n_levels)
                 for t in terms:
                     for name, value in t.items():
-                        share = value.detach() * (len(indices) / (n_images * n_levels))
-                        sums[name] = sums[name] + share if name in sums else share
-                bar.update(len(indices))
-            means = {name: float(value) for name, value in sums.items()}  # the one wait for the device
+                        mine = value.detach() * share
+                        sums[name] = sums[name] + mine if name in sums else mine
+                bar.update(len(order[step]))
+            totals = group.sum_(torch.stack(list(sums.values()))).tolist()  # the one wait for the device
+            means = dict(zip(sums, totals, strict=True))
             if not math.isfinite(means["total"]):
                 raise FloatingPointError(
                     f"the loss is {means['total']} in epoch {epoch + 1}; lower train.lr or set "
@@ -166,6 +178,8 @@ def fit(
             rows.append({"epoch": epoch + 1, "stage": 2 if intra else 1, **means, "lr": lr})
             rows[-1] |= {"seconds": seconds, "images_per_s": n_images / seconds}
             bar.set_postfix_str(f"epoch {epoch + 1}/{train.epochs}, loss {means['total']:.3f}")
+            if not group.is_main:
+                continue
             if on_epoch is not None:
                 rows[-1] |= on_epoch(epoch + 1, model)
             if on_history is not None:
@@ -174,7 +188,8 @@ def fit(
             if checkpoint is not None and due:
                 save_checkpoint(checkpoint, model, optimiser, rows)
                 saved_at = time.monotonic()
-    calibrate(model, features, class_idx)
+    if group.is_main:
+        calibrate(model, features, class_idx)
     return pd.DataFrame(rows)
 
 
