@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Options for book/build.py, for instance BOOK="--only train" or BOOK="--params params/ci".
 BOOK ?=
+# Options for snakemake, for instance GRID="--config seeds=[0]" or GRID=-n.
+GRID ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +12,14 @@ READY := $(VENV)/.ready
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/_*' ! -path '*/.*'
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint lab clean distclean
+.PHONY: help book test lint lab ablations clean distclean
 
 help:
 	@echo "make book   run every chapter and build the HTML book"
 	@echo "make test   lint, check types and run all tests"
 	@echo "make lint   the checks alone, without the tests"
 	@echo "make lab    open the chapters in JupyterLab"
+	@echo "make ablations  run what is missing of the bundled grid of runs (hours), and set out its table"
 	@echo "make clean  remove the built book and caches (keeps .venv, data, runs)"
 	@echo "make distclean  the same, and .venv"
 	@echo "Each first installs the pinned requirements into .venv, once."
@@ -45,6 +48,9 @@ test: lint
 
 lab: $(READY)
 	@$(BIN)/python -m jupyter lab book
+
+ablations: $(READY)
+	@$(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID)
 
 clean:
 	rm -rf book/_executed book/_build .pytest_cache .mypy_cache .ruff_cache

@@ -107,3 +107,12 @@ def load_grid(name: str, folder: Path | None = None, **changes: Any) -> Grid:
             raise InputError(f"{source}: expected a list of {key}, found {found!r}")
         values[key] = tuple(found)
     return Grid(name=name, **values)
+
+
+if __name__ == "__main__":
+    import sys
+
+    # The commands need the ledger, which comes later on the street than this module.
+    from hgadlib.grid_status import main
+
+    sys.exit(main())

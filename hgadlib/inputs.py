@@ -60,19 +60,24 @@ class Inputs:
         return np.array([record.is_labelled for record in self.dataset.test], dtype=bool)
 
     def identity(self) -> dict[str, Any]:
-        """Say which images these are, wherever their folder lies: names, labels and sizes of the files."""
-        digest = hashlib.sha256()
-        for record in self.dataset.records:
-            sizes = [path.stat().st_size for path in (record.path, record.mask_path) if path is not None]
-            name = image_name(self.dataset, record)
-            digest.update(repr((name, record.class_name, record.split, record.defect_type, sizes)).encode())
-        return {
-            "name": self.dataset.name,
-            "digest": digest.hexdigest(),
-            "classes": list(self.dataset.classes),
-            "train": len(self.dataset.train),
-            "test": len(self.dataset.test),
-        }
+        """Say which images these are; see :func:`identify`."""
+        return identify(self.dataset)
+
+
+def identify(dataset: Dataset) -> dict[str, Any]:
+    """Say which images a dataset has, wherever its folder lies: names, labels and sizes of the files."""
+    digest = hashlib.sha256()
+    for record in dataset.records:
+        sizes = [path.stat().st_size for path in (record.path, record.mask_path) if path is not None]
+        name = image_name(dataset, record)
+        digest.update(repr((name, record.class_name, record.split, record.defect_type, sizes)).encode())
+    return {
+        "name": dataset.name,
+        "digest": digest.hexdigest(),
+        "classes": list(dataset.classes),
+        "train": len(dataset.train),
+        "test": len(dataset.test),
+    }
 
 
 def prepare(config: Config, *, progress: bool = True) -> Inputs:
