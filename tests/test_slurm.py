@@ -78,8 +78,8 @@ PartitionName=main Nodes={name} Default=YES MaxTime=INFINITE State=UP
 
 
 @pytest.fixture
-def slurm() -> Iterator[Path]:
-    """Start munge and Slurm; the path of slurm.conf. Afterwards nothing of them runs or stays."""
+def slurm() -> Iterator[dict[str, str]]:
+    """Start munge and Slurm; what their clients need in the environment. Afterwards nothing of them runs or stays."""
     # Not below pytest's own folder: munge wants every folder above its socket open to all users.
     folder = Path(tempfile.mkdtemp(prefix="hgad-slurm-"))
     folder.chmod(0o755)
@@ -116,7 +116,12 @@ def slurm() -> Iterator[Path]:
         start("slurmctld", "-D", "-i", "-f", str(file))
         start("slurmd", "-D", "-f", str(file))
         wait_for(idle, "an idle node")
-        yield file
+        # Snakemake's step within a job drops SLURM_CONF, and would look in /etc.
+        wrapper = folder / "bin" / "srun"
+        wrapper.parent.mkdir()
+        wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={file} exec {shutil.which("srun")} "$@"\n')
+        wrapper.chmod(0o755)
+        yield {"SLURM_CONF": str(file), "PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
     finally:
         for daemon in reversed(daemons):
             stop(daemon)
@@ -140,7 +145,7 @@ def stop(daemon: subprocess.Popen[bytes]) -> None:
             process.kill()
 
 
-def test_six_runs_through_slurm_one_of_them_twice(slurm: Path, tmp_path: Path) -> None:
+def test_six_runs_through_slurm_one_of_them_twice(slurm: dict[str, str], tmp_path: Path) -> None:
     project = grid_project(tmp_path, experiments=["hgad", "tab3a_sgc", "tab3d_1_50"], seeds=[0, 1])
     shorten_chapter(project)
     crashed = crash_once(project, "tab3d_1_50", 1)
@@ -149,7 +154,7 @@ def test_six_runs_through_slurm_one_of_them_twice(slurm: Path, tmp_path: Path) -
         "--set-threads", "features=1",
         "--default-resources", "mem_mb=500", "runtime=30",
         profile="slurm",
-        SLURM_CONF=str(slurm),
+        **slurm,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
 

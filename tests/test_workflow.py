@@ -130,11 +130,12 @@ def test_summary_averages_seeds_under_each_rows_own_scoring(
     assert table.loc["tab3b_10", "image_auroc"] == pytest.approx(0.85)
     assert table.loc["tab3b_10", "image_auroc_std"] == pytest.approx(0.1 / 2**0.5)
     assert table.loc["tab3c_likelihood", "image_auroc"] == pytest.approx(0.65)
-    assert pd.isna(table.loc["tab3a_sgc", "image_auroc"]) and pd.isna(table.loc["tab3b_10", "pixel_auroc"])
+    assert table["image_auroc"].isna().tolist() == [False, False, True, False]
+    assert table["pixel_auroc"].isna().all()
     assert main(["table", "tiny", "--data-root", "images"]) == 0
     assert "runs/tables/tiny.csv" in capsys.readouterr().out
     written = pd.read_csv("runs/tables/tiny.csv").set_index("experiment")
-    assert len(written.loc["tab3a_full", "records"].split()) == 2
+    assert len(str(written.loc["tab3a_full", "records"]).split()) == 2
     assert main(["list", "tiny", "--data-root", "images", "--seeds", "1"]) == 0
     assert [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["tab3a_full", "1", "recorded"], ["tab3a_sgc", "1", "missing"],
@@ -158,7 +159,7 @@ def test_workflow_runs_what_is_missing_and_takes_up_what_failed(tmp_path: Path) 
     assert (project / full / "metrics.json").is_file()
     assert not list((project / sgc).glob("*.ipynb")) and not (project / sgc / "metrics.json").exists()
     records = list((project / "results" / "runs").glob("*.json"))
-    assert [record.name[:25] for record in records] == ["folder-tab3a_full-seed0-" + records[0].name[24]]
+    assert len(records) == 1 and records[0].name.startswith("folder-tab3a_full-seed0-")
     table = pd.read_csv(project / "runs" / "tables" / "tiny.csv").set_index("experiment")
     assert table["seeds"].to_dict() == {"tab3a_full": "0", "tab3b_10": "0", "tab3a_sgc": "none"}
 
