@@ -79,7 +79,7 @@ PartitionName=main Nodes={name} Default=YES MaxTime=INFINITE State=UP
 
 @pytest.fixture
 def slurm() -> Iterator[dict[str, str]]:
-    """Start munge and Slurm; what their clients need in the environment. Afterwards nothing of them runs or stays."""
+    """Start munge and Slurm; what clients need in the environment. Nothing of them runs or stays afterwards."""
     # Not below pytest's own folder: munge wants every folder above its socket open to all users.
     folder = Path(tempfile.mkdtemp(prefix="hgad-slurm-"))
     folder.chmod(0o755)
