@@ -82,7 +82,7 @@ def snakemake(
     *arguments: str,
     settings: tuple[str, ...] = (),
     profile: str = "local",
-    **environment: str,
+    environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the grid "tiny" on the project's images, with further --config settings; its output is one text."""
     command = [sys.executable, "-m", "snakemake", "--workflow-profile", f"workflow/profiles/{profile}"]
@@ -93,7 +93,7 @@ def snakemake(
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "HGAD_CACHE": str(project / "cache"),
-            **environment,
+            **(environment or {}),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -79,7 +79,7 @@ PartitionName=main Nodes={name} Default=YES MaxTime=INFINITE State=UP
 
 @pytest.fixture
 def slurm() -> Iterator[dict[str, str]]:
-    """Start munge and Slurm; what clients need in the environment. Nothing of them runs or stays afterwards."""
+    """Start munge and Slurm; what clients need in the environment. Nothing of it stays afterwards."""
     # Not below pytest's own folder: munge wants every folder above its socket open to all users.
     folder = Path(tempfile.mkdtemp(prefix="hgad-slurm-"))
     folder.chmod(0o755)
@@ -154,7 +154,7 @@ def test_six_runs_through_slurm_one_of_them_twice(slurm: dict[str, str], tmp_pat
         "--set-threads", "features=1",
         "--default-resources", "mem_mb=500", "runtime=30",
         profile="slurm",
-        **slurm,
+        environment=slurm,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
 
