@@ -1,0 +1,186 @@
+r"""A threshold from normal images alone: so many false alarms, and no more, on average.
+
+Scores of n normal images that the model has not learnt from are as good as those of normal images to come:
+among n + 1 exchangeable scores each rank is equally likely. So with the threshold at the k-th smallest,
+
+.. math:: P(s_{n+1} > s_{(k)}) \le 1 - \frac{k}{n+1},\qquad k = \lceil (n+1)(1-\alpha)\rceil ,
+
+whatever the distribution (split conformal prediction). Images that were trained on do not do: their scores
+are too low. An image is called anomalous where its score is *above* the threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from hgadlib.errors import InputError
+
+
+def images_needed(false_alarm_rate: float) -> int:
+    """Give the least number of held-out normal images for which a threshold exists.
+
+    Args:
+        false_alarm_rate: Share of normal images that may be called anomalous, in (0, 1).
+
+    Raises:
+        InputError: The rate lies outside (0, 1).
+
+    >>> [images_needed(rate) for rate in (0.1, 0.05, 0.01)]
+    [9, 19, 99]
+    """
+    # 1 / 0.1 - 1 is a little more than 9 in binary; that is no tenth image.
+    return max(1, math.ceil(round(1 / _check_rate(false_alarm_rate) - 1, 9)))
+
+
+def conformal_threshold(scores: ArrayLike, false_alarm_rate: float) -> float:
+    """Choose the threshold that at most this share of new normal images exceeds, on average over draws.
+
+    Args:
+        scores: Of n held-out normal images, (n,).
+        false_alarm_rate: In (0, 1).
+
+    Returns:
+        The threshold; scores above it are alarms.
+
+    Raises:
+        InputError: The rate lies outside (0, 1), a score is not finite, or there are too few images for the
+            rate (the line says how many it takes).
+
+    >>> conformal_threshold([3, 1, 2, 4, 5, 6, 7, 8, 9], 0.2)
+    8.0
+    """
+    values = _check_scores(scores)
+    rank = _rank(len(values), false_alarm_rate)
+    if rank > len(values):
+        raise InputError(
+            f"a false alarm rate of {false_alarm_rate:g} takes at least {images_needed(false_alarm_rate)} "
+            f"held-out normal images, found {len(values)}; hold out more, or allow a higher rate"
+        )
+    return float(np.sort(values)[rank - 1])
+
+
+def conformal_p_values(scores: ArrayLike, held_out: ArrayLike) -> NDArray[np.float64]:
+    r"""Give how unusual scores are among held-out normal ones: uniform, or above it, for normal images.
+
+    .. math:: p = \frac{1 + \#\{i: s_i \ge s\}}{n + 1}
+
+    Args:
+        scores: Of images to judge, (N,).
+        held_out: Of n held-out normal images, (n,).
+
+    Returns:
+        (N,), in (0, 1]; an image is called anomalous at rate alpha where p <= alpha, ties included.
+
+    Raises:
+        InputError: A score is not finite, or there are none to compare with.
+
+    >>> conformal_p_values([0.0, 2.5, 9.0], [1.0, 2.0, 3.0]).tolist()
+    [1.0, 0.5, 0.25]
+    """
+    known, new = np.sort(_check_scores(held_out)), np.asarray(scores, dtype=np.float64)
+    if not np.isfinite(new).all():
+        raise InputError("expected finite scores, found NaN or infinity; look for NaN weights")
+    return (1 + len(known) - np.searchsorted(known, new, side="left")) / (len(known) + 1)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share that was counted, with what the count leaves open.
+
+    Attributes:
+        events: How many.
+        trials: Of how many.
+        low: Lower end of the interval.
+        high: Upper end.
+    """
+
+    events: int
+    trials: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        """The share itself; NaN of nothing."""
+        return self.events / self.trials if self.trials else math.nan
+
+    def __str__(self) -> str:
+        """Write it in percent, with its interval.
+
+        >>> print(binomial_rate([True] + [False] * 19))
+        5.0 (0.1 to 24.9) of 20
+        """
+        if not self.trials:
+            return "no image"
+        return f"{100 * self.value:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f}) of {self.trials}"
+
+
+def binomial_rate(events: ArrayLike, *, confidence: float = 0.95) -> Rate:
+    """Count how often something happened, with the exact (Clopper-Pearson) interval of its probability.
+
+    Args:
+        events: True where it happened, (N,) bool.
+        confidence: Of the interval.
+    """
+    happened = np.asarray(events, dtype=bool)
+    count, trials = int(happened.sum()), happened.size
+    if not trials:
+        return Rate(0, 0, math.nan, math.nan)
+    interval = stats.binomtest(count, trials).proportion_ci(confidence, method="exact")
+    return Rate(count, trials, float(interval.low), float(interval.high))
+
+
+def expected_alarms(
+    held_out: int, tested: int, false_alarm_rate: float, *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Give the range in which the false alarm rate on new normal images falls if all is as it should be.
+
+    The threshold itself comes from a finite sample, so the rate behind it is Beta-distributed over draws of
+    the held-out images, and the count on the tested ones beta-binomial.
+
+    Args:
+        held_out: n, images behind the threshold.
+        tested: Normal images that it is tried on.
+        false_alarm_rate: That was asked for.
+        confidence: Probability of the range, at least.
+
+    Returns:
+        Lowest and highest rate.
+
+    Raises:
+        InputError: The rate lies outside (0, 1) or takes more held-out images.
+    """
+    rank = _rank(held_out, false_alarm_rate)
+    if rank > held_out:
+        raise InputError(
+            f"a false alarm rate of {false_alarm_rate:g} takes at least {images_needed(false_alarm_rate)} "
+            f"held-out normal images, found {held_out}"
+        )
+    alarms = stats.betabinom(tested, held_out + 1 - rank, rank)
+    low, high = alarms.ppf([(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low) / tested, float(high) / tested
+
+
+def _rank(n: int, rate: float) -> int:
+    # (n + 1)(1 - rate) of 19 and 0.05 is a little more than 19 in binary; it is 19.
+    return max(1, math.ceil(round((n + 1) * (1 - _check_rate(rate)), 9)))
+
+
+def _check_rate(rate: float) -> float:
+    if not 0 < rate < 1:
+        raise InputError(f"expected a false alarm rate between 0 and 1, found {rate}; 0.05, say")
+    return rate
+
+
+def _check_scores(scores: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise InputError(f"expected the scores of some normal images, (n,), found shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise InputError("expected finite scores, found NaN or infinity; look for NaN weights")
+    return values
