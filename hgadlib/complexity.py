@@ -1,0 +1,315 @@
+r"""What a configuration costs (paper Tab. 5): products counted by PyTorch's counter, and parameters.
+
+One multiply-add is a multiplication and an addition, two FLOPs. Counted are the matrix products and
+convolutions; element-wise work (activations, exponentials, normalisation) is not, as in every count of this
+kind. Tensors are fake: shapes pass through the network and no number is computed, so that a large network
+is counted in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hgadlib.backbone import build_backbone, flatten_maps
+from hgadlib.config import Config, project_dir
+from hgadlib.mixture import HierarchicalGaussianMixture
+from hgadlib.model import HGAD
+from hgadlib.scoring import LevelValues, anomaly_maps, upsampling_matrix
+
+PARTS = ("backbone", "flow", "prior", "maps")
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """The cost of one configuration.
+
+    Attributes:
+        name: Of the configuration.
+        image_size: Pixels a side, of the largest image where there is a pyramid.
+        levels: (C, H, W) of each level.
+        multiply_adds: Of one image from pixels to map, by part: "backbone", "flow", "prior", "maps".
+        step: Multiply-adds per image of a training step from stored features, forward and backward.
+        frozen: Parameters of the backbone (batch norms folded into the convolutions).
+        flow: Learnable parameters of the flows.
+        prior: Learnable parameters of the priors.
+        epochs: Passes over the training images.
+        train_batch: Images of a training step.
+    """
+
+    name: str
+    image_size: int
+    levels: tuple[tuple[int, int, int], ...]
+    multiply_adds: dict[str, int]
+    step: int
+    frozen: int
+    flow: int
+    prior: int
+    epochs: int
+    train_batch: int
+
+    @property
+    def total(self) -> int:
+        """Multiply-adds of one image from pixels to map."""
+        return sum(self.multiply_adds.values())
+
+    def training(self, images: int) -> dict[str, int]:
+        """Give the multiply-adds of a whole training.
+
+        Args:
+            images: Training images.
+
+        Returns:
+            "features, once": the backbone on every image once; "features, every epoch": on every image in
+            every epoch, as published; "flow and prior": all steps.
+        """
+        once = images * self.multiply_adds["backbone"]
+        return {
+            "features, once": once,
+            "features, every epoch": once * self.epochs,
+            "flow and prior": images * self.epochs * self.step,
+        }
+
+
+def _addmm_in_place(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def _mv(matrix: Sequence[int], vector: Sequence[int], **_: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+# The counter sees into our autograd functions, but knows neither products that add in place nor products
+# with a vector: without the first, half of each block's rotation would be missing.
+_UNKNOWN_TO_TORCH = {torch.ops.aten.addmm_: _addmm_in_place, torch.ops.aten.mv: _mv}
+
+
+def count_multiply_adds(call: Callable[[], object]) -> int:
+    """Count the multiply-adds of the products and convolutions in a call, its backward passes included.
+
+    Args:
+        call: Works on real tensors, or on fake ones inside ``FakeTensorMode``.
+
+    >>> a, b = torch.zeros(2, 3), torch.zeros(3, 5)
+    >>> count_multiply_adds(lambda: torch.zeros(2, 5).addmm_(a, b))
+    30
+    """
+    with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
+        call()
+    # The counter doubles every multiply-add.
+    return counter.get_total_flops() // 2
+
+
+def learnable(modules: Iterable[nn.Module]) -> int:
+    """Count the parameters that take a gradient."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+
+def measure_complexity(config: Config, n_classes: int, *, name: str | None = None) -> Complexity:
+    """Count what a configuration costs; nothing is computed, and random weights will do.
+
+    Args:
+        config: Features, flow, prior and maps are looked at.
+        n_classes: K.
+        name: What to call it; the experiment's name if not given.
+
+    Raises:
+        InputError: The backbone does not exist, or does not take images of that size.
+
+    Source: paper App. A.6, Tab. 5.
+    """
+    features, size = config.features, config.data.image_size
+    backbone = build_backbone(
+        features.backbone, out_indices=features.out_indices, pyramid=features.pyramid, weights="random"
+    )
+    maps: list[Tensor] = []
+
+    def see() -> None:
+        maps.extend(backbone(torch.zeros(1, 3, size, size)))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        backbone_cost = count_multiply_adds(see)
+        levels = tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
+        shapes = [level.shape[1:] for level in flatten_maps(maps)]
+    channels, grids = [level[0] for level in levels], [level[1:] for level in levels]
+    classes = [f"class {k}" for k in range(n_classes)]
+    model = HGAD(classes, channels, grids, flow=config.flow, prior=config.prior)
+    costs = {"backbone": backbone_cost, **_scoring_costs(model, shapes, config)}
+    return Complexity(
+        name=name or config.experiment,
+        image_size=size,
+        levels=levels,
+        multiply_adds=costs,
+        step=_step_cost(model, shapes, config),
+        frozen=sum(p.numel() for p in backbone.parameters()),
+        flow=learnable(model.flows),
+        prior=learnable(model.priors),
+        epochs=config.train.epochs,
+        train_batch=config.train.batch_size,
+    )
+
+
+def _scoring_costs(model: HGAD, shapes: Sequence[Sequence[int]], config: Config) -> dict[str, int]:
+    """Count flow, prior and maps for one image."""
+    size, sigma = config.score.map_size, config.score.sigma
+    for grid in model.grids:  # kept by its cache, where a fake one must never lie
+        for length in grid:
+            upsampling_matrix(length, size, sigma)
+    costs = dict.fromkeys(PARTS[1:], 0)
+    log_probs, neg_entropies = [], []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        own = torch.zeros(1, dtype=torch.int64)
+        for (flow, prior), grid, shape in zip(model.levels, model.grids, shapes, strict=True):
+            latents: list[Tensor] = []
+            x = torch.zeros(1, *shape)
+            costs["flow"] += count_multiply_adds(lambda f=flow, x=x, out=latents: out.extend(f(x)))
+            z = latents[0]
+            costs["prior"] += count_multiply_adds(lambda p=prior, z=z: p.log_prob(z, own))
+            log_probs.append(torch.zeros(1, *grid))
+            if isinstance(prior, HierarchicalGaussianMixture):
+                costs["prior"] += count_multiply_adds(lambda p=prior, z=z: p.neg_entropy(z))
+                neg_entropies.append(torch.zeros(1, *grid))
+        values, constants = LevelValues(tuple(log_probs), tuple(neg_entropies)), model.normalisation(own)
+        costs["maps"] = count_multiply_adds(
+            lambda: anomaly_maps(values, constants, size=size, sigma=sigma, criterion=config.score.criterion)
+        )
+    return costs
+
+
+def _step_cost(model: HGAD, shapes: Sequence[Sequence[int]], config: Config) -> int:
+    """Count a second-stage training step, forward and backward, per image."""
+    images = config.train.batch_size
+    weights = {
+        k: getattr(config.loss, k) for k in ("lambda1", "lambda2", "lambda_e", "lambda_in", "lambda_z")
+    }
+
+    def step() -> None:
+        terms = model.losses(features, own, intra=True, extended=config.loss.extended, **weights)
+        torch.stack([t["total"] for t in terms]).sum().backward()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        features = [torch.zeros(images, *shape) for shape in shapes]
+        own = torch.zeros(images, dtype=torch.int64)
+        cost = count_multiply_adds(step)
+    model.zero_grad(set_to_none=True)
+    return cost // images
+
+
+def coupling_multiply_adds(channels: int, positions: int, *, position_dim: int, hidden: int) -> int:
+    """Work out by hand what one positional coupling block costs for one image, to check the counter.
+
+    Per position: the subnet's two layers and the rotation. Once per grid: the position's share of the first
+    layer, which is the same for every image, and the shift behind the rotation.
+
+    Args:
+        channels: C.
+        positions: H * W.
+        position_dim: P.
+        hidden: Width of the subnet.
+
+    >>> coupling_multiply_adds(2, 1, position_dim=4, hidden=3)
+    29
+    """
+    kept, moved = channels - channels // 2, channels // 2
+    each = kept * hidden + hidden * 2 * moved + channels**2
+    return positions * (each + position_dim * hidden) + channels**2
+
+
+def stage_choices(
+    levels: Sequence[tuple[int, int, int]],
+    *,
+    backbone: int,
+    layers: int,
+    position_dim: int,
+    hidden_ratio: float,
+    counts: Sequence[int] = (2, 3, 4),
+) -> pd.DataFrame:
+    """Work out what the flow would cost on every choice of a network's stages, where a text leaves it open.
+
+    Args:
+        levels: (C, H, W) of each stage of the network.
+        backbone: Its multiply-adds.
+        layers: Coupling blocks of each flow.
+        position_dim: P.
+        hidden_ratio: Width of the subnets over their inputs.
+        counts: How many stages to choose.
+
+    Returns:
+        A row a choice: its stages, multiply-adds and FLOPs in 1e9, learnable parameters in 1e6, and
+        those with the fixed rotations and their inverses, which FrEIA keeps as parameters without gradient.
+    """
+    rows = []
+    for count in counts:
+        for stages in combinations(range(len(levels)), count):
+            cost, parameters, rotations = backbone, 0, 0
+            for channels, height, width in (levels[stage] for stage in stages):
+                kept, moved = channels - channels // 2, channels // 2
+                hidden = max(1, round(hidden_ratio * (kept + position_dim)))
+                cost += layers * coupling_multiply_adds(
+                    channels, height * width, position_dim=position_dim, hidden=hidden
+                )
+                subnet = (kept + position_dim + 1) * hidden + (hidden + 1) * 2 * moved
+                parameters += layers * (subnet + 2 * channels)
+                rotations += layers * 2 * channels**2
+            rows.append(
+                {
+                    "stages": ", ".join(map(str, stages)),
+                    "G multiply-adds": cost / 1e9,
+                    "GFLOP": 2 * cost / 1e9,
+                    "learnable parameters (M)": parameters / 1e6,
+                    "with rotations (M)": (parameters + rotations) / 1e6,
+                }
+            )
+    return pd.DataFrame(rows).set_index("stages")
+
+
+def cost_table(costs: Sequence[Complexity]) -> pd.DataFrame:
+    """Set configurations side by side: what each part costs, and what is learnt.
+
+    Returns:
+        A column a configuration; multiply-adds in 1e9 and parameters in 1e6, and GFLOP as twice the former.
+    """
+    columns = {}
+    for cost in costs:
+        parts = {f"{part} (G multiply-adds)": cost.multiply_adds[part] / 1e9 for part in PARTS}
+        columns[cost.name] = {
+            **parts,
+            "all, pixels to map (G multiply-adds)": cost.total / 1e9,
+            "all, pixels to map (GFLOP)": 2 * cost.total / 1e9,
+            "training step per image, from features (G multiply-adds)": cost.step / 1e9,
+            "frozen parameters (M)": cost.frozen / 1e6,
+            "learnable parameters, flow (M)": cost.flow / 1e6,
+            "learnable parameters, prior (M)": cost.prior / 1e6,
+            "learnable parameters (M)": (cost.flow + cost.prior) / 1e6,
+            "training epochs": float(cost.epochs),
+        }
+    return pd.DataFrame(columns)
+
+
+def paper_row(method: str, file: Path | None = None) -> dict[str, float]:
+    """Read one method's numbers out of the paper's Tab. 5, as data.
+
+    Args:
+        method: Such as "HGAD" or "CFLOW".
+        file: The table; None for results/paper/table5.csv.
+
+    Returns:
+        Number by metric ("flops" in 1e9, "learnable_parameters" in 1e6, "inference_speed" in images/s,
+        "training_epochs"); empty where the table or the method is not there.
+    """
+    file = file or project_dir() / "results" / "paper" / "table5.csv"
+    if not file.is_file():
+        return {}
+    table = pd.read_csv(file, keep_default_na=False)
+    mine = table[table["method"] == method]
+    values = pd.to_numeric(mine["value"], errors="coerce")
+    return {name: float(v) for name, v in zip(mine["metric"], values, strict=True) if pd.notna(v)}
