@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hgadlib.losses import mutual_information_loss
 from hgadlib.mixture import LOG_2PI
 
 Flow = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -211,3 +212,57 @@ def nested_information(x: Tensor, sigma: float, *, generator: torch.Generator | 
     log_kernel = -0.5 * torch.cdist(noisy, x).square() / sigma**2
     log_mean = torch.logsumexp(log_kernel, dim=1) - math.log(len(x))
     return (log_kernel.diagonal() - log_mean).mean().item()
+
+
+def nested_class_information(
+    x: Tensor, class_idx: Tensor, sigma: float, *, generator: torch.Generator | None = None
+) -> float:
+    r"""Estimate I(X + E, Y) from samples alone, without a flow; by bijectivity it is the true I(Z_eps, Y).
+
+    .. math:: \frac1n\sum_i \log\frac{\frac1{n_y}\sum_{j: y_j = y_i} p(x_i+\epsilon_i\mid x_j)}
+                                  {\frac1n\sum_j p(x_i+\epsilon_i\mid x_j)}
+
+    Args:
+        x: Features, (n, d), n even.
+        class_idx: Class of each, (n,).
+        sigma: Standard deviation of the noise.
+        generator: Source of randomness; the same seed gives the noise of :func:`nested_information`.
+
+    Returns:
+        Nats, at most the entropy of the classes up to sampling.
+    """
+    noisy = x + sigma * antithetic_noise(len(x), x.shape[1], generator).to(x)
+    log_kernel = -0.5 * torch.cdist(noisy, x).square() / sigma**2
+    same = class_idx[:, None] == class_idx[None, :]
+    own = torch.logsumexp(log_kernel.masked_fill(~same, -torch.inf), 1) - same.sum(1).to(x).log()
+    return (own - torch.logsumexp(log_kernel, 1) + math.log(len(x))).mean().item()
+
+
+def class_information_bound(
+    z: Tensor, class_idx: Tensor, centers: Tensor, log_weights: Tensor
+) -> tuple[float, float]:
+    r"""Evaluate :math:`-\mathcal L_{mi}` (Eq. 8) and what its class weights add to it.
+
+    .. math:: -\mathcal L_{mi} = I(Z,Y)
+              - \mathbb E_z\,\mathrm{KL}\bigl(p(y\mid z)\,\|\,q(y\mid z)\bigr)
+              + \mathrm{KL}\bigl(p(y)\,\|\,\operatorname{softmax}\psi\bigr)
+
+    with the prior's posterior q. Less the last term it is a lower bound of I(Z, Y), and equal to it where the
+    prior's posterior is the true one.
+
+    Args:
+        z: Latents, (n, d).
+        class_idx: (n,).
+        centers: Main centres, (K, d).
+        log_weights: Log class weights, (K,).
+
+    Returns:
+        Both terms, -L_mi and the last divergence, in nats.
+
+    Source: paper Eq. 19 to 21, App. F.
+    """
+    gain = -mutual_information_loss(z[:, None], class_idx, centers, log_weights).mean().item()
+    share = torch.bincount(class_idx, minlength=len(centers)).to(z) / len(class_idx)
+    found = share > 0
+    divergence = (share[found] * (share[found].log() - log_weights[found])).sum().item()
+    return gain, divergence
