@@ -8,7 +8,7 @@ is counted in seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hgadlib.backbone import build_backbone, flatten_maps
+from hgadlib.backbone import Backbone, build_backbone
 from hgadlib.config import Config, project_dir
 from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
@@ -114,6 +114,25 @@ def learnable(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
 
+def measure_backbone(config: Config) -> tuple[Backbone, int, tuple[tuple[int, int, int], ...]]:
+    """Count what the features of one image cost.
+
+    Returns:
+        The backbone with random weights, its multiply-adds, and (C, H, W) of each level.
+
+    Raises:
+        InputError: The backbone does not exist, or does not take images of that size.
+    """
+    features, size = config.features, config.data.image_size
+    backbone = build_backbone(
+        features.backbone, out_indices=features.out_indices, pyramid=features.pyramid, weights="random"
+    )
+    maps: list[Tensor] = []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        cost = count_multiply_adds(lambda: maps.extend(backbone(torch.zeros(1, 3, size, size))))
+    return backbone, cost, tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
+
+
 def measure_complexity(config: Config, n_classes: int, *, name: str | None = None) -> Complexity:
     """Count what a configuration costs; nothing is computed, and random weights will do.
 
@@ -127,26 +146,15 @@ def measure_complexity(config: Config, n_classes: int, *, name: str | None = Non
 
     Source: paper App. A.6, Tab. 5.
     """
-    features, size = config.features, config.data.image_size
-    backbone = build_backbone(
-        features.backbone, out_indices=features.out_indices, pyramid=features.pyramid, weights="random"
-    )
-    maps: list[Tensor] = []
-
-    def see() -> None:
-        maps.extend(backbone(torch.zeros(1, 3, size, size)))
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        backbone_cost = count_multiply_adds(see)
-        levels = tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
-        shapes = [level.shape[1:] for level in flatten_maps(maps)]
+    backbone, backbone_cost, levels = measure_backbone(config)
+    shapes = [(height * width, channels) for channels, height, width in levels]
     channels, grids = [level[0] for level in levels], [level[1:] for level in levels]
     classes = [f"class {k}" for k in range(n_classes)]
     model = HGAD(classes, channels, grids, flow=config.flow, prior=config.prior)
     costs = {"backbone": backbone_cost, **_scoring_costs(model, shapes, config)}
     return Complexity(
         name=name or config.experiment,
-        image_size=size,
+        image_size=config.data.image_size,
         levels=levels,
         multiply_adds=costs,
         step=_step_cost(model, shapes, config),
@@ -272,6 +280,25 @@ def stage_choices(
     return pd.DataFrame(rows).set_index("stages")
 
 
+def nearest_choices(choices: pd.DataFrame, paper: Mapping[str, float]) -> dict[str, str]:
+    """Name the choice of stages that comes nearest to the paper's row in each column, and how near.
+
+    Args:
+        choices: Of :func:`stage_choices`.
+        paper: Of :func:`paper_row`.
+    """
+    found = {}
+    for name in choices:
+        column = str(name)
+        wanted = paper.get("learnable_parameters" if "(M)" in column else "flops")
+        if wanted is None:
+            found[column] = "the paper's table is not available"
+            continue
+        stages = str((choices[column] - wanted).abs().idxmin())
+        found[column] = f"{stages}: {choices[column][stages]:.1f}, paper {wanted:g}"
+    return found
+
+
 def cost_table(costs: Sequence[Complexity]) -> pd.DataFrame:
     """Set configurations side by side: what each part costs, and what is learnt.
 
@@ -313,3 +340,32 @@ def paper_row(method: str, file: Path | None = None) -> dict[str, float]:
     mine = table[table["method"] == method]
     values = pd.to_numeric(mine["value"], errors="coerce")
     return {name: float(v) for name, v in zip(mine["metric"], values, strict=True) if pd.notna(v)}
+
+
+def beside_paper(cost: Complexity, methods: Sequence[str], file: Path | None = None) -> pd.DataFrame:
+    """Set rows of the paper's Tab. 5 beside what was counted here.
+
+    Args:
+        cost: Of the configuration that follows the paper's text.
+        methods: Rows of the paper to show.
+        file: See :func:`paper_row`.
+
+    Returns:
+        Text: a row a method, the last two ours, by multiply-adds and by FLOPs; what is missing is called so.
+    """
+    heads = {"flops": "FLOPs (G)", "learnable_parameters": "learnable parameters (M)"}
+    heads |= {"inference_speed": "images/s", "training_epochs": "epochs"}
+    rows: dict[str, dict[str, str]] = {}
+    for method in methods:
+        found = paper_row(method, file)
+        rows[f"paper: {method}"] = {
+            head: f"{found[key]:g}" if key in found else "not available" for key, head in heads.items()
+        }
+    ours = {
+        heads["learnable_parameters"]: f"{(cost.flow + cost.prior) / 1e6:.1f}",
+        heads["inference_speed"]: "not measured",
+        heads["training_epochs"]: str(cost.epochs),
+    }
+    for name, unit in (("multiply-adds", 1), ("FLOPs", 2)):
+        rows[f"{cost.name}: {name}"] = {heads["flops"]: f"{unit * cost.total / 1e9:.1f}", **ours}
+    return pd.DataFrame(rows).T[list(heads.values())]

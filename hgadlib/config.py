@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,9 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the parameters") 
     return config
 
 
-def config_from_notebook(namespace: Mapping[str, Any], **defaults: Any) -> Config:
+def config_from_notebook(
+    namespace: Mapping[str, Any], *, own: Collection[str] = (), **defaults: Any
+) -> Config:
     """Resolve a notebook's variables, as papermill has set them, to a configuration.
 
     Papermill only warns of a parameter that the notebook does not know; here it is an error. Names
@@ -100,6 +102,7 @@ def config_from_notebook(namespace: Mapping[str, Any], **defaults: Any) -> Confi
     Args:
         namespace: ``globals()`` of the notebook, right after the parameters cell; the first call notes
             in it that it was there.
+        own: Names of parameters that are the chapter's own and none of the configuration's.
         **defaults: Parameters to use where the notebook sets none.
 
     Raises:
@@ -109,7 +112,7 @@ def config_from_notebook(namespace: Mapping[str, Any], **defaults: Any) -> Confi
     names = {
         name: value
         for name, value in namespace.items()
-        if not name.startswith("_") and name not in ("In", "Out") and isinstance(value, plain)
+        if not name.startswith("_") and name not in ("In", "Out", *own) and isinstance(value, plain)
     }
     if namespace.get(_SEEN):
         names = {name: value for name, value in names.items() if _is_parameter(name)}

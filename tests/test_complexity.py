@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from hgadlib.complexity import (
     PARTS,
     Complexity,
+    beside_paper,
     cost_table,
     count_multiply_adds,
     coupling_multiply_adds,
     measure_complexity,
+    nearest_choices,
     paper_row,
     stage_choices,
 )
@@ -138,6 +140,13 @@ def test_stage_choices_agree_with_the_measured_one(measured: Complexity) -> None
     )
 
 
+def test_nearest_choice_of_stages() -> None:
+    choices = pd.DataFrame({"GFLOP": [1.0, 9.0], "with rotations (M)": [5.0, 2.0]}, index=["0, 1", "2, 3"])
+    found = nearest_choices(choices, {"flops": 7.0, "learnable_parameters": 4.0})
+    assert found == {"GFLOP": "2, 3: 9.0, paper 7", "with rotations (M)": "0, 1: 5.0, paper 4"}
+    assert nearest_choices(choices, {})["GFLOP"] == "the paper's table is not available"
+
+
 def test_paper_row(tmp_path: Path) -> None:
     file = tmp_path / "table5.csv"
     assert paper_row("HGAD", file) == {}
@@ -145,3 +154,10 @@ def test_paper_row(tmp_path: Path) -> None:
     pd.DataFrame(rows, columns=["method", "metric", "value"]).to_csv(file, index=False)
     assert paper_row("HGAD", file) == {"flops": 1.5}
     assert paper_row("none", file) == {}
+
+
+def test_beside_the_paper(measured: Complexity, tmp_path: Path) -> None:
+    table = beside_paper(measured, ["HGAD"], tmp_path / "none.csv")
+    assert set(table.loc["paper: HGAD"]) == {"not available"}
+    assert table.loc["tiny: FLOPs", "FLOPs (G)"] == f"{2 * measured.total / 1e9:.1f}"
+    assert table.loc["tiny: multiply-adds", "epochs"] == "5"

@@ -205,6 +205,10 @@ def test_a_notebook_gives_its_parameters_and_nothing_else(project: Path) -> None
     )
     assert config_from_notebook({"dataset": "elpv"}, epochs=5).train.epochs == 5
     assert config_from_notebook({"epochs": 6}, epochs=5).train.epochs == 6
+    # A chapter's own parameters are none of the configuration's; others still are refused.
+    assert config_from_notebook({"epochs": 6, "rate": 0.1}, own=("rate",)).train.epochs == 6
+    with pytest.raises(InputError, match="rates"):
+        config_from_notebook({"rates": 0.1}, own=("rate",))
 
 
 def test_a_parameter_that_papermill_only_warns_of_is_an_error(project: Path) -> None:
