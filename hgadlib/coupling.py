@@ -44,6 +44,81 @@ def random_rotation(dim: int, generator: torch.Generator | None = None) -> Tenso
     return q.to(torch.get_default_dtype())
 
 
+# Rows of the subnet's hidden layer that a processor works on at a time: about a megabyte stays in its cache.
+_CACHED_ROWS = 512
+
+
+def _parts(x: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
+    """Cut (B, N, C) into positions of some images, and the rows of (B * N, C) that these are.
+
+    On a processor the hidden layer of a whole batch is larger than the caches, and each pass over it would
+    wait for memory. Other devices take all at once, and so do subnets in half precision: their gradients
+    would lose digits where parts are added up.
+    """
+    images, positions, _ = x.shape
+    if x.device.type != "cpu" or dtype != x.dtype:
+        return [(slice(0, positions), slice(0, images * positions))]
+    if positions <= _CACHED_ROWS:  # some whole images
+        size = _CACHED_ROWS // positions * positions
+        ends = [min(start + size, images * positions) for start in range(0, images * positions, size)]
+        return [(slice(0, positions), slice(a, b)) for a, b in zip([0, *ends], ends, strict=False)]
+    parts = []
+    for image in range(images):
+        for start in range(0, positions, _CACHED_ROWS):
+            stop = min(start + _CACHED_ROWS, positions)
+            parts.append((slice(start, stop), slice(image * positions + start, image * positions + stop)))
+    return parts
+
+
+def _largest(parts: list[tuple[slice, slice]]) -> int:
+    return max((rows.stop - rows.start for _, rows in parts), default=0)
+
+
+def _add_share(hidden: Tensor, share: Tensor, positions: slice) -> Tensor:
+    """Add what each position gives, (N, hidden) or (hidden,), to rows of hidden, in place."""
+    if share.dim() == 1:
+        return hidden.add_(share)
+    own = share[positions]
+    hidden.view(-1, *own.shape).add_(own)
+    return hidden
+
+
+def _couple(
+    x: Tensor,
+    position_share: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    scaled_rotation: Tensor,
+    shift: Tensor,
+    clamp: float,
+    dtype: torch.dtype,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Map x (B, N, C); give also what a backward pass needs, where it is to be kept."""
+    images, positions, channels = x.shape
+    split, width = weight1.shape[1], weight1.shape[0]
+    flat = x.reshape(-1, channels)
+    x1, x2 = flat[:, :split], flat[:, split:]
+    a = torch.empty(len(flat), len(weight2), dtype=dtype, device=x.device)
+    parts = _parts(x, dtype)
+    hidden = torch.empty(len(flat) if keep else _largest(parts), width, dtype=dtype, device=x.device)
+    for own, rows in parts:
+        part = hidden[rows] if keep else hidden[: rows.stop - rows.start]
+        torch.mm(x1[rows].to(dtype), weight1.T, out=part)
+        _add_share(part, position_share, own).relu_()
+        torch.addmm(bias2, part, weight2.T, out=a[rows])
+    a = a.to(x.dtype)
+    tanh = a[:, : channels - split].mul(_SUBNET_SCALE).tanh_()
+    scale = tanh.mul(clamp).exp_()
+    y2 = a[:, channels - split :].mul_(_SUBNET_SCALE).addcmul_(x2, scale)
+    out = torch.addmm(shift, x1, scaled_rotation[:, :split].T)
+    out.addmm_(y2, scaled_rotation[:, split:].T)
+    log_det = tanh.sum(-1).mul_(clamp)
+    return out.view(x.shape), log_det.view(images, positions), (hidden, tanh, scale, y2) if keep else ()
+
+
 class _FusedCoupling(torch.autograd.Function):
     r"""One block forwards and backwards, in the matrix products that it needs and few passes over memory.
 
@@ -67,31 +142,21 @@ class _FusedCoupling(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Map x (B, N, C); position_share is (N, hidden) or (hidden,), weights are in the subnet's dtype."""
-        images, positions, channels = x.shape
-        split = weight1.shape[1]
-        flat = x.reshape(-1, channels)
-        x1, x2 = flat[:, :split], flat[:, split:]
-        hidden = F.linear(x1.to(dtype), weight1)
-        hidden.view(images, positions, -1).add_(position_share).relu_()
-        a = F.linear(hidden, weight2, bias2).to(x.dtype)
-        tanh = a[:, : channels - split].mul(_SUBNET_SCALE).tanh_()
-        scale = tanh.mul(clamp).exp_()
-        y2 = a[:, channels - split :].mul_(_SUBNET_SCALE).addcmul(x2, scale)
         scaled_rotation = rotation * gain
-        out = torch.addmm(shift, x1, scaled_rotation[:, :split].T)
-        out.addmm_(y2, scaled_rotation[:, split:].T)
-        log_det = tanh.sum(-1).mul_(clamp)
-        ctx.save_for_backward(x, hidden, tanh, scale, y2, weight1, weight2, gain, scaled_rotation)
+        out, log_det, kept = _couple(
+            x, position_share, weight1, weight2, bias2, scaled_rotation, shift, clamp, dtype, keep=True
+        )
+        ctx.save_for_backward(x, *kept, weight1, weight2, gain, scaled_rotation)
         ctx.clamp, ctx.share_shape = clamp, position_share.shape
-        return out.view_as(x), log_det.view(images, positions)
+        return out, log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
         """Give the gradients of x, position_share, both weights, bias2, gain and shift."""
         x, hidden, tanh, scale, y2, weight1, weight2, gain, scaled_rotation = ctx.saved_tensors
-        images, positions, channels = x.shape
-        split, dtype = weight1.shape[1], hidden.dtype
+        channels = x.shape[-1]
+        split, width, dtype = weight1.shape[1], weight1.shape[0], hidden.dtype
         flat = x.reshape(-1, channels)
         x1, x2 = flat[:, :split], flat[:, split:]
         grad_flat = grad_out.reshape(-1, channels)
@@ -106,17 +171,27 @@ class _FusedCoupling(torch.autograd.Function):
         slope = tanh.square().neg_().add_(1.0).mul_(_SUBNET_SCALE * ctx.clamp)
         torch.mul(grad_s, slope, out=grad_a[:, : channels - split])
         grad_a = grad_a.to(dtype)
-        grad_weight2, grad_bias2 = grad_a.T @ hidden, grad_a.sum(0)
-        grad_hidden = grad_a @ weight2
-        torch.ops.aten.threshold_backward.grad_input(grad_hidden, hidden, 0, grad_input=grad_hidden)
-        grad_weight1 = grad_hidden.T @ x1.to(dtype)
-        if dtype == x.dtype:
-            grad_x1.addmm_(grad_hidden, weight1)
-        else:
-            grad_x1.add_(grad_hidden @ weight1)
-        grad_share = grad_hidden.view(images, positions, -1).sum(0)
-        if len(ctx.share_shape) == 1:
-            grad_share = grad_share.sum(0)
+        grad_bias2 = grad_a.sum(0)
+        grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
+        grad_share = torch.zeros(ctx.share_shape, dtype=dtype, device=x.device)
+        parts = _parts(x, dtype)
+        buffer = torch.empty(_largest(parts), width, dtype=dtype, device=x.device)
+        for own, rows in parts:
+            part, given = hidden[rows], grad_a[rows]
+            grad_weight2.addmm_(given.T, part)
+            grad_hidden = torch.mm(given, weight2, out=buffer[: len(given)])
+            torch.ops.aten.threshold_backward.grad_input(grad_hidden, part, 0, grad_input=grad_hidden)
+            grad_weight1.addmm_(grad_hidden.T, x1[rows].to(dtype))
+            if ctx.needs_input_grad[0] and dtype == x.dtype:
+                grad_x1[rows].addmm_(grad_hidden, weight1)
+            elif ctx.needs_input_grad[0]:
+                grad_x1[rows].add_(grad_hidden @ weight1)
+            if grad_share.dim() == 1:
+                grad_share += grad_hidden.sum(0)
+            else:
+                here = grad_share[own]
+                images = grad_hidden.view(-1, *here.shape)
+                here += images[0] if len(images) == 1 else images.sum(0)
         return (
             grad_x.view_as(x), grad_share, grad_weight1, grad_weight2, grad_bias2, grad_gain, None,
             grad_flat.sum(0), None, None,
@@ -202,6 +277,9 @@ class PositionalCoupling(_AffineCoupling):
         dims_c: ``[(P,)]`` where positions are given, empty where not.
         clamp: Soft clamp of the log-scale.
         hidden: Width of the hidden layer; None for twice the subnet's inputs, as published.
+        grid: (H, W) where the first half of the code's channels depends on the column alone and the second
+            on the row alone; then its share is the sum of one for columns and one for rows, made from
+            H + W codes in place of H * W. None for a code of any other form.
 
     Source: paper Eq. 4, App. C.
     """
@@ -213,8 +291,10 @@ class PositionalCoupling(_AffineCoupling):
         *,
         clamp: float = 1.9,
         hidden: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(dims_in, clamp)
+        self.grid = grid
         inputs = self.splits[0] + sum(dims[0] for dims in dims_c)
         hidden = hidden or 2 * inputs
         self.subnet = nn.Sequential(
@@ -232,7 +312,13 @@ class PositionalCoupling(_AffineCoupling):
         if condition is None:
             return first.bias, first.weight
         features_weight, position_weight = first.weight.split([self.splits[0], condition.shape[-1]], dim=1)
-        return F.linear(condition, position_weight, first.bias), features_weight
+        if self.grid is None:
+            return F.linear(condition, position_weight, first.bias), features_weight
+        half = condition.shape[-1] // 2
+        code = condition.view(*self.grid, -1)
+        columns = F.linear(code[0, :, :half], position_weight[:, :half])
+        rows = F.linear(code[:, 0, half:], position_weight[:, half:], first.bias)
+        return (rows[:, None] + columns).flatten(0, 1), features_weight
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
@@ -245,11 +331,15 @@ class PositionalCoupling(_AffineCoupling):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
             share, weight1 = self.position_share(next(iter(c), None))
-            last, gain = self.subnet[2], self.gain[0]
-            out, log_det = _FusedCoupling.apply(
-                x, share.to(dtype), weight1.to(dtype), last.weight.to(dtype), last.bias.to(dtype),
-                gain, self.w_perm, self.w_perm @ self.global_offset[0], self.clamp, dtype,
-            )  # fmt: skip
+            last, gain, shift = self.subnet[2], self.gain[0], self.w_perm @ self.global_offset[0]
+            subnet = share.to(dtype), weight1.to(dtype), last.weight.to(dtype), last.bias.to(dtype)
+            if torch.is_grad_enabled():
+                out, log_det = _FusedCoupling.apply(
+                    x, *subnet, gain, self.w_perm, shift, self.clamp, dtype
+                )
+            else:
+                rotation = self.w_perm * gain
+                out, log_det, _ = _couple(x, *subnet, rotation, shift, self.clamp, dtype, keep=False)
             return (out,), log_det + gain.log().sum()
 
 

@@ -152,7 +152,12 @@ class FeatureFlow(nn.Module):
                 self.inn.append(PositionalCoupling, clamp=clamp, hidden=hidden)
             else:
                 self.inn.append(
-                    PositionalCoupling, cond=0, cond_shape=(position_dim,), clamp=clamp, hidden=hidden
+                    PositionalCoupling,
+                    cond=0,
+                    cond_shape=(position_dim,),
+                    clamp=clamp,
+                    hidden=hidden,
+                    grid=grid,
                 )
 
     @property
