@@ -331,12 +331,11 @@ class PositionalCoupling(_AffineCoupling):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
             share, weight1 = self.position_share(next(iter(c), None))
-            last, gain, shift = self.subnet[2], self.gain[0], self.w_perm @ self.global_offset[0]
+            last = cast(nn.Linear, self.subnet[2])
+            gain, shift = self.gain[0], self.w_perm @ self.global_offset[0]
             subnet = share.to(dtype), weight1.to(dtype), last.weight.to(dtype), last.bias.to(dtype)
             if torch.is_grad_enabled():
-                out, log_det = _FusedCoupling.apply(
-                    x, *subnet, gain, self.w_perm, shift, self.clamp, dtype
-                )
+                out, log_det = _FusedCoupling.apply(x, *subnet, gain, self.w_perm, shift, self.clamp, dtype)
             else:
                 rotation = self.w_perm * gain
                 out, log_det, _ = _couple(x, *subnet, rotation, shift, self.clamp, dtype, keep=False)

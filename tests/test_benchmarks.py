@@ -7,21 +7,81 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small import image_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+Line = dict[str, Any]
+
+
+def lines_of(script: str, *arguments: str, cwd: Path = ROOT) -> list[Line]:
+    """Run a benchmark and read what it printed; a benchmark that finds its peer's values different fails."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines: list[Line] = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {line["benchmark"] for line in lines} == {Path(script).stem}
+    assert lines[0]["what"] == "environment" and {"machine", "threads", "versions"} <= lines[0].keys()
+    return lines
+
+
+def of(lines: list[Line], what: str) -> list[Line]:
+    return [line for line in lines if line["what"] == what]
+
+
+def check_memory(lines: list[Line], count: int) -> None:
+    memory = of(lines, "memory")
+    assert len(memory) == count and all(line["base_mib"] > 10 for line in memory)
+
+
 @pytest.mark.slow
 def test_metrics_benchmark_prints_json_lines() -> None:
-    command = [sys.executable, "benchmarks/metrics.py", "--maps", "4", "--size", "32", "--repeats", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {line["benchmark"] for line in lines} == {"metrics"}
-    assert lines[0]["what"] == "environment" and {"machine", "threads", "versions"} <= lines[0].keys()
-    assert all(line["median"] > 0 for line in lines if line["what"] == "speedup")
-    memory = {line["task"]: line for line in lines if line["what"] == "memory"}
-    assert len(memory) == 4 and all(line["base_mib"] > 10 for line in memory.values())
+    lines = lines_of("metrics.py", "--maps", "4", "--size", "32", "--repeats", "1")
+    assert all(line["median"] > 0 for line in of(lines, "speedup"))
+    check_memory(lines, 4)
+
+
+@pytest.mark.slow
+def test_flow_benchmark_prints_json_lines() -> None:
+    lines = lines_of("flow.py", "--cases", "6x3", "5x24", "--batch", "3", "--repeats", "1", "--no-memory")
+    # Two settings, two cases, two number types; then two tasks each.
+    differences = of(lines, "differences")
+    assert len(differences) == 8
+    assert all(line["z"] < 1e-11 for line in differences if line["dtype"] == "float64")
+    assert len(of(lines, "speedup")) == 8 and all(line["min"] > 0 for line in of(lines, "speedup"))
+    for line in of(lines, "matrix_products"):
+        assert 0 < line["needed_gflop"] < line["peer_gflop"]
+
+
+@pytest.mark.slow
+def test_training_benchmark_prints_json_lines(tmp_path: Path) -> None:
+    small = ["--dataset", "folder", "--data-root", str(image_folder(tmp_path)), "--image-size", "64"]
+    lines = lines_of(
+        "training.py", *small, "--per-class", "4", "--layers", "2", "--epochs", "2", "--no-memory"
+    )
+    losses = of(lines, "losses")
+    assert [line["setting"] for line in losses] == ["published", "default"]
+    assert all(len(line["ours"]) == 2 and line["difference"] < 1e-4 for line in losses)
+    assert all(line["ours"][0] != line["ours"][1] for line in losses)  # there were steps
+    assert len(of(lines, "images_per_s")) == 2
+
+
+@pytest.mark.slow
+def test_inference_benchmark_prints_json_lines(tmp_path: Path) -> None:
+    small = ["--dataset", "folder", "--data-root", str(image_folder(tmp_path)), "--image-size", "64"]
+    more = ["--per-class", "2", "--layers", "2", "--batch", "3", "--repeats", "1", "--no-memory"]
+    lines = lines_of("inference.py", *small, *more)
+    assert len(of(lines, "differences")) == 2
+    assert all(line["maps"] < 1e-3 for line in of(lines, "differences"))
+    assert [line["at_a_time"] for line in of(lines, "speedup")] == [3, 1, 3, 1]
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    lines = lines_of("flow.py", "--cases", "4x2", "--settings", "default", "--batch", "1", "--repeats", "1")
+    check_memory(lines, 4)
