@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
 LINE = 79  # terminal columns
+RUN_IT = "how-to-run"  # id of the cell at the end of each page
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -141,9 +143,58 @@ def execute(notebook: Path, executed: Path, *, root: Path, parameters: dict[str,
         partial.unlink(missing_ok=True)
 
 
-def stage_notebook(executed: Path, target: Path) -> None:
-    """Copy an executed chapter for the page, without what only a live kernel or this machine can use."""
+def pictures_of(cell: Any) -> list[Any]:
+    """List the outputs of a code cell that myst-nb would show under its caption."""
+    return [out for out in cell.outputs if out.output_type in ("display_data", "execute_result")]
+
+
+def prepare_figure(cell: Any, *, page: str) -> None:
+    """Give a captioned figure its text for those who do not see it, and refuse a caption without one figure.
+
+    Args:
+        cell: An executed code cell; its metadata may hold `mystnb: {figure: {name, caption}}`.
+        page: Of the book, for messages.
+    Raises:
+        BuildError: The cell did not give exactly one figure, or its name is not one that text can refer to.
+    """
+    options = cell.metadata.get("mystnb", {})
+    if "figure" not in options:
+        return
+    name, caption = (str(options["figure"].get(key, "")) for key in ("name", "caption"))
+    shown = pictures_of(cell)
+    if len(shown) != 1 or "image/png" not in shown[0].data:
+        kinds = ", ".join(next(iter(out.data)) for out in shown) or "none"
+        raise BuildError(
+            f"chapter {page}: a caption belongs to a cell that gives one figure, cell {cell.id} gave: {kinds}"
+        )
+    if not re.fullmatch(r"fig(-[a-z0-9]+)+", name) or not caption:
+        raise BuildError(f"chapter {page}: cell {cell.id} needs a caption and a name like fig-{page}-what")
+    plain = re.sub(r"\{[\w:]+\}`[^`]*`|[*_`$\\{}]", "", caption)
+    options.setdefault("image", {}).setdefault("alt", " ".join(plain.split()))
+
+
+def run_it(page: str, parameters: dict[str, Any]) -> str:
+    """Write the lines at the end of a chapter that tell how to make it again."""
+    # Read from a notebook they are of its own kind of dictionary.
+    given = yaml.safe_dump(json.loads(json.dumps(parameters)), default_flow_style=True, width=10_000).strip()
+    values = f" -y '{given}'" if parameters else ""
+    return (
+        ":::{div} run-it\n"
+        "In a clone of the repository this page is made by\n\n"
+        f"```bash\npapermill book/{page}.ipynb out.ipynb{values}\n```\n\n"
+        "and opened for changes by `make lab`. The download button has the notebook as it ran here.\n"
+        ":::"
+    )
+
+
+def stage_notebook(executed: Path, target: Path, *, page: str) -> None:
+    """Copy an executed chapter for the page, without what only a live kernel or this machine can use.
+
+    Raises:
+        BuildError: A caption has no figure, or more than one.
+    """
     notebook = nbformat.read(executed, as_version=4)
+    parameters = notebook.metadata.get("papermill", {}).get("parameters", {})
     for key in ("widgets", "papermill", "hgad_digest"):
         notebook.metadata.pop(key, None)
     for cell in notebook.cells:
@@ -156,6 +207,8 @@ def stage_notebook(executed: Path, target: Path) -> None:
             for output in cell.outputs:
                 # Both sides fixed would squeeze a figure that is wider than its column.
                 output.get("metadata", {}).get("image/png", {}).pop("height", None)
+            prepare_figure(cell, page=page)
+    notebook.cells.append(nbformat.v4.new_markdown_cell(run_it(page, parameters), id=RUN_IT))
     nbformat.write(notebook, target)
 
 
@@ -174,7 +227,7 @@ def stage(pages: Sequence[str], *, toc: dict[str, Any], root: Path, book: Path, 
         copy = target / source.relative_to(book)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".ipynb":
-            stage_notebook(book / "_executed" / source.relative_to(book), copy)
+            stage_notebook(book / "_executed" / source.relative_to(book), copy, page=page)
         else:
             shutil.copy(source, copy)
 

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -34,6 +35,13 @@ Inline $\\mu_y$, {cite}`yao2024hgad` and {eq}`eq-first`, continued in {doc}`chap
 """
 
 
+CAPTION = "A *line* of $x$, see {numref}`fig-chapter-line`."
+FIGURE = """import matplotlib.pyplot as plt
+plt.plot([1, 2])
+plt.show()
+print('beside the figure')"""
+
+
 def load_build() -> ModuleType:
     spec = importlib.util.spec_from_file_location("hgad_book_build", ROOT / "book" / "build.py")
     assert spec is not None and spec.loader is not None
@@ -45,10 +53,13 @@ def load_build() -> ModuleType:
 build = load_build()
 
 
-def write_chapter(path: Path, *code: str) -> None:
+def write_chapter(path: Path, *code: str, captions: dict[int, tuple[str, str]] | None = None) -> None:
     cells = [nbformat.v4.new_markdown_cell("(chapter)=\n# A chapter\n\n$$a^2 = b$$\n\nBack to {ref}`first`.")]
     cells.append(nbformat.v4.new_code_cell("size = 1", metadata={"tags": ["parameters"]}))
-    cells += [nbformat.v4.new_code_cell(source) for source in code]
+    for number, source in enumerate(code, start=1):
+        name, caption = (captions or {}).get(number, ("", ""))
+        metadata = {"mystnb": {"figure": {"name": name, "caption": caption}}} if name else {}
+        cells.append(nbformat.v4.new_code_cell(source, metadata=metadata))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
@@ -65,6 +76,7 @@ class Scratch:
         (root / "hgadlib" / "__init__.py").write_text("")
         for name in ("_config.yml", "requirements.lock", "book/references.bib"):
             shutil.copy(ROOT / name, root / name)
+        shutil.copytree(ROOT / "book" / "assets", self.book / "assets")
         (self.book / "_toc.yml").write_text("format: jb-book\nroot: first\nchapters:\n  - file: chapter\n")
         (self.book / "first.md").write_text(FIRST_PAGE)
         write_chapter(
@@ -73,6 +85,9 @@ class Scratch:
             "for _ in tqdm(range(2)):\n    pass\n"
             "print('size', size, os.path.basename(os.getcwd()))\n"
             "print('-'.join(['from', 'stderr']), file=sys.stderr)",
+            FIGURE,
+            "import pandas as pd\npd.DataFrame({'nats': [0.5, 12.25], 'what': ['a ' * 90, 'b']})",
+            captions={2: ("fig-chapter-line", CAPTION)},
         )
         self.page: Path = build.build(root=root)
 
@@ -86,17 +101,23 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
 
 
 class Loaded(HTMLParser):
-    """Collect what a page loads by itself, not by a reader's click, and the text of its scripts."""
+    """Collect what a page loads by itself, what it links to, its anchors, and the text of its scripts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.addresses: list[str] = []
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
         self.scripts: list[str] = []
         self.in_script = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.in_script = tag == "script"
         for name, value in attrs:
+            if value and name in ("id", "name"):
+                self.anchors.add(value)
+            if value and tag == "a" and name == "href":
+                self.links.append(value)
             if value and ((tag == "link" and name == "href") or name in ("src", "srcset", "data", "poster")):
                 self.addresses.append(value)
 
@@ -132,6 +153,85 @@ def test_no_page_loads_anything_from_another_server(scratch: Scratch) -> None:
             if not re.match(r"data:|#", address):
                 file = page.parent / re.split(r"[?#]", address)[0]
                 assert file.is_file(), f"{page.name} loads {address}, which is not there"
+
+
+def broken_links(html: Path) -> list[str]:
+    """List links of built pages to files or anchors that are not there."""
+    pages = {}
+    for path in sorted(html.rglob("*.html")):
+        pages[path] = Loaded()
+        pages[path].feed(path.read_text(encoding="utf-8"))
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            address, _, anchor = link.partition("#")
+            if re.match(r"[a-z]+:|//", address):
+                continue
+            target = (path.parent / unquote(address.split("?")[0])).resolve() if address else path
+            found = target.is_file() and (
+                target not in pages or not anchor or anchor in pages[target].anchors
+            )
+            if not found:
+                broken.append(f"{path.relative_to(html)}: {link}")
+    return broken
+
+
+def test_no_link_is_broken(scratch: Scratch) -> None:
+    html = scratch.page.parent.resolve()
+    pages = [path.read_text(encoding="utf-8") for path in html.glob("*.html")]
+    assert sum(page.count("<a ") for page in pages) > 20
+    assert broken_links(html) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<p id="here"></p><a href="#here"></a><a href="b.html#there"></a><a href="https://x.org/q"></a>'
+        '<a href="#nowhere"></a><a href="b.html#nowhere"></a><a href="c.html"></a>'
+    )
+    (tmp_path / "b.html").write_text('<p id="there"></p>')
+    assert broken_links(tmp_path) == ["a.html: #nowhere", "a.html: b.html#nowhere", "a.html: c.html"]
+
+
+def test_a_figure_has_its_caption_number_and_alternative_text(scratch: Scratch) -> None:
+    page = scratch.text("chapter.html")
+    figure = re.search(r'<figure [^>]*id="fig-chapter-line">(.*?)</figure>', page, flags=re.DOTALL)
+    assert figure is not None
+    assert 'alt="A line of x, see ."' in figure[1]
+    assert "Figure 1" in figure[1] and "<em>line</em>" in figure[1]
+    assert page.count("<figure ") == 1
+    assert "beside the figure" in page.replace(figure[1], "")
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "said"),
+    [
+        ("print('no figure')", "fig-chapter-none", "cell .* gave: none"),
+        (f"{FIGURE}\n{FIGURE}", "fig-chapter-two", "cell .* gave: image/png, image/png"),
+        ("1 + 1", "fig-chapter-table", "cell .* gave: text/plain"),
+        (FIGURE, "Line", "needs a caption and a name like fig-chapter-what"),
+    ],
+)
+def test_a_caption_without_its_figure_is_refused(code: str, name: str, said: str) -> None:
+    kinds = {"image/png": "AAAA", "text/plain": "x"}
+    count = code.count("plt.show()")
+    shown = ["image/png"] * count if count else ["text/plain"] if code == "1 + 1" else []
+    outputs = [nbformat.v4.new_output("display_data", data={kind: kinds[kind]}) for kind in shown]
+    metadata = {"mystnb": {"figure": {"name": name, "caption": "A caption."}}}
+    cell = nbformat.v4.new_code_cell(code, metadata=metadata, outputs=outputs)
+    with pytest.raises(build.BuildError, match=said):
+        build.prepare_figure(cell, page="chapter")
+
+
+def test_a_chapter_says_how_to_make_it_again(scratch: Scratch) -> None:
+    assert "papermill book/chapter.ipynb out.ipynb" in scratch.text("chapter.html")
+    assert "papermill" not in scratch.text("first.html")
+    given = build.run_it("train", {"dataset": "demo", "overrides": {"loss.lambda2": 10}})
+    assert "book/train.ipynb out.ipynb -y '{dataset: demo, overrides: {loss.lambda2: 10}}'" in given
+
+
+def test_the_style_sheet_of_the_book_is_loaded(scratch: Scratch) -> None:
+    for page in ("first.html", "chapter.html"):
+        assert re.search(r'href="_static/book\.css\?v=', scratch.text(page))
 
 
 def test_no_style_sheet_loads_anything_from_another_server(scratch: Scratch) -> None:
