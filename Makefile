@@ -46,8 +46,13 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -q
 
+# No news, no look for updates, no list of extensions: nothing is asked of another machine.
+LAB_OPTIONS := --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+  --LabApp.extension_manager=readonly
+
+# One folder of data for JupyterLab, whose kernels run in book/, and for papermill.
 lab: $(READY)
-	@$(BIN)/python -m jupyter lab book
+	@HGAD_DATA="$${HGAD_DATA:-$(CURDIR)/data}" $(BIN)/python -m jupyter lab $(LAB_OPTIONS) book/explore.ipynb
 
 ablations: $(READY)
 	@$(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID)

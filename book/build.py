@@ -28,6 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
 LINE = 79  # terminal columns
+WIDE = 600  # CSS pixels; a wider figure scrolls on a telephone, see book.css
 RUN_IT = "how-to-run"  # id of the cell at the end of each page
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -205,8 +206,12 @@ def stage_notebook(executed: Path, target: Path, *, page: str) -> None:
             # Progress bars are widgets: a page without a kernel cannot show them.
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
             for output in cell.outputs:
+                size = output.get("metadata", {}).get("image/png", {})
                 # Both sides fixed would squeeze a figure that is wider than its column.
-                output.get("metadata", {}).get("image/png", {}).pop("height", None)
+                size.pop("height", None)
+                if size.get("width", 0) > WIDE:
+                    options = cell.metadata.setdefault("mystnb", {}).setdefault("image", {})
+                    options["classes"] = "wide-figure"
             prepare_figure(cell, page=page)
     notebook.cells.append(nbformat.v4.new_markdown_cell(run_it(page, parameters), id=RUN_IT))
     nbformat.write(notebook, target)
