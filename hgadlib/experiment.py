@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from hgadlib.config import Config
+from hgadlib.coupling_record import CouplingRecord
 from hgadlib.distributed import ALONE, Group
 from hgadlib.evaluation import Evaluation, Protocol, evaluate, level_values
 from hgadlib.gallery import Gallery, gallery, write_maps
@@ -17,7 +19,7 @@ from hgadlib.hardware import select_device
 from hgadlib.inputs import Inputs, class_masks, prepare, summary
 from hgadlib.model import HGAD
 from hgadlib.prediction import predict, predict_batches, prediction_rate
-from hgadlib.record import Result, metrics_record, scores_record
+from hgadlib.record import Result, likelihood_columns, metrics_record, scores_record
 from hgadlib.run_files import read_history, read_metrics
 from hgadlib.runs import RunDirectory
 from hgadlib.scoring import LevelValues
@@ -86,16 +88,25 @@ def train_model(
     if group.is_main:
         run.write_environment(inputs.device, processes=group.size)
     every = config.train.evaluate_every
-    masks = class_masks(config, inputs) if every else None
+    masks = class_masks(config, inputs) if every else {}
+    coupling = CouplingRecord(run.path / "coupling.csv", inputs, masks) if every else None
 
     def test(epoch: int, current: HGAD) -> dict[str, float]:
-        if not every or (epoch % every and epoch != config.train.epochs):
+        if coupling is None or (epoch % every and epoch != config.train.epochs):
             return {}
         calibrate(current, inputs.train, inputs.train_classes)
         values = level_values(current, inputs.test, inputs.test_classes)
         mean = evaluate_protocol(config, inputs, current, values, masks, headline(config)).mean
+        coupling.measure(epoch, current)
         found = {f"test_{name}": mean[name] for name in ("image_auroc", "pixel_auroc")}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if value is not None} | likelihood_columns(
+            inputs, values, masks
+        )
+
+    def write(history: pd.DataFrame) -> None:
+        run.write_history(history)
+        if coupling is not None:
+            coupling.write(int(history["epoch"].iloc[-1]))
 
     fit(
         model,
@@ -106,7 +117,7 @@ def train_model(
         seed=config.seed,
         checkpoint=run.checkpoint,
         on_epoch=test,
-        on_history=run.write_history,
+        on_history=write,
         progress=progress,
         group=group,
     )

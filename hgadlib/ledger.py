@@ -17,10 +17,12 @@ from hgadlib.errors import InputError
 from hgadlib.files import write_atomically
 from hgadlib.grid import training_key
 from hgadlib.overlap import histogram_overlap
-from hgadlib.run_files import read_config, read_history, read_metrics
+from hgadlib.run_files import read_config, read_coupling, read_history, read_metrics
 
 # Rows of a history that a record keeps at most, and significant digits of its numbers.
 _CURVE_ROWS, _CURVE_DIGITS = 60, 5
+# Evaluated epochs that it keeps of the couplings' coefficients, and significant digits.
+_COUPLING_EPOCHS, _COUPLING_DIGITS = 8, 4
 _KEPT = ("schema", "dataset", "experiment", "seed", "protocol", "mean", "per_class", "best_epoch", "timing")
 
 
@@ -47,6 +49,7 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
         "epochs": len(history),
         "curves": curves(history),
         "overlap": overlaps(run / "scores.npz"),
+        "coupling": coupling(read_coupling(run)) if (run / "coupling.csv").is_file() else {},
         "config_digest": config.digest,
         "config": config.identity(),
         "data": data,
@@ -67,10 +70,30 @@ def curves(history: pd.DataFrame) -> dict[str, list[float | None]]:
     keep = history[tested].notna().any(axis=1).to_numpy(copy=True)
     keep[np.unique(np.linspace(0, len(history) - 1, _CURVE_ROWS).round().astype(int))] = True
     kept = history[keep].drop(columns=["seconds", "images_per_s", "lr"], errors="ignore")
+    return {name: _rounded(kept[name], _CURVE_DIGITS) for name in kept.columns}
+
+
+def coupling(table: pd.DataFrame) -> dict[str, list[Any]]:
+    """Thin a run's coupling.csv to a few evaluated epochs, evenly spread.
+
+    Args:
+        table: A row per evaluated epoch, level, block and group of positions.
+
+    Returns:
+        Columns by name; None where a share has no meaning.
+    """
+    epochs = np.unique(table["epoch"])
+    chosen = np.unique(np.linspace(0, len(epochs) - 1, _COUPLING_EPOCHS).round().astype(int))
+    kept = table[table["epoch"].isin(epochs[chosen])]
+    plain = ("epoch", "level", "layer", "group")
     return {
-        name: [None if pd.isna(value) else float(f"{value:.{_CURVE_DIGITS}g}") for value in kept[name]]
+        str(name): kept[name].tolist() if name in plain else _rounded(kept[name], _COUPLING_DIGITS)
         for name in kept.columns
     }
+
+
+def _rounded(values: pd.Series, digits: int) -> list[float | None]:
+    return [None if pd.isna(value) else float(f"{value:.{digits}g}") for value in values]
 
 
 def overlaps(scores: Path) -> dict[str, list[float | None]]:

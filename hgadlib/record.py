@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from hgadlib.config import Config
 from hgadlib.evaluation import Evaluation
 from hgadlib.hardware import peak_memory
 from hgadlib.inputs import Inputs, image_name
+from hgadlib.overlap import histogram_overlap
 from hgadlib.scoring import LevelValues
 
 _HISTOGRAM_BINS = 120
@@ -130,13 +131,13 @@ def log_likelihood_counts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Histogram the positions' log-likelihoods, normal against anomalous.
 
-    A position is anomalous where the mask touches its cell; in classes without masks, where its image is.
-    Images of which nobody said what they are count in neither.
+    Which are anomalous, :func:`anomalous_positions` says. Images of which nobody said what they are count in
+    neither.
 
     Returns:
         Bin edges per level, (L, bins + 1), and counts, (K, L, 2, bins).
     """
-    classes, labels, labelled = inputs.test_classes, inputs.test_labels, inputs.test_labelled
+    classes, labelled = inputs.test_classes, inputs.test_labelled
     n_classes, n_levels = len(inputs.dataset.classes), len(values.log_prob)
     edges = np.zeros((n_levels, _HISTOGRAM_BINS + 1))
     counts = np.zeros((n_classes, n_levels, 2, _HISTOGRAM_BINS), np.int64)
@@ -145,20 +146,61 @@ def log_likelihood_counts(
         # Few positions fall far below the rest; they go into the first bin.
         low = float(np.quantile(flat, 0.001).astype(np.float32))
         edges[level] = np.linspace(low, max(float(flat.max()), low + 1e-6), _HISTOGRAM_BINS + 1)
+        touched = anomalous_positions(inputs, masks, log_prob.shape[1:])
         for k in range(n_classes):
-            members = np.flatnonzero((classes == k) & labelled)
-            mine = log_prob[torch.from_numpy(members)]
-            if not len(members):
-                continue
-            if k in masks:
-                own = torch.from_numpy(masks[k][labelled[classes == k]])[:, None]
-                touched = F.adaptive_max_pool2d(own.float(), mine.shape[1:])[:, 0].bool()
-            else:
-                touched = torch.from_numpy(labels[members])[:, None, None].expand_as(mine)
+            members = torch.from_numpy(np.flatnonzero((classes == k) & labelled))
             for state in (False, True):
-                chosen = np.maximum(mine[touched == state].numpy(), np.float32(low))
-                counts[k, level, int(state)] = np.histogram(chosen, edges[level])[0]
+                found = log_prob[members][touched[members] == state].clamp_min(low)
+                counts[k, level, int(state)] = np.histogram(found.numpy(), edges[level])[0]
     return edges, counts
+
+
+def anomalous_positions(inputs: Inputs, masks: dict[int, np.ndarray], grid: Sequence[int]) -> torch.Tensor:
+    """Say which positions of the test images are anomalous.
+
+    A position is where the mask touches its cell; in classes without masks, where its image is.
+
+    Args:
+        inputs: Of the run.
+        masks: By class index, as :func:`hgadlib.inputs.class_masks` gives them.
+        grid: (H, W) of the level.
+
+    Returns:
+        (N, H, W) bool; False in images of which nobody said what they are.
+    """
+    classes, labels = inputs.test_classes, inputs.test_labels & inputs.test_labelled
+    touched = torch.from_numpy(labels)[:, None, None].expand(-1, *grid).clone()
+    for k, own in masks.items():
+        pooled = F.adaptive_max_pool2d(torch.from_numpy(own)[:, None].float(), (grid[0], grid[1]))
+        touched[torch.from_numpy(classes == k)] &= pooled[:, 0].bool()
+    return touched
+
+
+def likelihood_columns(inputs: Inputs, values: LevelValues, masks: dict[int, np.ndarray]) -> dict[str, float]:
+    """Sum up normal and anomalous log-likelihoods in a few numbers, means over classes and levels.
+
+    Returns:
+        ``test_overlap``, the share that the two histograms of a class have in common, and the mean
+        log-likelihoods ``test_log_prob_normal`` and ``test_log_prob_anomalous``, as the scores have them
+        (nats, or nats per dimension); without classes that have both kinds, none of them.
+
+    Source: paper Fig. 2.
+    """
+    classes, labelled = inputs.test_classes, inputs.test_labelled
+    _, counts = log_likelihood_counts(inputs, values, masks)
+    found: dict[str, list[float]] = {"overlap": [], "log_prob_normal": [], "log_prob_anomalous": []}
+    for level, log_prob in enumerate(values.log_prob):
+        touched = anomalous_positions(inputs, masks, log_prob.shape[1:])
+        for k in range(len(counts)):
+            overlap = histogram_overlap(*counts[k, level])
+            if overlap is None:
+                continue
+            members = torch.from_numpy(np.flatnonzero((classes == k) & labelled))
+            own, where = log_prob[members], touched[members]
+            found["overlap"].append(overlap)
+            found["log_prob_normal"].append(float(own[~where].double().mean()))
+            found["log_prob_anomalous"].append(float(own[where].double().mean()))
+    return {f"test_{name}": float(np.mean(of)) for name, of in found.items() if of}
 
 
 Histograms = dict[str, tuple[np.ndarray, np.ndarray]]

@@ -67,3 +67,17 @@ def read_history(path: Path) -> pd.DataFrame:
     if not file.is_file():
         raise InputError(f"{path}: expected a run with history.csv, found none; train first")
     return pd.read_csv(file)
+
+
+def read_coupling(path: Path) -> pd.DataFrame:
+    """Read a run's coupling.csv, a row per evaluated epoch, level, block and group of positions.
+
+    Raises:
+        InputError: There is none.
+    """
+    file = path / "coupling.csv"
+    if not file.is_file():
+        raise InputError(
+            f"{path}: expected a run with coupling.csv, found none; train with train.evaluate_every above 0"
+        )
+    return pd.read_csv(file)
