@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from hgadlib.figures.histograms import log_likelihood_histogram, log_likelihood_histograms
+from hgadlib.figures.comparison import map_comparison
+from hgadlib.figures.course import COUPLING_LABELS, coupling_course, training_course
+from hgadlib.figures.histograms import (
+    histogram_pairs,
+    log_likelihood_histogram,
+    log_likelihood_histograms,
+    overlap_change,
+)
 from hgadlib.figures.latents import latent_scatter
 from hgadlib.figures.losses import LOSS_LABELS, loss_curves
 from hgadlib.figures.maps import anomaly_map_grid, outline_mask
@@ -11,6 +18,7 @@ from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, class_
 
 __all__ = [
     "ANOMALOUS_COLOR",
+    "COUPLING_LABELS",
     "LOSS_LABELS",
     "METRIC_LABELS",
     "NORMAL_COLOR",
@@ -18,13 +26,18 @@ __all__ = [
     "anomaly_map_grid",
     "auroc_table",
     "class_colors",
+    "coupling_course",
     "fact_table",
+    "histogram_pairs",
     "latent_scatter",
     "log_likelihood_histogram",
     "log_likelihood_histograms",
     "loss_curves",
+    "map_comparison",
     "outline_mask",
+    "overlap_change",
     "panel_grid",
     "protocol_table",
     "theme",
+    "training_course",
 ]

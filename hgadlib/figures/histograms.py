@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hgadlib.errors import InputError
-from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, panel_grid
+from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, panel_grid
 from hgadlib.overlap import histogram_overlap
 
 Histogram = tuple[ArrayLike, ArrayLike]  # edges (bins + 1,), counts (bins,)
@@ -113,6 +113,85 @@ def log_likelihood_histograms(
             ax.set_ylabel("")
         if i < len(normal) - columns:
             ax.set_xlabel("")
+    _shared_legend(figure, panels)
+    return figure
+
+
+def histogram_pairs(
+    runs: Mapping[str, tuple[Mapping[str, Histogram], Mapping[str, Histogram]]],
+    *,
+    unit: str = "nats",
+    size: tuple[float, float] = (3.3, 1.75),
+) -> Figure:
+    """Draw the histograms of several runs side by side: a row per class, a column per run.
+
+    Args:
+        runs: By the name of the run: normal and anomalous log-likelihoods, (edges, counts) by class.
+        unit: Of the log-likelihood.
+        size: Width and height of a panel in inches.
+
+    Raises:
+        InputError: There is no run, or runs differ in their classes.
+
+    Source: paper Fig. 5.
+    """
+    classes = [list(normal) for normal, _ in runs.values()]
+    if not classes or not classes[0] or any(names != classes[0] for names in classes):
+        raise InputError(f"expected runs on the same classes, found {classes}")
+    shape = (len(classes[0]), len(runs))
+    figure, axes = plt.subplots(
+        *shape, figsize=(size[0] * shape[1], size[1] * shape[0] + 0.5), squeeze=False, sharex="col"
+    )
+    for column, (run, (normal, anomalous)) in enumerate(runs.items()):
+        for row, name in enumerate(classes[0]):
+            ax = axes[row, column]
+            log_likelihood_histogram(normal[name], anomalous[name], unit=unit, ax=ax)
+            ax.set_xlabel(f"log-likelihood ({unit})" if row + 1 == shape[0] else "")
+            ax.set_ylabel(f"{name}\nshare per bin (%)" if column == 0 else "")
+        axes[0, column].set_title(f"{run}\n{axes[0, column].get_title(loc='left')}", loc="left")
+    _shared_legend(figure, axes.ravel().tolist())
+    return figure
+
+
+def _shared_legend(figure: Figure, panels: list[Axes]) -> None:
+    # A class without anomalous positions has one label only.
     handles, labels = max((ax.get_legend_handles_labels() for ax in panels), key=lambda found: len(found[1]))
     figure.legend(handles, labels, loc="outside upper right", ncols=2)
-    return figure
+
+
+def overlap_change(overlaps: Mapping[str, Mapping[str, float | None]], *, ax: Axes | None = None) -> Axes:
+    """Draw each class's overlap under several runs on one line, the shorter the better.
+
+    Args:
+        overlaps: By the name of the run: overlap by class, 0 to 1; None where it has no meaning.
+        ax: Where to draw; a new figure if not given.
+
+    Raises:
+        InputError: There are no two runs, or they differ in their classes.
+    """
+    names = [list(found) for found in overlaps.values()]
+    if len(names) < 2 or any(set(found) != set(names[0]) for found in names):
+        raise InputError(f"expected two runs or more on the same classes, found {names}")
+    ax = plt.subplots(figsize=(6.4, 0.32 * len(names[0]) + 1.2))[1] if ax is None else ax
+    first, *_, last = overlaps.values()
+    rows = [name for name in names[0] if first[name] is not None and last[name] is not None]
+    rows.sort(key=lambda name: float(last[name] or 0) - float(first[name] or 0), reverse=True)
+    for y, name in enumerate(rows):
+        found = [100 * float(run[name] or 0) for run in overlaps.values()]
+        ax.plot([min(found), max(found)], [y, y], color="0.75", linewidth=2, zorder=1)
+    for i, (run, own) in enumerate(overlaps.items()):
+        marker = "os^Dv"[i % 5]
+        values = [100 * float(own[name] or 0) for name in rows]
+        ax.scatter(
+            values,
+            range(len(rows)),
+            marker=marker,
+            color=PALETTE[(7, 2, 1, 4, 5)[i % 5]],
+            label=run,
+            zorder=2,
+        )
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("overlap of normal and anomalous log-likelihoods (%)")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(overlaps))
+    return ax
