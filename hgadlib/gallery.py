@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -70,14 +71,29 @@ def gallery(config: Config, inputs: Inputs, result: Result, *, per_class: int = 
     Returns:
         Images, maps, masks and titles of these images alone.
     """
-    evaluation, score = result.evaluation, config.score
     chosen = typical_images(
-        evaluation.scores,
+        result.evaluation.scores,
         inputs.test_classes,
         inputs.test_labels,
         inputs.test_labelled,
         per_class=per_class,
     )
+    return gallery_of(config, inputs, result, chosen)
+
+
+def gallery_of(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int]) -> Gallery:
+    """Draw together test images of one's choice with their maps.
+
+    Args:
+        config: Of the run.
+        inputs: Of the run.
+        result: Of the run; maps follow its headline protocol.
+        chosen: Indices of test images.
+
+    Returns:
+        Images, maps, masks and titles of these images alone.
+    """
+    evaluation, score = result.evaluation, config.score
     records = [inputs.dataset.test[i] for i in chosen]
     maps = np.zeros((len(chosen), score.map_size, score.map_size), np.float32)
     for row, (index, record) in enumerate(zip(chosen, records, strict=True)):
