@@ -42,7 +42,7 @@ COUPLING_LABELS = {
 
 def _columns(n: int, rows: int, height: float) -> tuple[Figure, np.ndarray]:
     """Make a column of panels per run; each row has one scale, so that runs compare."""
-    size = (2.7 * n + 0.6, rows * height + 0.3)
+    size = (2.1 * n + 0.8, rows * height + 0.6)
     return plt.subplots(rows, n, figsize=size, squeeze=False, sharex="col", sharey="row")
 
 
@@ -91,9 +91,13 @@ def training_course(histories: Mapping[str, pd.DataFrame], *, unit: str = "nats 
     axes[0, 0].set_ylabel(f"training loss\n({unit})")
     axes[1, 0].set_ylabel("test (%)")
     axes[2, 0].set_ylabel(f"log-likelihood\n({unit})")
-    for ax in (axes[1, -1], axes[2, -1]):
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    lines = {
+        label: handle
+        for row in axes[1:]
+        for ax in row
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
     figure.align_ylabels(axes[:, 0])
     return figure
 
@@ -148,6 +152,6 @@ def coupling_course(
             axes[row, 0].set_ylim(0, 103)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if len(handles) <= 12:
-        figure.legend(handles, labels, loc="outside right upper")
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
     figure.align_ylabels(axes[:, 0])
     return figure
