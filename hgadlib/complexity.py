@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -177,14 +178,13 @@ def _scoring_costs(model: HGAD, shapes: Sequence[Sequence[int]], config: Config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         own = torch.zeros(1, dtype=torch.int64)
         for (flow, prior), grid, shape in zip(model.levels, model.grids, shapes, strict=True):
-            latents: list[Tensor] = []
             x = torch.zeros(1, *shape)
-            costs["flow"] += count_multiply_adds(lambda f=flow, x=x, out=latents: out.extend(f(x)))
-            z = latents[0]
-            costs["prior"] += count_multiply_adds(lambda p=prior, z=z: p.log_prob(z, own))
+            costs["flow"] += count_multiply_adds(partial(flow, x))
+            z = flow(x)[0]
+            costs["prior"] += count_multiply_adds(partial(prior.log_prob, z, own))
             log_probs.append(torch.zeros(1, *grid))
             if isinstance(prior, HierarchicalGaussianMixture):
-                costs["prior"] += count_multiply_adds(lambda p=prior, z=z: p.neg_entropy(z))
+                costs["prior"] += count_multiply_adds(partial(prior.neg_entropy, z))
                 neg_entropies.append(torch.zeros(1, *grid))
         values, constants = LevelValues(tuple(log_probs), tuple(neg_entropies)), model.normalisation(own)
         costs["maps"] = count_multiply_adds(

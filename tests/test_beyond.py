@@ -65,9 +65,9 @@ def test_log_prob_of_every_class() -> None:
         with torch.no_grad():
             z, _ = flow(x)
             for k in range(3):
-                centers = prior.intra_centers()[k]  # type: ignore[union-attr]
+                centers = prior.intra_centers()[k]  # type: ignore[union-attr, operator, index, unused-ignore]
                 distance = torch.cdist(z.double(), centers.double()).square()
-                weights = prior.log_weights_intra[k].double()  # type: ignore[union-attr]
+                weights = prior.log_weights_intra[k].double()  # type: ignore[union-attr, operator, index, unused-ignore]
                 density = torch.logsumexp(weights - distance / 2, -1) - z.shape[-1] / 2 * np.log(2 * np.pi)
                 by_hand[:, k] += density.sum(1)
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-3)

@@ -129,7 +129,7 @@ def test_positions_are_projected_latents(done: Done, projection: module.Projecti
     flow, prior = explorer.model.levels[-1]
     with torch.no_grad():
         z = flow(explorer.inputs.test.batch(torch.tensor([state.index]))[-1])[0][0].numpy()
-        centers = prior.centers.numpy()  # type: ignore[union-attr]
+        centers = prior.centers.numpy()  # type: ignore[union-attr, operator, index, unused-ignore]
     both = plane.project.transform(np.concatenate([z, centers]))
     np.testing.assert_allclose(explorer.view(state).positions, both[: len(z)], rtol=1e-4, atol=1e-4)
     assert plane.centers is not None
