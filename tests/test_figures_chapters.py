@@ -53,7 +53,7 @@ def test_gaps_have_a_line_of_slope_2() -> None:
     ax = information.gap_rates({"gap": (sigmas, -(sigmas**2))})
     assert legend(ax) == ["gap", "slope 2"]
     for line in ax.lines:
-        np.testing.assert_allclose(line.get_ydata(), sigmas**2)
+        np.testing.assert_allclose(np.asarray(line.get_ydata(), float), sigmas**2)
     with pytest.raises(InputError, match="at least one series"):
         information.gap_rates({})
 
@@ -78,14 +78,14 @@ def test_rates_have_intervals_and_a_target() -> None:
     assert legend(ax)[0] == "asked for"
     # A class without images has a row and no dot.
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    assert ax.containers[0].lines[0].get_xdata().tolist() == [50.0]  # type: ignore[union-attr]
+    assert ax.containers[0].lines[0].get_xdata().tolist() == [50.0]  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="same names"):
         rates.rate_intervals({"x": found, "y": {"a": found["a"]}})
 
 
 def test_confusion_is_in_percent_of_the_row() -> None:
     ax = rates.confusion([0, 0, 0, 0, 1], [0, 0, 0, 1, 1], ["a", "b"], ["a", "b"])
-    np.testing.assert_allclose(ax.images[0].get_array(), [[75, 25], [0, 100]])
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), [[75, 25], [0, 100]])
     assert [text.get_text() for text in ax.texts] == ["75", "25", "100"]
     with pytest.raises(InputError, match="two classes per image"):
         rates.confusion([0], [0, 1], ["a"], ["a"])
