@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,61 @@ def find_records(records: Sequence[dict[str, Any]], config: Config) -> list[dict
     Returns:
         The records, by seed.
     """
-    wanted = training_key(config, seed=False)
-    found = [r for r in records if training_key(config_from_dict(r["config"]), seed=False) == wanted]
-    return sorted(found, key=lambda record: (record["data"]["digest"], record["seed"]))
+    return group_records(records).get(training_key(config, seed=False), [])
+
+
+def group_records(records: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group runs that trained the same but for their seed.
+
+    Returns:
+        By :func:`hgadlib.grid.training_key` without the seed; each group by images, then seed.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        key = training_key(config_from_dict(record["config"]), seed=False)
+        groups.setdefault(key, []).append(dict(record))
+    return {
+        key: sorted(found, key=lambda record: (record["data"]["digest"], record["seed"]))
+        for key, found in groups.items()
+    }
+
+
+def image_title(record: Mapping[str, Any]) -> str:
+    """Name a record's images: the dataset, or for a folder what its note says before the colon."""
+    if record["dataset"] != "folder":
+        return str(record["dataset"])
+    title, colon, _ = str(record.get("note", "")).partition(":")
+    return title if colon and title else f"folder {record['data']['digest'][:8]}"
+
+
+def problems(record: Mapping[str, Any]) -> list[str]:
+    """Check a record against itself.
+
+    Args:
+        record: With its file's name as "record".
+
+    Returns:
+        What is wrong, a sentence each: its configuration does not resolve, a digest is not that of the
+        configuration or not in the file's name, a metric is no share, a mean is not that of the classes.
+    """
+    found = []
+    try:
+        config_from_dict(record["config"])
+    except InputError as error:
+        found.append(f"its configuration does not resolve: {error}")
+    text = json.dumps(record["config"], sort_keys=True)
+    if hashlib.sha256(text.encode()).hexdigest() != record["config_digest"]:
+        found.append("its configuration is not that of its digest")
+    name = str(record["record"])
+    if not name.endswith(f"-{record['config_digest'][:8]}-{record['data']['digest'][:8]}"):
+        found.append("its file is not named by its digests")
+    for metric, mean in record["mean"].items():
+        values = [values[metric] for values in record["per_class"].values() if values[metric] is not None]
+        if any(not 0 <= value <= 1 for value in values):
+            found.append(f"{metric} is no share")
+        if (mean is None) != (not values) or (values and abs(np.mean(values) - mean) > 1e-9):
+            found.append(f"{metric}: the mean is not that of the classes")
+    return found
 
 
 def read_ledger(folder: Path) -> pd.DataFrame:

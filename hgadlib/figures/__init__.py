@@ -13,6 +13,13 @@ from hgadlib.figures.histograms import (
 from hgadlib.figures.latents import latent_scatter
 from hgadlib.figures.losses import LOSS_LABELS, loss_curves
 from hgadlib.figures.maps import anomaly_map_grid, outline_mask
+from hgadlib.figures.paper import (
+    claims_table,
+    comparison_points,
+    comparison_table,
+    records_cell,
+    text_table,
+)
 from hgadlib.figures.tables import METRIC_LABELS, auroc_table, fact_table, protocol_table
 from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, class_colors, panel_grid, theme
 
@@ -25,7 +32,10 @@ __all__ = [
     "PALETTE",
     "anomaly_map_grid",
     "auroc_table",
+    "claims_table",
     "class_colors",
+    "comparison_points",
+    "comparison_table",
     "coupling_course",
     "fact_table",
     "histogram_pairs",
@@ -38,6 +48,8 @@ __all__ = [
     "overlap_change",
     "panel_grid",
     "protocol_table",
+    "records_cell",
+    "text_table",
     "theme",
     "training_course",
 ]

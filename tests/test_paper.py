@@ -1,0 +1,127 @@
+"""The paper's tables as data: counts, means, disagreements, what the parameter files say."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hgadlib import paper
+from hgadlib.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+ROWS = {
+    "table1": 288, "table2": 72, "table3a": 12, "table3b": 10, "table3c": 6, "table3d": 8, "table3e": 4,
+    "table4": 18, "table5": 32, "table6": 224,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(paper.TABLES))
+def test_numbers_are_all_there_with_unit_status_and_source(name: str) -> None:
+    table = paper.read_table(name)
+    assert len(table) == ROWS[name]
+    assert set(table["status"]) <= set(paper.STATUSES)
+    assert table["source"].str.startswith("Tab. ").all()
+    keys = [
+        c for c in table if c not in ("value", "plus_minus", "unit", "status", "source", "remark", "meaning")
+    ]
+    assert not table.duplicated(keys).any()
+    if name == "table4":
+        return
+    assert (table["unit"] != "").all()
+    lost = table["status"].isin(["unreadable", "not reported", "not applicable"])
+    assert (table["value"].isna() == lost).all()
+    # What is not simply read says why.
+    doubtful = table["status"].isin(["repaired", "completed", "uncertain", "row unreadable", "unreadable"])
+    assert (table.loc[doubtful, "remark"] != "").all()
+    if name != "table5":
+        assert table["value"].dropna().between(50, 100).all() and (table["unit"] == "percent").all()
+
+
+def test_spot_values() -> None:
+    assert paper.value_of("table1/Mean/HGAD", "image_auroc") == 98.4
+    assert paper.value_of("table1/Bottle/HGAD", "pixel_auroc") == 98.6
+    assert paper.value_of("table2/Union/HGAD", "image_auroc") == 93.5
+    assert paper.value_of("table3c/tab3c_entropy", "pixel_auroc") == 97.0
+    assert paper.value_of("table5/HGAD", "learnable_parameters") == 30.8
+    assert paper.value_of("table6/Transistor/CFLOW", "image_auroc") == 99.1
+    assert math.isnan(paper.value_of("table6/Transistor/PaDiM", "image_auroc"))
+    assert math.isnan(paper.value_of("table3d/tab3d_1_5", "image_auroc"))
+
+
+def test_printed_means_and_sentences_disagree_exactly_where_listed() -> None:
+    listed = paper.read_disagreements()
+    assert (listed["remark"] != "").all()
+    found = paper.disagreements()
+    pd.testing.assert_frame_equal(
+        found.reset_index(drop=True), listed[list(found)].reset_index(drop=True), check_dtype=False
+    )
+    # 16 methods times two metrics, without the means that rest on a lost row.
+    assert paper.checked_means() == 2 * (9 + 2)
+
+
+def test_a_wrong_digit_is_a_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = paper._read
+
+    def wrong(name: str) -> pd.DataFrame:
+        table = original(name)
+        if name == "table1":
+            table.loc[(table["category"] == "Screw") & (table["method"] == "PMAD"), "value"] += 1.5
+        return table
+
+    before = len(paper.disagreements())
+    monkeypatch.setattr(paper, "_read", wrong)
+    assert len(paper.disagreements()) == before + 2
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "params" / "experiments").glob("tab3*.yaml")), ids=lambda f: f.stem
+)
+def test_parameter_files_expect_what_the_tables_say(file: Path) -> None:
+    text = " ".join(line.lstrip("# ") for line in file.read_text().splitlines() if line.startswith("#"))
+    expected = re.search(
+        r"Expected on MVTec AD(?:, image / pixel AUROC in percent)?: (\S+)(?: / ([\d.]*\d))?", text
+    )
+    assert expected is not None
+    key = f"table3{file.stem[4]}/{file.stem}"
+    table = [paper.value_of(key, metric) for metric in paper.METRICS]
+    if expected[1].startswith("unreadable"):
+        assert all(map(math.isnan, table))
+    else:
+        assert table == [float(expected[1]), float(expected[2])]
+
+
+@pytest.mark.parametrize("name", ["experiments/paper", "experiments/released", "mvtec"])
+def test_presets_expect_the_mean_of_table_1(name: str) -> None:
+    text = (ROOT / "params" / f"{name}.yaml").read_text()
+    assert paper.value_of("table1/Mean/HGAD", "image_auroc") == 98.4
+    assert re.search(r"percent: 98\.4 / 97\.9", text)
+
+
+def test_claims_name_rows_that_exist() -> None:
+    claims = paper.read_claims()
+    for key in {*claims["better"], *claims["worse"]}:
+        name, *names = key.split("/")
+        assert name in paper.TABLES
+        if name.startswith("table3"):
+            assert (ROOT / "params" / "experiments" / f"{names[0]}.yaml").is_file()
+        else:
+            assert not math.isnan(paper.value_of(key, "image_auroc"))
+
+
+def test_wide_table_is_the_printed_one() -> None:
+    one = paper.wide(paper.read_table("table1"), "category")
+    assert one.shape == (16, 9) and one.loc["Zipper", "HGAD"] == "100±0.04 / 99.0±0.09"
+    six = paper.wide(paper.read_table("table6"), "category")
+    assert six.loc["Transistor", "PaDiM"] == "unreadable"
+    assert six.loc["Wood", "PMAD"] == "98.0 / 93.3?" and six.loc["Wood", "UniAD"] == "97.9 / 93.4"
+    two = paper.wide(paper.read_table("table2"), "dataset")
+    assert two.loc["BTAD", "OmniAL"] == "– / –" and two.loc["BTAD", "PMAD"] == "93.8 / 97.3"
+
+
+def test_unknown_table_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"one of table1, table2, .*; found 'table7'"):
+        paper.read_table("table7")
