@@ -69,7 +69,7 @@ def tasks(flow: FeatureFlow, maps: Tensor) -> dict[str, dict[str, Callable[[], o
             nll(*module(x)).backward()
 
         def infer() -> None:
-            with torch.inference_mode():
+            with torch.no_grad():  # PyTorch's counter of FLOPs does not take inference mode
                 module(x)
 
         return {"forward+backward": train, "inference": infer}
