@@ -34,13 +34,18 @@ def information_limit(table: pd.DataFrame, *, unit: str = "nats", ax: Axes | Non
 
 
 def gap_rates(
-    gaps: Mapping[str, tuple[ArrayLike, ArrayLike]], *, unit: str = "nats", ax: Axes | None = None
+    gaps: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    unit: str = "nats",
+    noise_unit: str = "units of the features",
+    ax: Axes | None = None,
 ) -> Axes:
     r"""Draw how fast gaps vanish with the noise, in double logarithms, and a line of slope 2.
 
     Args:
         gaps: Name to (sigmas, gaps).
         unit: Of the gaps.
+        noise_unit: Of the noise.
         ax: Where to draw; a new figure if not given.
 
     Raises:
@@ -58,7 +63,7 @@ def gap_rates(
         linewidth=1.2, label="slope 2", zorder=1,
     )  # fmt: skip
     ax.set(xscale="log", yscale="log")
-    ax.set(xlabel=r"noise $\sigma$ (units of the features)", ylabel=f"|gap| ({unit})")
+    ax.set(xlabel=rf"noise $\sigma$ ({noise_unit})", ylabel=f"|gap| ({unit})")
     ax.legend()
     return ax
 
@@ -91,12 +96,15 @@ def information_plane(series: Mapping[str, pd.DataFrame], *, ax: Axes | None = N
         ax: Where to draw; a new figure if not given.
     """
     ax = plt.subplots(figsize=(5.4, 3.8))[1] if ax is None else ax
-    for (name, table), color, marker in zip(series.items(), (NORMAL_COLOR, PALETTE[2]), "os", strict=False):
-        ax.plot(table["A + B"], table["-L_mi"], color=color, marker=marker, label=name)
-        for alpha, x, y in zip(table.index, table["A + B"], table["-L_mi"], strict=True):
-            ax.annotate(
-                rf"$\alpha$={alpha:g}", (x, y), textcoords="offset points", xytext=(6, -11), fontsize=8
-            )
+    looks = ((NORMAL_COLOR, 9.0, "none"), (PALETTE[2], 4.0, PALETTE[2]))
+    for i, ((name, table), (color, size, face)) in enumerate(zip(series.items(), looks, strict=False)):
+        # Curves may lie on each other: a ring around a dot shows both.
+        ax.plot(
+            table["A + B"], table["-L_mi"], color=color, marker="o", markersize=size, markerfacecolor=face,
+            linewidth=2.4 - 1.2 * i, label=name,
+        )  # fmt: skip
+    for alpha, x, y in zip(table.index, table["A + B"], table["-L_mi"], strict=True):
+        ax.annotate(rf"$\alpha$={alpha:g}", (x, y), textcoords="offset points", xytext=(6, -13), fontsize=8)
     first = next(iter(series.values())).iloc[0]
     ax.scatter(
         first["true I(X, Z)"], first["true I(Z, Y)"], s=150, marker="*", color=ANOMALOUS_COLOR, zorder=4,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from hgadlib.errors import InputError
-from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE
+from hgadlib.figures.theme import PALETTE
 from hgadlib.thresholds import Rate
 
 
@@ -19,6 +19,7 @@ def rate_intervals(
     *,
     target: float | None = None,
     label: str = "share (%)",
+    colors: Sequence[str] = (PALETTE[2], PALETTE[1], PALETTE[4], PALETTE[7]),
     ax: Axes | None = None,
 ) -> Axes:
     """Draw counted shares with their intervals, a row a name and a colour a series.
@@ -27,6 +28,7 @@ def rate_intervals(
         rates: Series to name to rate.
         target: What was asked for, drawn as a dashed line.
         label: Of the axis.
+        colors: Of the series; blue and vermilion are for normal and anomalous images.
         ax: Where to draw; a new figure if not given.
 
     Raises:
@@ -36,7 +38,6 @@ def rate_intervals(
     if not names or any(list(series) != names for series in rates.values()):
         raise InputError("expected the same names in at least one series of rates; found others")
     ax = plt.subplots(figsize=(5.6, 0.9 + 0.34 * len(names)))[1] if ax is None else ax
-    colors = (NORMAL_COLOR, ANOMALOUS_COLOR, PALETTE[2], PALETTE[4])
     spread = 0.5 / max(len(rates), 1)
     for i, ((series, found), color, marker) in enumerate(zip(rates.items(), colors, "osD^", strict=False)):
         at = np.arange(len(names)) + (i - (len(rates) - 1) / 2) * spread
@@ -55,7 +56,7 @@ def rate_intervals(
             100 * target, color="0.4", linestyle=(0, (4, 3)), linewidth=1.2, zorder=0, label="asked for"
         )
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlim(-2, 102)
     ax.set_xlabel(label)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
