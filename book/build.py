@@ -208,8 +208,8 @@ def stage_notebook(executed: Path, target: Path, *, page: str) -> None:
             for output in cell.outputs:
                 size = output.get("metadata", {}).get("image/png", {})
                 # Both sides fixed would squeeze a figure that is wider than its column.
-                size.pop("height", None)
-                if size.get("width", 0) > WIDE:
+                height = size.pop("height", 0)
+                if size.get("width", 0) > max(WIDE, 1.3 * height):
                     options = cell.metadata.setdefault("mystnb", {}).setdefault("image", {})
                     options["classes"] = "wide-figure"
             prepare_figure(cell, page=page)

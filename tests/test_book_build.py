@@ -223,7 +223,8 @@ def test_a_caption_without_its_figure_is_refused(code: str, name: str, said: str
 
 
 def test_a_chapter_says_how_to_make_it_again(scratch: Scratch) -> None:
-    assert "papermill book/chapter.ipynb out.ipynb" in scratch.text("chapter.html")
+    words = re.sub(r"<[^>]*>", "", scratch.text("chapter.html"))
+    assert "papermill book/chapter.ipynb out.ipynb" in words
     assert "papermill" not in scratch.text("first.html")
     given = build.run_it("train", {"dataset": "demo", "overrides": {"loss.lambda2": 10}})
     assert "book/train.ipynb out.ipynb -y '{dataset: demo, overrides: {loss.lambda2: 10}}'" in given
@@ -380,6 +381,15 @@ def test_every_notebook_is_in_the_table_of_contents() -> None:
     found = {name for name in found if not re.search(r"(^|/)[_.]", name)}
     # explore is for JupyterLab: its widgets need a live kernel.
     assert found - {"explore"} <= set(toc_pages())
+
+
+def test_the_first_page_lists_every_chapter() -> None:
+    root, *chapters = toc_pages()
+    text = (ROOT / "book" / f"{root}.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \{doc\}`([\w/]+)` \|", text, flags=re.MULTILINE)
+    assert set(chapters) <= set(listed)
+    # Chapters that are read in the book's order are found in it.
+    assert [page for page in listed if page in chapters] == chapters
 
 
 def test_source_has_no_folder_named_static() -> None:
