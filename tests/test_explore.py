@@ -29,6 +29,7 @@ from hgadlib.errors import InputError
 from hgadlib.explorer import Explorer, open_explorer
 from hgadlib.explorer_app import ExplorerApp, draw, overview
 from hgadlib.figures import theme
+from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.scoring import Criterion
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +130,8 @@ def test_positions_are_projected_latents(done: Done, projection: module.Projecti
     flow, prior = explorer.model.levels[-1]
     with torch.no_grad():
         z = flow(explorer.inputs.test.batch(torch.tensor([state.index]))[-1])[0][0].numpy()
-        centers = prior.centers.numpy()  # type: ignore[union-attr, operator, index, unused-ignore]
+        assert isinstance(prior, HierarchicalGaussianMixture)
+        centers = prior.centers.numpy()
     both = plane.project.transform(np.concatenate([z, centers]))
     np.testing.assert_allclose(explorer.view(state).positions, both[: len(z)], rtol=1e-4, atol=1e-4)
     assert plane.centers is not None
