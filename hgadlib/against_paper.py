@@ -173,6 +173,10 @@ def judge(ablation: Ablation, runs: pd.DataFrame, images: str) -> pd.DataFrame:
     """
     claims = paper.read_claims()
     claims = claims[claims["better"].str.startswith(ablation.table + "/")]
+    mine = runs[runs["images"] == images]
+    if len(mine):
+        # Images without masks have nothing to say of pixels.
+        claims = claims[claims["metric"].isin(mine.dropna(subset=["value"])["metric"])]
     lines = []
     for claim in claims.to_dict("records"):
         better, worse = (claim[side].split("/")[-1] for side in ("better", "worse"))

@@ -141,15 +141,15 @@ def disagreements() -> pd.DataFrame:
         table = read_table(name)
         for (method, metric), part in table.groupby(["method", "metric"], sort=False):
             values = part.set_index("category")["value"]
-            rows, printed = values.drop("Mean"), float(values["Mean"])
-            if rows.isna().any():
+            others, printed = values.drop("Mean"), float(values["Mean"])
+            if others.isna().any():
                 continue
-            found.append((f"{name}/Mean/{method}", metric, printed, float(rows.mean())))
+            found.append((f"{name}/Mean/{method}", metric, printed, float(others.mean())))
     for claim in read_claims().dropna(subset=["stated"]).to_dict("records"):
         gain = value_of(claim["better"], claim["metric"]) - value_of(claim["worse"], claim["metric"])
         where = f"{claim['source']}: {claim['better']} over {claim['worse']}"
         found.append((where, claim["metric"], claim["stated"], gain))
-    compared = [
+    rows = [
         {
             "where": where,
             "metric": metric,
@@ -162,7 +162,7 @@ def disagreements() -> pd.DataFrame:
         # Half up as people round, not half to even; 1e-9 against binary fractions.
         if not abs(np.floor(10 * computed + 0.5 + 1e-9) / 10 - printed) < 1e-6
     ]
-    return pd.DataFrame(compared)
+    return pd.DataFrame(rows)
 
 
 def checked_means() -> int:

@@ -131,7 +131,7 @@ def _text(values: pd.Series) -> str:
 def _shared(record: Mapping[str, Any]) -> str:
     """Give a text that is equal for runs that differ in prior, losses, kind of flow and seed alone."""
     values = config_from_dict(record["config"]).identity()
-    for key in ("experiment", "seed", "prior", "loss"):
+    for key in ("dataset", "experiment", "seed", "prior", "loss"):
         del values[key]
     for section, key in (
         ("flow", "kind"), ("flow", "hidden_ratio"), ("train", "first_stage"), ("train", "evaluate_every"),

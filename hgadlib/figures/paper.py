@@ -46,7 +46,7 @@ def text_table(table: pd.DataFrame, *, name: str, caption: str = "", emphasise: 
     for row, label in enumerate(table.index):
         if label in emphasise:
             look.append({"selector": f".row{row}", "props": "font-weight: bold"})
-    return styler.set_table_styles(look)
+    return styler.set_table_styles(look)  # type: ignore[arg-type]
 
 
 def records_cell(records: Sequence[str]) -> str:

@@ -1,0 +1,229 @@
+"""The paper's table beside ours: which runs count for a row, means, intervals, verdicts, live rows."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pytest
+
+from hgadlib import against_paper, figures, live
+from hgadlib.against_paper import (
+    compare,
+    half_width,
+    judge,
+    load_ablation,
+    measure,
+    paired,
+    sets_of_images,
+    verdict,
+)
+from hgadlib.errors import InputError
+from hgadlib.ledger import image_title, problems
+from hgadlib.results import leads, method_runs, summarise
+
+HIERARCHY = load_ablation("table3a")
+
+
+def record(
+    experiment: str, seed: int, image: float, *, dataset: str = "demo", note: str = ""
+) -> dict[str, Any]:
+    """Make a record of the grid's settings; pixel AUROC is there but for elpv, the likelihood 0.1 better."""
+    config = HIERARCHY.grid.config(dataset, experiment, seed)
+    single = config.prior.kind == "single"
+
+    def metrics(value: float) -> dict[str, float | None]:
+        return {"image_auroc": value, "pixel_auroc": None if dataset == "elpv" else value + 0.05}
+
+    scores = {"inductive/likelihood": metrics(image if single else image + 0.1)}
+    scores |= {} if single else {"inductive/both": metrics(image), "inductive/entropy": metrics(image - 0.1)}
+    digest = hashlib.sha256(f"{dataset}{note}".encode()).hexdigest()
+    return {
+        "dataset": dataset,
+        "experiment": experiment,
+        "seed": seed,
+        "protocol": {"criterion": "likelihood" if single else "both"},
+        "note": note,
+        "mean": metrics(image),
+        "per_class": {"a": metrics(image)},
+        "other_protocols": scores,
+        "counts": {"train": 3, "test_normal": 2, "test_anomalous": 1},
+        "config": config.identity(),
+        "config_digest": config.digest,
+        "data": {"digest": digest, "classes": ["a"]},
+        "record": f"{dataset}-{experiment}-seed{seed}-{config.digest[:8]}-{digest[:8]}",
+    }
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    made = [record("tab3a_sgc", s, v) for s, v in ((0, 0.70), (1, 0.72), (2, 0.74))]
+    made += [record("tab3a_full", s, v) for s, v in ((0, 0.75), (1, 0.77), (2, 0.80))]
+    made += [record("tab3a_full", 0, 0.6, dataset="elpv")]
+    return [*made, record("tab3a_full", 0, 0.65, dataset="folder", note="boards: own split")]
+
+
+def test_rows_are_the_papers_in_its_order_and_own_points_are_named_by_their_weights() -> None:
+    assert next(iter(HIERARCHY.labels.values())) == "SGC" and HIERARCHY.reference == "tab3a_full"
+    lambdas = load_ablation("table3d")
+    assert list(lambdas.labels.values())[:3] == ["(1, 1)", "(1, 5)", "(1, 10)"]
+    assert (lambdas.reference, load_ablation("table3c").reference) == ("tab3d_1_10", "tab3c_both")
+    assert against_paper.switches(load_ablation("table3b"))["M = 3"] == "prior.n_centers = 3"
+    assert "features.backbone" in against_paper.beside_paper(HIERARCHY).index
+
+
+def test_table_says_paper_ours_difference_and_names_the_runs(records: list[dict[str, Any]]) -> None:
+    runs = measure(HIERARCHY, records)
+    table: Any = compare(HIERARCHY, runs, "demo").set_index(["experiment", "metric"])
+    row = table.loc["tab3a_sgc", "image_auroc"]
+    assert row["paper"] == 89.0 and row["ours"] == pytest.approx(72.0) and row["seeds"] == 3
+    assert row["difference"] == pytest.approx(-17.0)
+    # t(0.975, 2) = 4.3027, s = 2.
+    assert row["half_width"] == pytest.approx(4.3027 * 2 / math.sqrt(3), rel=1e-4)
+    assert row["records"] == [found["record"] for found in records[:3]]
+    assert table.loc["tab3a_fmc", "image_auroc"]["seeds"] == 0
+    styler: Any = figures.comparison_table(table.reset_index(), "demo")
+    shown = styler.data
+    assert shown.loc["FMC", ("image AUROC (%)", "ours")] == "not measured"
+    assert shown.loc["FMC + Intra", ("image AUROC (%)", "paper")] == "unreadable"
+    assert records[1]["record"] in shown.loc["SGC", ("", "runs")]
+
+
+def test_sets_of_images_stay_apart_and_without_masks_there_is_no_pixel_column(
+    records: list[dict[str, Any]],
+) -> None:
+    runs = measure(HIERARCHY, records)
+    assert sets_of_images(HIERARCHY, runs) == ["demo", "elpv", "boards"]
+    styler: Any = figures.comparison_table(compare(HIERARCHY, runs, "elpv"), "elpv")
+    shown = styler.data
+    assert {head for head, _ in shown.columns} == {"image AUROC (%)", ""}
+    # Other images under the same name are another set.
+    other = copy.deepcopy(records[0])
+    other["data"]["digest"] = "0" * 64
+    both = set(measure(HIERARCHY, [*records, other])["images"])
+    assert "demo (00000000)" in both and "demo" not in both
+    assert sets_of_images(HIERARCHY, measure(HIERARCHY, [])) == ["demo", "elpv"]
+
+
+def test_criteria_come_out_of_the_same_record(records: list[dict[str, Any]]) -> None:
+    def ours(table: str, experiment: str, criterion: str = "own") -> float:
+        ablation = load_ablation(table)
+        found: Any = compare(ablation, measure(ablation, records, criterion=criterion), "demo")
+        return float(found.set_index(["experiment", "metric"]).loc[(experiment, "image_auroc"), "ours"])
+
+    assert ours("table3a", "tab3a_full") == pytest.approx(77.333, abs=1e-3)
+    assert ours("table3a", "tab3a_full", "likelihood") == pytest.approx(87.333, abs=1e-3)
+    assert ours("table3a", "tab3a_sgc", "likelihood") == pytest.approx(72.0)
+    # Rows of another table that train the same: one run, three scores.
+    assert ours("table3c", "tab3c_entropy") == pytest.approx(67.333, abs=1e-3)
+    assert ours("table3b", "tab3b_10") == pytest.approx(77.333, abs=1e-3)
+
+
+def test_orderings_are_judged_seed_by_seed(records: list[dict[str, Any]]) -> None:
+    runs = measure(HIERARCHY, records)
+    assert list(paired(runs, "demo", "image_auroc", "tab3a_full", "tab3a_sgc")) == pytest.approx([5, 5, 6])
+    judged: Any = judge(HIERARCHY, runs, "demo").set_index(["claim", "metric"])
+    row = judged.loc["ICG + MIM + Intra over SGC", "image_auroc"]
+    assert (row["verdict"], row["agree"], row["seeds"]) == ("seen", 3, 3)
+    assert row["paper"] == pytest.approx(8.7)
+    assert judged.loc["FMC over SGC", "image_auroc"]["verdict"] == "not measured"
+    # The table's row cannot be read: what the sentence states.
+    assert judged.loc["FMC + Intra over FMC", "image_auroc"]["paper"] == 1.6
+    assert set(judge(HIERARCHY, runs, "elpv")["metric"]) == {"image_auroc"}
+    said = against_paper.tally(judged.reset_index(), "demo")
+    assert "2 seen" in said and "9 not measured" in said
+    assert "none of the 11" in against_paper.tally(judge(HIERARCHY, runs, "nowhere"), "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([-1.0, -1.1, -0.9], "opposite"),
+        ([3.0, -1.0, 1.0], "undecided"),
+        ([0.0, 0.0], "undecided"),
+        ([0.4], "same sign, one run"),
+        ([0.0], "no difference, one run"),
+    ],
+)
+def test_verdicts(differences: list[float], expected: str) -> None:
+    assert verdict(differences) == expected
+    assert math.isnan(half_width(differences[:1]))
+
+
+def test_figure_has_every_run_and_the_papers_number(records: list[dict[str, Any]]) -> None:
+    runs = measure(HIERARCHY, records)
+    tables = {images: compare(HIERARCHY, runs, images) for images in ("demo", "elpv")}
+    figure = figures.comparison_points(tables, runs)
+    demo = figure.axes[0]
+    assert demo.get_xlabel() == "AUROC (%)" and len(figure.axes) == 2
+    points: list[Any] = [line.get_xdata() for line in demo.lines if line.get_marker() == "o"]
+    drawn = sorted(float(x) for some in points for x in some)
+    assert drawn == pytest.approx(sorted(runs[runs["images"] == "demo"]["value"]))
+    plt.close("all")
+    with pytest.raises(InputError, match="found none"):
+        figures.comparison_points({}, runs)
+
+
+def test_live_rows_are_those_that_lack_and_wrong_ones_are_refused(records: list[dict[str, Any]]) -> None:
+    def chosen(rows: Any, table: str = "table3a", seed: int = 0) -> list[str]:
+        ablation = load_ablation(table)
+        return [
+            c.experiment for c in live.choose_rows(ablation, records, dataset="demo", seed=seed, rows=rows)
+        ]
+
+    assert chosen([]) == []
+    assert chosen("missing") == ["tab3a_fmc", "tab3a_icg", "tab3a_icg_mim", "tab3a_fmc_intra"]
+    assert len(chosen("missing", seed=5)) == 6
+    # A shared row lies where the grid's run lies.
+    assert chosen(["tab3c_both", "tab3c_entropy"], "table3c") == ["tab3a_full"]
+    with pytest.raises(InputError, match=r"expected some of tab3a_sgc.* found tab3b_3"):
+        chosen(["tab3b_3"])
+    with pytest.raises(InputError, match="or missing, found 'all'"):
+        chosen("all")
+
+
+def test_hgad_and_the_single_gaussian_under_equal_settings(records: list[dict[str, Any]]) -> None:
+    runs = method_runs(records)
+    found = leads(runs).to_dict("records")
+    assert [line["images"] for line in found] == ["demo"]
+    assert found[0]["differences"] == pytest.approx([5, 5, 6]) and found[0]["method"] == "HGAD, lambda2 = 10"
+    means = summarise(runs[runs["class"] == "mean"]).set_index(["images", "method"])
+    assert means.loc[("demo", "single Gaussian"), "image_auroc"] == "72.0 ± 5.0"
+    assert means.loc[("elpv", "HGAD, lambda2 = 10"), "pixel_auroc"] == "–"
+    longer = copy.deepcopy(records[0])
+    longer["config"]["train"]["epochs"] = 99
+    assert method_runs([*records, longer])["settings"].nunique() == 2
+
+
+def test_a_record_is_checked_against_itself(records: list[dict[str, Any]]) -> None:
+    good = records[0]
+    assert problems(good) == [] and image_title(records[-1]) == "boards"
+    for change, message in (
+        ({"mean": {**good["mean"], "image_auroc": 0.1}}, "image_auroc: the mean is not"),
+        ({"config": {**good["config"], "seed": 9}}, "not that of its digest"),
+        ({"record": "demo-x"}, "not named by its digests"),
+        ({"config": {**good["config"], "surplus": 1}}, "does not resolve"),
+        ({"per_class": {"a": {"image_auroc": 1.2, "pixel_auroc": None}}}, "no share"),
+    ):
+        assert any(message in said for said in problems({**good, **change})), message
+
+
+def test_committed_records_hold_together() -> None:
+    for file in (Path(__file__).parents[1] / "results" / "runs").glob("*.json"):
+        assert problems(json.loads(file.read_text()) | {"record": file.stem}) == [], file.name
+
+
+def test_unknown_tables_and_grids_are_one_line() -> None:
+    with pytest.raises(InputError, match="one of table1"):
+        load_ablation("table9")
+    with pytest.raises(InputError, match="expected experiments named tab1_"):
+        load_ablation("table1")
