@@ -35,7 +35,9 @@ SETTINGS = {
     "published": {"layers": 12, "position_dim": 256, "ratio": 2},
     "default": {"layers": 8, "position_dim": 64, "ratio": 1},
 }
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
+# Outputs and gradients. A hidden unit within rounding of its ReLU's kink makes single-precision gradients
+# jump, so the strict comparison of gradients is the one in double precision.
+TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-11, 1e-11)}
 
 
 def make_flow(channels: int, side: int, setting: str) -> FeatureFlow:
@@ -101,9 +103,10 @@ def compare(flow: FeatureFlow, maps: Tensor) -> dict[str, float]:
         "gradients": float((ours - expected_grads).norm() / expected_grads.norm()),
     }
     flow.zero_grad(set_to_none=True)
-    if not max(found.values()) <= TOLERANCE[maps.dtype]:
+    outputs, gradients = TOLERANCE[maps.dtype]
+    if not (max(found["z"], found["log_det"]) <= outputs and found["gradients"] <= gradients):
         raise SystemExit(
-            f"expected AllInOneBlock's outputs and gradients to {TOLERANCE[maps.dtype]}, found {found}"
+            f"expected AllInOneBlock's outputs to {outputs}, gradients to {gradients}, found {found}"
         )
     return found
 
