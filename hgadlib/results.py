@@ -19,6 +19,7 @@ _METHODS = (
     "tab3a_full",
     "tab3a_sgc",
     "sec32_single",
+    "sec32_single_whiten",
     "sec32_fastflow",
     "paper",
     "released",
