@@ -19,7 +19,7 @@ help:
 	@echo "make test   lint, check types and run all tests"
 	@echo "make lint   the checks alone, without the tests"
 	@echo "make lab    open the chapters in JupyterLab"
-	@echo "make ablations  run what is missing of the bundled grid of runs (hours), and set out its table"
+	@echo "make ablations  run what is missing of the grid for Tab. 3 (hours)"
 	@echo "make clean  remove the built book and caches (keeps .venv, data, runs)"
 	@echo "make distclean  the same, and .venv"
 	@echo "Each first installs the pinned requirements into .venv, once."

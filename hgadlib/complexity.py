@@ -212,24 +212,25 @@ def _step_cost(model: HGAD, shapes: Sequence[Sequence[int]], config: Config) -> 
     return cost // images
 
 
-def coupling_multiply_adds(channels: int, positions: int, *, position_dim: int, hidden: int) -> int:
+def coupling_multiply_adds(channels: int, grid: tuple[int, int], *, position_dim: int, hidden: int) -> int:
     """Work out by hand what one positional coupling block costs for one image, to check the counter.
 
-    Per position: the subnet's two layers and the rotation. Once per grid: the position's share of the first
-    layer, which is the same for every image, and the shift behind the rotation.
+    Per position: the subnet's two layers and the rotation. Once per grid: the share of the first layer that the
+    position has, which is the same for every image and a sum over one code per row and one per column, half of
+    the channels each; and the shift behind the rotation.
 
     Args:
         channels: C.
-        positions: H * W.
+        grid: (H, W).
         position_dim: P.
         hidden: Width of the subnet.
 
-    >>> coupling_multiply_adds(2, 1, position_dim=4, hidden=3)
+    >>> coupling_multiply_adds(2, (1, 1), position_dim=4, hidden=3)
     29
     """
     kept, moved = channels - channels // 2, channels // 2
     each = kept * hidden + hidden * 2 * moved + channels**2
-    return positions * (each + position_dim * hidden) + channels**2
+    return grid[0] * grid[1] * each + sum(grid) * (position_dim // 2) * hidden + channels**2
 
 
 def stage_choices(
@@ -263,7 +264,7 @@ def stage_choices(
                 kept, moved = channels - channels // 2, channels // 2
                 hidden = max(1, round(hidden_ratio * (kept + position_dim)))
                 cost += layers * coupling_multiply_adds(
-                    channels, height * width, position_dim=position_dim, hidden=hidden
+                    channels, (height, width), position_dim=position_dim, hidden=hidden
                 )
                 subnet = (kept + position_dim + 1) * hidden + (hidden + 1) * 2 * moved
                 parameters += layers * (subnet + 2 * channels)

@@ -34,7 +34,7 @@ def flow() -> FeatureFlow:
 
 def test_counter_sees_all_products_of_the_fused_coupling() -> None:
     net, x = flow(), torch.randn(1, 20, CHANNELS)
-    by_hand = LAYERS * coupling_multiply_adds(CHANNELS, 20, position_dim=POSITIONS, hidden=HIDDEN)
+    by_hand = LAYERS * coupling_multiply_adds(CHANNELS, GRID, position_dim=POSITIONS, hidden=HIDDEN)
     assert count_multiply_adds(lambda: net(x)) == by_hand
     # PyTorch's counter alone does not know products that add in place.
     with FlopCounterMode(display=False) as plain:
@@ -45,11 +45,11 @@ def test_counter_sees_all_products_of_the_fused_coupling() -> None:
 def test_backward_pass_is_counted_too() -> None:
     net, x = flow(), torch.randn(1, 20, CHANNELS)
     kept, moved = CHANNELS - CHANNELS // 2, CHANNELS // 2
-    forward = coupling_multiply_adds(CHANNELS, 20, position_dim=POSITIONS, hidden=HIDDEN)
+    forward = coupling_multiply_adds(CHANNELS, GRID, position_dim=POSITIONS, hidden=HIDDEN)
     # Gradients of both layers' inputs and weights, of the rotation's input, of the position's weights, of the
     # offset behind the rotation.
     backward = 20 * (2 * kept * HIDDEN + 2 * HIDDEN * 2 * moved + CHANNELS**2)
-    backward += 20 * POSITIONS * HIDDEN + CHANNELS**2
+    backward += sum(GRID) * (POSITIONS // 2) * HIDDEN + CHANNELS**2
 
     def step() -> None:
         z, log_det = net(x)
@@ -81,7 +81,7 @@ def test_parts_and_parameters(measured: Complexity) -> None:
     assert measured.levels == ((24, 16, 16), (40, 8, 8))
     assert list(measured.multiply_adds) == list(PARTS)
     by_hand = sum(
-        2 * coupling_multiply_adds(c, h * w, position_dim=8, hidden=2 * (c - c // 2 + 8))
+        2 * coupling_multiply_adds(c, (h, w), position_dim=8, hidden=2 * (c - c // 2 + 8))
         for c, h, w in measured.levels
     )
     assert measured.multiply_adds["flow"] == by_hand
