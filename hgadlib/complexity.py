@@ -215,9 +215,9 @@ def _step_cost(model: HGAD, shapes: Sequence[Sequence[int]], config: Config) -> 
 def coupling_multiply_adds(channels: int, grid: tuple[int, int], *, position_dim: int, hidden: int) -> int:
     """Work out by hand what one positional coupling block costs for one image, to check the counter.
 
-    Per position: the subnet's two layers and the rotation. Once per grid: the share of the first layer that the
-    position has, which is the same for every image and a sum over one code per row and one per column, half of
-    the channels each; and the shift behind the rotation.
+    Per position: the subnet's two layers and the rotation. Once per grid: the position's share of the first
+    layer, the same for every image and a sum of one code per row and one per column, half of the channels each;
+    and the shift behind the rotation.
 
     Args:
         channels: C.
