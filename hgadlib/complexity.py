@@ -216,7 +216,7 @@ def coupling_multiply_adds(channels: int, grid: tuple[int, int], *, position_dim
     """Work out by hand what one positional coupling block costs for one image, to check the counter.
 
     Per position: the subnet's two layers and the rotation. Once per grid: the position's share of the first
-    layer, the same for every image and a sum of one code per row and one per column, half of the channels each;
+    layer, the same for every image: a sum of one code per row and one per column, half of the channels each;
     and the shift behind the rotation.
 
     Args:
