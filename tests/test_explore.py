@@ -367,6 +367,9 @@ def browser(profile: Path) -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium: programs chromium and chromedriver")
+@pytest.mark.skipif(
+    "HGAD_BROWSER" not in os.environ, reason="starts JupyterLab and Chromium: set HGAD_BROWSER=1"
+)
 def test_in_a_browser_widgets_change_the_figure(done: Done, tmp_path: Path) -> None:
     pytest.importorskip("jupyterlab", reason="needs the extra: book")
     pytest.importorskip("selenium", reason="needs the extra: test")
