@@ -269,5 +269,5 @@ def _draw_scores(
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("image score (no unit); dashed: threshold, line: this image")
+    ax.set_xlabel("image score; dashed: threshold, line: this image")
     ax.set_title("scores of the class's test images", loc="left")
