@@ -124,11 +124,18 @@ class ExplorerApp:
 
     def _put_threshold(self, state: State) -> None:
         low, high = (math.log10(v) for v in self.explorer.limits(state.class_name, state.criterion))
+        # A browser's slider moves a value to the nearest step from its minimum, and sends it back. So the
+        # steps are laid through the threshold: what was chosen for the class is what is shown.
+        at, step = math.log10(state.threshold), (high - low) / 400
+        below, above = (max(math.ceil(part / step), 0) for part in (at - low, high - at))
+        low, high = at - below * step, at + above * step
         slider = self.threshold
-        # Widened first: a slider takes no minimum above its maximum, nor a value outside.
-        slider.min, slider.max = min(low, slider.min), max(high, slider.max)
-        slider.value = state.threshold
-        slider.min, slider.max, slider.step = low, high, (high - low) / 400
+        # In one message: between two of them a browser would fit the value to limits that do not last.
+        with slider.hold_sync():
+            # Widened first: a slider takes no minimum above its maximum, nor a value outside.
+            slider.min, slider.max = min(low, slider.min), max(high, slider.max)
+            slider.value = state.threshold
+            slider.min, slider.max, slider.step = low, high, step
 
     def _on_class(self, change: dict[str, Any]) -> None:
         if not self._quiet:
