@@ -44,28 +44,31 @@ def random_rotation(dim: int, generator: torch.Generator | None = None) -> Tenso
     return q.to(torch.get_default_dtype())
 
 
-# Rows of the subnet's hidden layer that a processor works on at a time: about a megabyte stays in its cache.
-_CACHED_ROWS = 512
+# Numbers of the subnet's hidden layer that a processor works on at a time: about a megabyte stays in its cache.
+_CACHED_NUMBERS = 512 * 640
 
 
-def _parts(x: Tensor, dtype: torch.dtype) -> list[tuple[slice, slice]]:
+def _parts(x: Tensor, width: int, dtype: torch.dtype) -> list[tuple[slice, slice]]:
     """Cut (B, N, C) into positions of some images, and the rows of (B * N, C) that these are.
 
-    On a processor the hidden layer of a whole batch is larger than the caches, and each pass over it would
-    wait for memory. Other devices take all at once, and so do subnets in half precision: their gradients
-    would lose digits where parts are added up.
+    On a processor a wide hidden layer of a whole batch is larger than the caches, and each pass over it would
+    wait for memory; a narrow one fits as it is, and parts would cost more calls. Other devices take all at
+    once, and so do subnets in half precision: their gradients would lose digits where parts are added up.
     """
     images, positions, _ = x.shape
     if x.device.type != "cpu" or dtype != x.dtype:
         return [(slice(0, positions), slice(0, images * positions))]
-    if positions <= _CACHED_ROWS:  # some whole images
-        size = _CACHED_ROWS // positions * positions
+    most = max(_CACHED_NUMBERS // width, 1)
+    if positions <= most:  # some whole images
+        size = most // positions * positions
         ends = [min(start + size, images * positions) for start in range(0, images * positions, size)]
         return [(slice(0, positions), slice(a, b)) for a, b in zip([0, *ends], ends, strict=False)]
+    # The fewest parts of an image, of equal size but for the last.
+    size = math.ceil(positions / math.ceil(positions / most))
     parts = []
     for image in range(images):
-        for start in range(0, positions, _CACHED_ROWS):
-            stop = min(start + _CACHED_ROWS, positions)
+        for start in range(0, positions, size):
+            stop = min(start + size, positions)
             parts.append((slice(start, stop), slice(image * positions + start, image * positions + stop)))
     return parts
 
@@ -102,7 +105,7 @@ def _couple(
     flat = x.reshape(-1, channels)
     x1, x2 = flat[:, :split], flat[:, split:]
     a = torch.empty(len(flat), len(weight2), dtype=dtype, device=x.device)
-    parts = _parts(x, dtype)
+    parts = _parts(x, width, dtype)
     hidden = torch.empty(len(flat) if keep else _largest(parts), width, dtype=dtype, device=x.device)
     for own, rows in parts:
         part = hidden[rows] if keep else hidden[: rows.stop - rows.start]
@@ -175,7 +178,7 @@ class _FusedCoupling(torch.autograd.Function):
         grad_bias2 = grad_a.sum(0)
         grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
         grad_share = torch.zeros(ctx.share_shape, dtype=dtype, device=x.device)
-        parts = _parts(x, dtype)
+        parts = _parts(x, width, dtype)
         buffer = torch.empty(_largest(parts), width, dtype=dtype, device=x.device)
         for own, rows in parts:
             part, given = hidden[rows], grad_a[rows]

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hgadlib.against_paper import half_width, image_titles, percent
+from hgadlib.against_paper import (
+    half_width,
+    image_titles,
+    judge,
+    load_ablation,
+    measure,
+    percent,
+    sets_of_images,
+)
 from hgadlib.config import config_from_dict
 
 # Experiments that are whole methods; the others are rows of an ablation.
@@ -120,6 +128,32 @@ def leads(runs: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(lines, columns=["images", "settings", "method", "differences"])
+
+
+def findings(
+    records: Sequence[Mapping[str, Any]], *, criterion: str = "own", grid: str = "ablations"
+) -> pd.DataFrame:
+    """Hold every ordering that the paper claims in Tab. 3a to 3e against the ledger, on every set of images.
+
+    Args:
+        records: The ledger's.
+        criterion: As in :func:`hgadlib.against_paper.measure`. By another than "own" Tab. 3c, which is about
+            the criterion, is left out.
+        grid: A file of params/grids.
+
+    Returns:
+        Lines of :func:`hgadlib.against_paper.judge` behind two columns, table and images.
+    """
+    parts = []
+    for letter in "abcde" if criterion == "own" else "abde":
+        ablation = load_ablation(f"table3{letter}", grid)
+        runs = measure(ablation, records, criterion=criterion)
+        for images in sets_of_images(ablation, runs):
+            judged = judge(ablation, runs, images)
+            judged.insert(0, "images", images)
+            judged.insert(0, "table", f"3{letter}")
+            parts.append(judged)
+    return pd.concat(parts, ignore_index=True)
 
 
 def _text(values: pd.Series) -> str:

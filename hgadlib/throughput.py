@@ -86,27 +86,39 @@ def product_rate(device: torch.device, *, size: int = 1024, repeats: int = 7) ->
     return size**3 / statistics.median(seconds[1:]) / 1e9
 
 
+_RATES = {"training (images/s)": "train_images_per_s", "prediction (images/s)": "predict_images_per_s"}
+
+
 def recorded_rates(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """List the rates that the ledger's runs recorded: a row a run.
+    """Gather the rates that the ledger's runs recorded: a row for equal settings on equal hardware.
 
     Args:
         records: What :func:`hgadlib.ledger.read_records` gave.
+
+    Returns:
+        Columns of the settings, device, the medians of both rates, and records, a list of names.
     """
     rows = []
     for record in records:
         config, environment = record["config"], record["environment"]
         rows.append(
             {
-                "run": record["record"],
                 "backbone": config["features"]["backbone"],
                 "pixels": config["data"]["image_size"],
+                "pyramid": str(config["features"]["pyramid"] or "none").strip("[]"),
                 "flow layers": config["flow"]["layers"],
-                "training (images/s)": record["timing"]["train_images_per_s"],
-                "prediction (images/s)": record["timing"]["predict_images_per_s"],
                 "device": environment["device"],
+                **{column: record["timing"][key] for column, key in _RATES.items()},
+                "records": record["record"],
             }
         )
-    return pd.DataFrame(rows)
+    if not rows:
+        return pd.DataFrame(
+            columns=["backbone", "pixels", "pyramid", "flow layers", "device", *_RATES, "records"]
+        )
+    settings = ["backbone", "pixels", "pyramid", "flow layers", "device"]
+    merged = dict.fromkeys(_RATES, "median") | {"records": list}
+    return pd.DataFrame(rows).groupby(settings, as_index=False, sort=False).agg(merged)
 
 
 def benchmark_ratios(folder: Path | None = None) -> pd.DataFrame:
@@ -116,26 +128,46 @@ def benchmark_ratios(folder: Path | None = None) -> pd.DataFrame:
         folder: Where the files lie; None for results/benchmarks.
 
     Returns:
-        Columns file, benchmark, what, speedup (median) and device; no row where nothing is committed.
+        Columns benchmark, case (what was compared), times as fast (the median), from, to (NaN where a
+        ratio is of one measurement), device, threads and file; no row where nothing is committed.
     """
     folder = folder or project_dir() / "results" / "benchmarks"
     rows = []
     for file in sorted(folder.glob("*.jsonl")):
-        device = None
+        device, threads = "not recorded", 0
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line) if line.strip() else {}
-            if "machine" in entry:
-                device = entry["device"] if entry.get("device") not in (None, "cpu") else entry["machine"]
-            speedup = entry.get("speedup")
-            if speedup is not None:
-                median = speedup["median"] if isinstance(speedup, Mapping) else speedup
-                rows.append(
-                    {
-                        "file": file.name,
-                        "benchmark": entry.get("benchmark"),
-                        "what": entry.get("what"),
-                        "times as fast": float(median),
-                        "device": device,
-                    }
-                )
-    return pd.DataFrame(rows, columns=["file", "benchmark", "what", "times as fast", "device"])
+            if entry.get("what") == "environment":
+                device = entry["machine"] if entry.get("device", "cpu") == "cpu" else entry["device"]
+                threads = entry.get("threads", 0)
+            if entry.get("what") != "speedup":
+                continue
+            rows.append(
+                {
+                    "benchmark": entry["benchmark"],
+                    "case": _case(entry),
+                    "times as fast": float(entry.get("median", entry.get("ratio"))),
+                    "from": float(entry.get("min", "nan")),
+                    "to": float(entry.get("max", "nan")),
+                    "device": device,
+                    "threads": threads,
+                    "file": file.name,
+                }
+            )
+    columns = ["benchmark", "case", "times as fast", "from", "to", "device", "threads", "file"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _case(entry: Mapping[str, Any]) -> str:
+    """Say in words what a benchmark's line compares."""
+    words = []
+    if "channels" in entry:
+        words.append(f"{entry['channels']} channels on {entry['grid'][0]} x {entry['grid'][1]}")
+    if "setting" in entry:
+        words.append(f"{entry['setting']} setting")
+    if "at_a_time" in entry:
+        words.append(f"{entry['at_a_time']} at a time")
+    words += [str(entry[key]).replace("_", " ") for key in ("task", "of") if key in entry]
+    if "over" in entry and entry["benchmark"] == "metrics":
+        words.append(f"over {entry['over']}".replace("_", " "))
+    return ", ".join(words)

@@ -29,7 +29,7 @@ from hgadlib.against_paper import (
 )
 from hgadlib.errors import InputError
 from hgadlib.ledger import image_title, problems
-from hgadlib.results import leads, method_runs, summarise
+from hgadlib.results import findings, leads, method_runs, summarise
 
 HIERARCHY = load_ablation("table3a")
 
@@ -202,6 +202,25 @@ def test_hgad_and_the_single_gaussian_under_equal_settings(records: list[dict[st
     longer = copy.deepcopy(records[0])
     longer["config"]["train"]["epochs"] = 99
     assert method_runs([*records, longer])["settings"].nunique() == 2
+
+
+def test_findings_hold_every_claim_of_all_tables_against_the_ledger(records: list[dict[str, Any]]) -> None:
+    found = findings(records)
+    assert set(found["table"]) == {"3a", "3b", "3c", "3d", "3e"}
+    whole: Any = found[found["claim"] == "ICG + MIM + Intra over SGC"].set_index(["images", "metric"])
+    line = whole.loc[("demo", "image_auroc")]
+    assert (line["verdict"], line["seeds"], line["ours"]) == ("seen", 3, pytest.approx(16 / 3))
+    assert whole.loc[("elpv", "image_auroc"), "verdict"] == "not measured"
+    plain = findings(records, criterion="likelihood")
+    assert set(plain["table"]) == {"3a", "3b", "3d", "3e"}
+    # Ten points more of HGAD's, none of the single Gaussian's.
+    lead = plain[(plain["claim"] == "ICG + MIM + Intra over SGC") & (plain["images"] == "demo")]
+    assert list(lead["ours"]) == pytest.approx([46 / 3] * 2)
+    styler: Any = figures.findings_table(found, name="f")
+    shown = styler.data
+    assert shown.loc["3a: ICG + MIM + Intra over SGC", "demo"] == "+5.3 ± 1.4, seen"
+    assert shown.loc["3a: FMC over SGC", "demo"] == "not measured"
+    assert len(shown) == len(found[found["metric"] == "image_auroc"][["table", "claim"]].drop_duplicates())
 
 
 def test_a_record_is_checked_against_itself(records: list[dict[str, Any]]) -> None:

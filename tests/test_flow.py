@@ -10,6 +10,7 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import AllInOneBlock
 from torch import Tensor, nn
 
+from hgadlib import coupling
 from hgadlib.coupling import PositionalCoupling, _AffineCoupling, random_rotation
 from hgadlib.flow import FeatureFlow, FixedAffine, positional_encoding_2d
 
@@ -115,6 +116,33 @@ def test_fused_gradients_are_autograd_s(position_dim: int) -> None:
 
     for ours, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+# Of 7 hidden numbers a row: parts of 1 and of 4 positions (the last is shorter), of two images, of all.
+@pytest.mark.parametrize("rows", [1, 4, 13, 100])
+@pytest.mark.parametrize("position_dim", [8, 0])
+def test_parts_of_a_batch_change_nothing(
+    rows: int, position_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = double_flow(6, 2, position_dim=position_dim)
+    x = torch.randn(5, 6, 6, dtype=torch.float64)
+
+    def run(numbers: int) -> list[Tensor]:
+        monkeypatch.setattr(coupling, "_CACHED_NUMBERS", numbers)
+        own = x.clone().requires_grad_()
+        z, log_det = flow(own)
+        loss = (z.square().sum(-1) - log_det).sin().sum()
+        gradients = torch.autograd.grad(loss, [own, *(p for p in flow.parameters() if p.requires_grad)])
+        with torch.no_grad():
+            return [z, log_det, *gradients, *flow(x)]
+
+    parts = coupling._parts(x, 7, x.dtype)
+    assert len(parts) == 1, "the reference is in one part"
+    expected = run(10**9)
+    found = run(7 * rows)
+    assert len(coupling._parts(x, 7, x.dtype)) == {1: 30, 4: 10, 13: 3, 100: 1}[rows]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["positional", "convolutional"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small
 import torch
 
+from hgadlib.config import project_dir
 from hgadlib.ledger import read_records
 from hgadlib.throughput import benchmark_ratios, measure_throughput, product_rate, recorded_rates
 
@@ -28,28 +30,47 @@ def test_product_rate_counts_multiply_adds() -> None:
     assert 0.01 < product_rate(torch.device("cpu"), size=128, repeats=3) < 1e6
 
 
-def test_records_have_their_rates() -> None:
+def test_every_record_has_a_row_of_rates() -> None:
     records = read_records()
     table = recorded_rates(records)
-    assert list(table["run"]) == [record["record"] for record in records]
-    assert (table["training (images/s)"] > 0).all()
+    assert sorted(name for names in table["records"] for name in names) == sorted(
+        record["record"] for record in records
+    )
+    assert len(table) < len(records)
+    for row in table.to_dict("records"):
+        own = [r["timing"]["train_images_per_s"] for r in records if r["record"] in row["records"]]
+        assert row["training (images/s)"] == pytest.approx(np.median(own))
+    assert recorded_rates([]).empty
 
 
 def test_benchmark_lines(tmp_path: Path) -> None:
     assert benchmark_ratios(tmp_path).empty
     lines = [
-        {"benchmark": "flow", "what": "environment", "machine": "a processor", "device": "cpu"},
-        {"benchmark": "flow", "what": "train", "speedup": {"median": 2.5, "min": 2.0, "max": 3.0}},
-        {"benchmark": "flow", "what": "memory", "ours": {"base_mib": 1}},
-    ]
-    (tmp_path / "cpu.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    table = benchmark_ratios(tmp_path)
-    assert table.to_dict("records") == [
+        {"benchmark": "flow", "what": "environment", "machine": "a processor", "device": "cpu", "threads": 2},
         {
-            "file": "cpu.jsonl",
-            "benchmark": "flow",
-            "what": "train",
-            "times as fast": 2.5,
-            "device": "a processor",
-        }
-    ]
+            "benchmark": "flow", "what": "speedup", "channels": 40, "grid": [32, 16], "setting": "published",
+            "task": "inference", "over": "all_in_one_block", "median": 2.5, "min": 2.0, "max": 3.0,
+        },
+        {"benchmark": "flow", "what": "memory", "added_mib": 1},
+        {"benchmark": "training", "what": "speedup", "of": "the run", "ratio": 4.0},
+    ]  # fmt: skip
+    (tmp_path / "cpu.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    flow, training = benchmark_ratios(tmp_path).to_dict("records")
+    assert flow == {
+        "benchmark": "flow", "case": "40 channels on 32 x 16, published setting, inference",
+        "times as fast": 2.5, "from": 2.0, "to": 3.0, "device": "a processor", "threads": 2,
+        "file": "cpu.jsonl",
+    }  # fmt: skip
+    assert (training["case"], training["times as fast"]) == ("the run", 4.0)
+    assert np.isnan(training["from"])
+
+
+def test_committed_benchmarks_are_read() -> None:
+    """The lines that the benchmarks print are the lines that the chapter looks for."""
+    folder = project_dir() / "results" / "benchmarks"
+    found = benchmark_ratios()
+    for file in folder.glob("*.jsonl"):
+        count = sum(json.loads(line)["what"] == "speedup" for line in file.read_text().splitlines())
+        assert count == (found["file"] == file.name).sum() > 0, file.name
+    assert (found["times as fast"] > 0).all() and (found["case"] != "").all()
+    assert (found["device"] != "not recorded").all() and (found["threads"] > 0).all()

@@ -17,6 +17,7 @@ from hgadlib.figures.paper import (
     claims_table,
     comparison_points,
     comparison_table,
+    findings_table,
     records_cell,
     text_table,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "comparison_table",
     "coupling_course",
     "fact_table",
+    "findings_table",
     "histogram_pairs",
     "latent_scatter",
     "log_likelihood_histogram",

@@ -117,6 +117,32 @@ def claims_table(judged: pd.DataFrame, title: str, *, name: str = "claims") -> S
     return text_table(table, name=f"{name}-{title}", caption=caption)
 
 
+def findings_table(
+    found: pd.DataFrame, *, metric: str = "image_auroc", caption: str = "", name: str
+) -> Styler:
+    """Set out every ordering that the paper claims, with what each set of images says of it.
+
+    Args:
+        found: What :func:`hgadlib.results.findings` gave.
+        metric: Of the lines shown.
+        caption: Above the table.
+        name: A short identifier, other for each table of a page.
+
+    Returns:
+        A table for display, percentage points; ``.data`` holds its texts.
+    """
+    part = found[found["metric"] == metric]
+    rows: dict[str, dict[str, str]] = {}
+    for line in part.to_dict("records"):
+        row = rows.setdefault(f"{line['table']}: {line['claim']}", {"paper": signed(line["paper"])})
+        # Of one run, the sign says all that there is to say.
+        word = "one run" if line["seeds"] == 1 else str(line["verdict"])
+        value = f"{signed(line['ours'], line['half_width'])}, {word}" if line["seeds"] else "not measured"
+        row[str(line["images"])] = value
+    table = pd.DataFrame.from_dict(rows, orient="index").fillna("not measured")
+    return text_table(table, name=name, caption=caption)
+
+
 def comparison_points(tables: Mapping[str, pd.DataFrame], runs: pd.DataFrame, *, columns: int = 3) -> Figure:
     """Draw each run as a point, the mean over seeds with its interval, and the paper's number, row by row.
 
