@@ -44,7 +44,7 @@ def random_rotation(dim: int, generator: torch.Generator | None = None) -> Tenso
     return q.to(torch.get_default_dtype())
 
 
-# Numbers of the subnet's hidden layer that a processor works on at a time: about a megabyte stays in its cache.
+# Numbers of the hidden layer that a processor works on at a time: a megabyte or so, which stays in its cache.
 _CACHED_NUMBERS = 512 * 640
 
 
