@@ -98,27 +98,24 @@ def recorded_rates(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     Returns:
         Columns of the settings, device, the medians of both rates, and records, a list of names.
     """
+    settings = ["backbone", "pixels", "pyramid", "flow layers", "device"]
     rows = []
     for record in records:
-        config, environment = record["config"], record["environment"]
+        features = record["config"]["features"]
         rows.append(
             {
-                "backbone": config["features"]["backbone"],
-                "pixels": config["data"]["image_size"],
-                "pyramid": str(config["features"]["pyramid"] or "none").strip("[]"),
-                "flow layers": config["flow"]["layers"],
-                "device": environment["device"],
+                "backbone": features["backbone"],
+                "pixels": record["config"]["data"]["image_size"],
+                "pyramid": str(features["pyramid"] or "none").strip("[]"),
+                "flow layers": record["config"]["flow"]["layers"],
+                "device": record["environment"]["device"],
                 **{column: record["timing"][key] for column, key in _RATES.items()},
                 "records": record["record"],
             }
         )
-    if not rows:
-        return pd.DataFrame(
-            columns=["backbone", "pixels", "pyramid", "flow layers", "device", *_RATES, "records"]
-        )
-    settings = ["backbone", "pixels", "pyramid", "flow layers", "device"]
+    table = pd.DataFrame(rows, columns=[*settings, *_RATES, "records"])
     merged = dict.fromkeys(_RATES, "median") | {"records": list}
-    return pd.DataFrame(rows).groupby(settings, as_index=False, sort=False).agg(merged)
+    return table.groupby(settings, as_index=False, sort=False).agg(merged)
 
 
 def benchmark_ratios(folder: Path | None = None) -> pd.DataFrame:
