@@ -216,8 +216,7 @@ def coupling_multiply_adds(channels: int, grid: tuple[int, int], *, position_dim
     """Work out by hand what one positional coupling block costs for one image, to check the counter.
 
     Per position: the subnet's two layers and the rotation. Once per grid: the position's share of the first
-    layer, the same for every image: a sum of one code per row and one per column, half of the channels each;
-    and the shift behind the rotation.
+    layer, the same for every image: a sum of one code per row and one per column, half of the channels each.
 
     Args:
         channels: C.
@@ -226,11 +225,11 @@ def coupling_multiply_adds(channels: int, grid: tuple[int, int], *, position_dim
         hidden: Width of the subnet.
 
     >>> coupling_multiply_adds(2, (1, 1), position_dim=4, hidden=3)
-    29
+    25
     """
     kept, moved = channels - channels // 2, channels // 2
     each = kept * hidden + hidden * 2 * moved + channels**2
-    return grid[0] * grid[1] * each + sum(grid) * (position_dim // 2) * hidden + channels**2
+    return grid[0] * grid[1] * each + sum(grid) * (position_dim // 2) * hidden
 
 
 def stage_choices(

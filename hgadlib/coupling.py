@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-# FrEIA scales every subnet output by this factor, so that a fresh flow is close to a rotation.
-_SUBNET_SCALE = 0.1
+from hgadlib.fused_coupling import SUBNET_SCALE, BlockWeights, Position, couple, gain_of
+
 # softplus with beta 0.5 and gain 0.1 maps this pre-activation to a global scale of exactly 1.
 _UNIT_GLOBAL_SCALE = 2.0 * math.log(math.exp(5.0) - 1.0)
 
@@ -44,164 +43,6 @@ def random_rotation(dim: int, generator: torch.Generator | None = None) -> Tenso
     return q.to(torch.get_default_dtype())
 
 
-# Numbers of the hidden layer that a processor works on at a time: a megabyte or so, which stays in its cache.
-_CACHED_NUMBERS = 512 * 640
-
-
-def _parts(x: Tensor, width: int, dtype: torch.dtype) -> list[tuple[slice, slice]]:
-    """Cut (B, N, C) into positions of some images, and the rows of (B * N, C) that these are.
-
-    On a processor a wide hidden layer of a whole batch is larger than the caches, and each pass over it would
-    wait for memory; a narrow one fits as it is, and parts would cost more calls. Other devices take all at
-    once, and so do subnets in half precision: their gradients would lose digits where parts are added up.
-    """
-    images, positions, _ = x.shape
-    if x.device.type != "cpu" or dtype != x.dtype:
-        return [(slice(0, positions), slice(0, images * positions))]
-    most = max(_CACHED_NUMBERS // width, 1)
-    if positions <= most:  # some whole images
-        size = most // positions * positions
-        ends = [min(start + size, images * positions) for start in range(0, images * positions, size)]
-        return [(slice(0, positions), slice(a, b)) for a, b in zip([0, *ends], ends, strict=False)]
-    # The fewest parts of an image, of equal size but for the last.
-    size = math.ceil(positions / math.ceil(positions / most))
-    parts = []
-    for image in range(images):
-        for start in range(0, positions, size):
-            stop = min(start + size, positions)
-            parts.append((slice(start, stop), slice(image * positions + start, image * positions + stop)))
-    return parts
-
-
-def _largest(parts: list[tuple[slice, slice]]) -> int:
-    return max((rows.stop - rows.start for _, rows in parts), default=0)
-
-
-def _add_share(hidden: Tensor, share: Tensor, positions: slice) -> Tensor:
-    """Add what each position gives, (N, hidden) or (hidden,), to rows of hidden, in place."""
-    if share.dim() == 1:
-        return hidden.add_(share)
-    own = share[positions]
-    hidden.view(-1, *own.shape).add_(own)
-    return hidden
-
-
-def _couple(
-    x: Tensor,
-    position_share: Tensor,
-    weight1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    scaled_rotation: Tensor,
-    shift: Tensor,
-    clamp: float,
-    dtype: torch.dtype,
-    *,
-    keep: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Map x (B, N, C); give also what a backward pass needs, where it is to be kept."""
-    images, positions, channels = x.shape
-    split, width = weight1.shape[1], weight1.shape[0]
-    flat = x.reshape(-1, channels)
-    x1, x2 = flat[:, :split], flat[:, split:]
-    a = torch.empty(len(flat), len(weight2), dtype=dtype, device=x.device)
-    parts = _parts(x, width, dtype)
-    hidden = torch.empty(len(flat) if keep else _largest(parts), width, dtype=dtype, device=x.device)
-    for own, rows in parts:
-        part = hidden[rows] if keep else hidden[: rows.stop - rows.start]
-        torch.mm(x1[rows].to(dtype), weight1.T, out=part)
-        _add_share(part, position_share, own).relu_()
-        torch.addmm(bias2, part, weight2.T, out=a[rows])
-    a = a.to(x.dtype)
-    # tanh(x) is 2 sigmoid(2x) - 1, which PyTorch computes three times as fast on a processor.
-    tanh = a[:, : channels - split].mul(2 * _SUBNET_SCALE).sigmoid_().mul_(2.0).sub_(1.0)
-    scale = tanh.mul(clamp).exp_()
-    y2 = a[:, channels - split :].mul_(_SUBNET_SCALE).addcmul_(x2, scale)
-    out = torch.addmm(shift, x1, scaled_rotation[:, :split].T)
-    out.addmm_(y2, scaled_rotation[:, split:].T)
-    log_det = tanh.sum(-1).mul_(clamp)
-    return out.view(x.shape), log_det.view(images, positions), (hidden, tanh, scale, y2) if keep else ()
-
-
-class _FusedCoupling(torch.autograd.Function):
-    r"""One block forwards and backwards, in the matrix products that it needs and few passes over memory.
-
-    Against the same arithmetic left to autograd: halves are never concatenated nor their gradients padded
-    and added, the gain's gradient is a sum over :math:`g\odot x` where autograd would form the gradient of a
-    whole (C, C) matrix, and three arrays a block are kept in place of nine.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        position_share: Tensor,
-        weight1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        gain: Tensor,
-        rotation: Tensor,
-        shift: Tensor,
-        clamp: float,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """Map x (B, N, C); position_share is (N, hidden) or (hidden,), weights are in the subnet's dtype."""
-        scaled_rotation = rotation * gain
-        out, log_det, kept = _couple(
-            x, position_share, weight1, weight2, bias2, scaled_rotation, shift, clamp, dtype, keep=True
-        )
-        ctx.save_for_backward(x, *kept, weight1, weight2, gain, scaled_rotation)
-        ctx.clamp, ctx.share_shape = clamp, position_share.shape
-        return out, log_det
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        """Give the gradients of x, position_share, both weights, bias2, gain and shift."""
-        x, hidden, tanh, scale, y2, weight1, weight2, gain, scaled_rotation = ctx.saved_tensors
-        channels = x.shape[-1]
-        split, width, dtype = weight1.shape[1], weight1.shape[0], hidden.dtype
-        flat = x.reshape(-1, channels)
-        x1, x2 = flat[:, :split], flat[:, split:]
-        grad_flat = grad_out.reshape(-1, channels)
-        grad_x = grad_flat @ scaled_rotation
-        grad_x1, grad_y2 = grad_x[:, :split], grad_x[:, split:]
-        # x * gain enters the rotation, so its gradient times x is the gain's times the gain.
-        grad_gain = torch.cat([(grad_x1 * x1).sum(0), (grad_y2 * y2).sum(0)]) / gain
-        grad_a = torch.empty(flat.shape[0], 2 * (channels - split), dtype=x.dtype, device=x.device)
-        torch.mul(grad_y2, _SUBNET_SCALE, out=grad_a[:, channels - split :])
-        grad_y2.mul_(scale)  # from here on the gradient of x2
-        grad_s = torch.addcmul(grad_log_det.reshape(-1, 1), grad_y2, x2)
-        slope = tanh.square().neg_().add_(1.0).mul_(_SUBNET_SCALE * ctx.clamp)
-        torch.mul(grad_s, slope, out=grad_a[:, : channels - split])
-        grad_a = grad_a.to(dtype)
-        grad_bias2 = grad_a.sum(0)
-        grad_weight1, grad_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
-        grad_share = torch.zeros(ctx.share_shape, dtype=dtype, device=x.device)
-        parts = _parts(x, width, dtype)
-        buffer = torch.empty(_largest(parts), width, dtype=dtype, device=x.device)
-        for own, rows in parts:
-            part, given = hidden[rows], grad_a[rows]
-            grad_weight2.addmm_(given.T, part)
-            grad_hidden = torch.mm(given, weight2, out=buffer[: len(given)])
-            torch.ops.aten.threshold_backward.grad_input(grad_hidden, part, 0, grad_input=grad_hidden)
-            grad_weight1.addmm_(grad_hidden.T, x1[rows].to(dtype))
-            if ctx.needs_input_grad[0] and dtype == x.dtype:
-                grad_x1[rows].addmm_(grad_hidden, weight1)
-            elif ctx.needs_input_grad[0]:
-                grad_x1[rows].add_(grad_hidden @ weight1)
-            if grad_share.dim() == 1:
-                grad_share += grad_hidden.sum(0)
-            else:
-                here = grad_share[own]
-                images = grad_hidden.view(-1, *here.shape)
-                here += images[0] if len(images) == 1 else images.sum(0)
-        return (
-            grad_x.view_as(x), grad_share, grad_weight1, grad_weight2, grad_bias2, grad_gain, None,
-            grad_flat.sum(0), None, None,
-        )  # fmt: skip
-
-
 class _AffineCoupling(InvertibleModule):
     """Real-NVP affine coupling, then a global scaling and a fixed rotation as one matrix product.
 
@@ -223,7 +64,7 @@ class _AffineCoupling(InvertibleModule):
     @property
     def gain(self) -> Tensor:
         """Global scale of each channel, (1, C), positive."""
-        return 0.1 * F.softplus(self.global_scale, beta=0.5)
+        return gain_of(self.global_scale)
 
     def coefficients(self, x1: Tensor, condition: Tensor | None) -> Tensor:
         """Predict the unscaled (s, t), (B, N, 2 * (C // 2)), from the passive half (B, N, C - C // 2)."""
@@ -231,7 +72,7 @@ class _AffineCoupling(InvertibleModule):
 
     def scale_and_shift(self, x1: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Give the clamped log-scale s and the shift t of Eq. 4, each (B, N, C // 2)."""
-        s, t = (_SUBNET_SCALE * self.coefficients(x1, condition)).chunk(2, dim=-1)
+        s, t = (SUBNET_SCALE * self.coefficients(x1, condition)).chunk(2, dim=-1)
         # Under autocast the subnet may answer in bfloat16; the density is summed in the features' own type.
         return self.clamp * torch.tanh(s.to(x1.dtype)), t.to(x1.dtype)
 
@@ -313,16 +154,8 @@ class PositionalCoupling(_AffineCoupling):
     def position_share(self, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Give the first layer's share of each position, (N, hidden) or (hidden,), and its other weights."""
         first = cast(nn.Linear, self.subnet[0])
-        if condition is None:
-            return first.bias, first.weight
-        features_weight, position_weight = first.weight.split([self.splits[0], condition.shape[-1]], dim=1)
-        if self.grid is None:
-            return F.linear(condition, position_weight, first.bias), features_weight
-        half = condition.shape[-1] // 2
-        code = condition.view(*self.grid, -1)
-        columns = F.linear(code[0, :, :half], position_weight[:, :half])
-        rows = F.linear(code[:, 0, half:], position_weight[:, half:], first.bias)
-        return (rows[:, None] + columns).flatten(0, 1), features_weight
+        weight, of_code = first.weight.split([self.splits[0], first.in_features - self.splits[0]], dim=1)
+        return Position(condition, self.grid).share(of_code, first.bias), weight
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
@@ -331,19 +164,40 @@ class PositionalCoupling(_AffineCoupling):
         (x,) = x_or_z
         if rev:
             return super().forward((x,), c, rev, jac)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
-            share, weight1 = self.position_share(next(iter(c), None))
-            last = cast(nn.Linear, self.subnet[2])
-            gain, shift = self.gain[0], self.w_perm @ self.global_offset[0]
-            subnet = share.to(dtype), weight1.to(dtype), last.weight.to(dtype), last.bias.to(dtype)
-            if torch.is_grad_enabled():
-                out, log_det = _FusedCoupling.apply(x, *subnet, gain, self.w_perm, shift, self.clamp, dtype)
-            else:
-                rotation = self.w_perm * gain
-                out, log_det, _ = _couple(x, *subnet, rotation, shift, self.clamp, dtype, keep=False)
-            return (out,), log_det + gain.log().sum()
+        out, log_det = chain([self], x, next(iter(c), None))
+        return (out,), log_det
+
+    @property
+    def weights(self) -> BlockWeights:
+        """All that the block computes with."""
+        first, _, last = cast("list[nn.Linear]", self.subnet)
+        return BlockWeights(
+            first.weight,
+            first.bias,
+            last.weight,
+            last.bias,
+            self.global_scale,
+            self.global_offset,
+            self.w_perm,
+        )
+
+
+def chain(blocks: Sequence[PositionalCoupling], x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Map features through blocks of equal size, one after the other, as one fused function.
+
+    Args:
+        blocks: At least one.
+        x: Features, (B, N, C).
+        condition: The position code, (N, P), which takes no gradient; None where the blocks have none.
+
+    Returns:
+        Outputs (B, N, C), and the log-determinant of each position, (B, N).
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    with torch.autocast(kind, enabled=False):
+        position = Position(condition, blocks[0].grid)
+        return couple(x, position, [block.weights for block in blocks], blocks[0].clamp, dtype)
 
 
 class ConvolutionalCoupling(_AffineCoupling):

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,7 +65,7 @@ def block_outputs(flow: FeatureFlow, features: Tensor) -> Iterator[BlockOutput]:
     Yields:
         Scale, shift and output of each coupling block, from the features' side.
     """
-    x, positions = features, cast(Tensor | None, flow.positions)
+    x, positions = features, flow.positions
     conditions = [] if positions is None else [positions]
     for block in flow.inn:
         if isinstance(block, PositionalCoupling | ConvolutionalCoupling):

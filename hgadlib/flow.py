@@ -17,7 +17,7 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
-from hgadlib.coupling import ConvolutionalCoupling, PositionalCoupling
+from hgadlib.coupling import ConvolutionalCoupling, PositionalCoupling, chain
 
 
 def positional_encoding_2d(dim: int, height: int, width: int) -> Tensor:
@@ -120,6 +120,8 @@ class FeatureFlow(nn.Module):
         normalise: Put a fixed affine map in front, to be set from the training features.
     """
 
+    positions: Tensor | None
+
     def __init__(
         self,
         channels: int,
@@ -175,8 +177,16 @@ class FeatureFlow(nn.Module):
         Returns:
             Latents z, (B, H*W, C), and log |det dz/dx| in nats, (B, H*W).
         """
-        z, log_det = self.inn(features, c=[self.positions])
-        return z, log_det
+        blocks = [block for block in self.inn if isinstance(block, PositionalCoupling)]
+        if not blocks:
+            z, log_det = self.inn(features, c=[self.positions])
+            return z, log_det
+        # What FrEIA's sequence would do block by block, in one go.
+        if self.normaliser is None:
+            return chain(blocks, features, self.positions)
+        (x,), constant = self.normaliser((features,))
+        z, log_det = chain(blocks, x, self.positions)
+        return z, log_det + constant
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map latents (B, H*W, C) back to features, with log |det dx/dz|, (B, H*W)."""

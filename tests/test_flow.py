@@ -10,7 +10,7 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import AllInOneBlock
 from torch import Tensor, nn
 
-from hgadlib import coupling
+from hgadlib import fused_coupling
 from hgadlib.coupling import PositionalCoupling, _AffineCoupling, random_rotation
 from hgadlib.flow import FeatureFlow, FixedAffine, positional_encoding_2d
 
@@ -128,7 +128,7 @@ def test_parts_of_a_batch_change_nothing(
     x = torch.randn(5, 6, 6, dtype=torch.float64)
 
     def run(numbers: int) -> list[Tensor]:
-        monkeypatch.setattr(coupling, "_CACHED_NUMBERS", numbers)
+        monkeypatch.setattr(fused_coupling, "_CACHED_NUMBERS", numbers)
         own = x.clone().requires_grad_()
         z, log_det = flow(own)
         loss = (z.square().sum(-1) - log_det).sin().sum()
@@ -136,11 +136,11 @@ def test_parts_of_a_batch_change_nothing(
         with torch.no_grad():
             return [z, log_det, *gradients, *flow(x)]
 
-    parts = coupling._parts(x, 7, x.dtype)
+    parts, _ = fused_coupling._cut(x, 7, x.dtype)
     assert len(parts) == 1, "the reference is in one part"
     expected = run(10**9)
     found = run(7 * rows)
-    assert len(coupling._parts(x, 7, x.dtype)) == {1: 30, 4: 10, 13: 3, 100: 1}[rows]
+    assert len(fused_coupling._cut(x, 7, x.dtype)[0]) == {1: 30, 4: 10, 13: 3, 100: 1}[rows]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
