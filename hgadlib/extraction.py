@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hgadlib import backbone as backbone_module
-from hgadlib import decoding
+from hgadlib import decoding, folding, fused_convolution
 from hgadlib import images as images_module
 from hgadlib.backbone import Backbone, flatten_maps
 from hgadlib.errors import InputError
@@ -129,6 +129,6 @@ def file_facts(paths: Sequence[Path | str]) -> list[tuple[str, int, int]]:
 def _code_digest() -> str:
     """Hash the code that decodes images and computes features, so that a change of it is never overlooked."""
     digest = hashlib.sha256()
-    for module in (backbone_module, decoding, images_module):
+    for module in (backbone_module, decoding, folding, fused_convolution, images_module):
         digest.update(Path(module.__file__ or "").read_bytes())
     return digest.hexdigest()
