@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Options for book/build.py, for instance BOOK="--only train" or BOOK="--params params/ci".
 BOOK ?=
+# Options for pytest: two files of tests at a time; TESTS= for one, as timings and debuggers like it.
+TESTS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Options for snakemake, for instance GRID="--config seeds=[0]" or GRID=-n.
 GRID ?=
 
@@ -44,7 +46,7 @@ lint: $(READY)
 	@$(NOTEBOOKS) -exec $(BIN)/python -m nbstripout --keep-id --verify {} +
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(TESTS)
 
 # No news, no look for updates, no list of extensions: nothing is asked of another machine.
 LAB_OPTIONS := --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
