@@ -1,11 +1,17 @@
-"""Files with a slow test come first: with several workers, none then starts its longest file last."""
+"""How the tests share a machine: several workers, the slow files first, one thread each."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several workers on the same cores wait for each other; read when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move those files forward; within a file and among the others the order stays."""
+    """Move files with a slow test forward, so that no worker starts its longest file last."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
