@@ -90,7 +90,7 @@ def _mv(matrix: Sequence[int], vector: Sequence[int], **_: Any) -> int:
 
 
 # The counter sees into our autograd functions, but knows neither products that add in place nor products
-# with a vector: without the first, half of each block's rotation would be missing.
+# with a vector: without the first, most of the subnets would be missing.
 _UNKNOWN_TO_TORCH = {torch.ops.aten.addmm_: _addmm_in_place, torch.ops.aten.mv: _mv}
 
 
