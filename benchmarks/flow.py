@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from harness import (
     add_arguments,
+    add_device,
     apply_arguments,
     emit,
     environment,
@@ -145,12 +146,14 @@ def counted_flops(task: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def prepare(name: str, kind: str, channels: int, side: int, batch: int, setting: str) -> Callable[[], object]:
+def prepare(
+    name: str, kind: str, channels: int, side: int, batch: int, setting: str, device: str
+) -> Callable[[], object]:
     """Make the task of a memory measurement."""
-    flow = make_flow(channels, side, setting)
-    small = FeatureFlow(4, (2, 2), layers=1, position_dim=4)
-    tasks(small, torch.randn(1, 4, 2, 2))[name][kind]()
-    return tasks(flow, torch.randn(batch, channels, side, side))[name][kind]
+    flow = make_flow(channels, side, setting).to(device)
+    small = FeatureFlow(4, (2, 2), layers=1, position_dim=4).to(device)
+    tasks(small, torch.randn(1, 4, 2, 2).to(device))[name][kind]()
+    return tasks(flow, torch.randn(batch, channels, side, side).to(device))[name][kind]
 
 
 def main() -> None:
@@ -163,9 +166,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5, help="rounds that are timed")
     add_arguments(parser)
+    add_device(parser)
     args = parser.parse_args()
     apply_arguments(args)
-    emit(NAME, "environment", **environment(clock=args.clock), batch=args.batch, repeats=args.repeats)
+    emit(NAME, "environment", **environment(args.device, args.clock), batch=args.batch, repeats=args.repeats)
     for setting in args.settings:
         for case in args.cases:
             channels, side = (int(part) for part in case.split("x"))
@@ -174,19 +178,19 @@ def main() -> None:
 
 def measure(channels: int, side: int, setting: str, args: argparse.Namespace) -> None:
     """Measure one case."""
-    batch, clock = args.batch, args.clock
+    batch, clock, device = args.batch, args.clock, args.device
     label = {"channels": channels, "grid": [side, side], "setting": setting}
-    flow = make_flow(channels, side, setting)
-    maps = torch.randn(batch, channels, side, side)
+    flow = make_flow(channels, side, setting).to(device)
+    maps = torch.randn(batch, channels, side, side).to(device)
     emit(NAME, "differences", **label, dtype="float32", **compare(flow, maps))
-    exact = compare(make_flow(channels, side, setting).double(), maps[:1].double())
+    exact = compare(make_flow(channels, side, setting).to(device).double(), maps[:1].double())
     emit(NAME, "differences", **label, dtype="float64", **exact)
     pairs = tasks(flow, maps)
     needed = needed_flops(flow, batch)
     for kind in ("forward+backward", "inference"):
-        rate = matmul_rate(clock=clock)  # beside the timing: a shared machine's rate changes
+        rate = matmul_rate(device, clock=clock)  # beside the timing: a shared machine's rate changes
         chosen = {name: both[kind] for name, both in pairs.items()}
-        times = interleave(chosen, repeats=args.repeats, clock=clock)
+        times = interleave(chosen, repeats=args.repeats, device=device, clock=clock)
         for name, timing in times.items():
             emit(NAME, "seconds", **label, task=kind, flow=name, **timing.summary())
         ratio = speedup(times["ours"], times["all_in_one_block"])
@@ -204,7 +208,7 @@ def measure(channels: int, side: int, setting: str, args: argparse.Namespace) ->
             speedup_at_matmul_rate=times["all_in_one_block"].median * rate / needed[kind],
         )
         memory = {
-            name: peak_memory(prepare, name, kind, channels, side, batch, setting)
+            name: peak_memory(prepare, name, kind, channels, side, batch, setting, device)
             for name in pairs
             if not args.no_memory
         }

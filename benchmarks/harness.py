@@ -64,10 +64,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure it")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add where both sides run."""
+    parser.add_argument("--device", default="cpu", help="where both sides run: cpu (default) or cuda")
+
+
 def apply_arguments(args: argparse.Namespace) -> None:
-    """Set the number of threads; the clock is refused where it would count waiting threads."""
+    """Set the number of threads; the clock is refused where it would count waiting threads.
+
+    Raises:
+        SystemExit: Something is wrong with the arguments, or the device is not there.
+    """
     import torch
 
+    device = getattr(args, "device", "cpu")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise SystemExit(f"--device: expected cpu, or cuda where there is a GPU, found {device!r}")
+    if device != "cpu" and args.clock == "cpu":
+        raise SystemExit("--clock cpu: expected --device cpu, for a GPU's work takes no processor seconds")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.clock == "cpu" and torch.get_num_threads() > 1:

@@ -45,11 +45,12 @@ class Bench:
         dataset, train = subset.some_images(self.config, 2, "train")
         backbone = subset.make_backbone(self.config)
         features = subset.compute_features(self.config, backbone, train)
-        self.inputs = Inputs(dataset, backbone, features, features, torch.device("cpu"))
+        self.device = torch.device(self.config.device)
+        self.inputs = Inputs(dataset, backbone, features, features, self.device)
         self.model = build_model(self.config, self.inputs)
         calibrate(self.model, features, self.inputs.train_classes)
         self.records = subset.some_images(self.config, args.per_class, "test")[1]
-        self.classes = torch.from_numpy(dataset.class_idx(self.records))
+        self.classes = torch.from_numpy(dataset.class_idx(self.records)).to(self.device)
         self.published = PublishedBackbone(backbone)
         self.flows = [PublishedFlow(flow) for flow, _ in self.model.levels]
 
@@ -70,9 +71,9 @@ class Bench:
         parts = []
         for index in torch.arange(len(paths)).split(size):
             for rows, images in image_batches(paths, [index], self.config, self.inputs.backbone):
-                parts.append(
-                    predict(self.config, self.published, self.flows, self.model, images, self.classes[rows])
-                )
+                own = self.classes[rows.to(self.device)]
+                images = images.to(self.device)
+                parts.append(predict(self.config, self.published, self.flows, self.model, images, own))
         return np.concatenate([s for s, _ in parts]), np.concatenate([m for _, m in parts])
 
     def stages(self, clock: str, repeats: int) -> dict[str, float]:
@@ -83,7 +84,7 @@ class Bench:
         def read() -> torch.Tensor:
             return next(image_batches(paths, [torch.arange(len(paths))], self.config, backbone))[1]
 
-        images = read()
+        images = read().to(self.device)
         with torch.inference_mode():
             features = flatten_maps(backbone(images))
             values = self.model.level_values(features, own)
@@ -108,7 +109,9 @@ class Bench:
             "maps": maps,
             "peer_backbone": lambda: self.published(images),
         }
-        times = interleave({k: quiet(v) for k, v in tasks.items()}, repeats=repeats, clock=clock)
+        times = interleave(
+            {k: quiet(v) for k, v in tasks.items()}, repeats=repeats, device=self.config.device, clock=clock
+        )
         return {name: timing.median for name, timing in times.items()}
 
 
@@ -152,7 +155,11 @@ def main() -> None:
     args = parser.parse_args()
     harness.apply_arguments(args)
     emit(
-        NAME, "environment", **environment(clock=args.clock), dataset=args.dataset, image_size=args.image_size
+        NAME,
+        "environment",
+        **environment(args.device, args.clock),
+        dataset=args.dataset,
+        image_size=args.image_size,
     )
     for setting in args.settings:
         bench = Bench(args, setting)
@@ -169,7 +176,7 @@ def measure(bench: Bench, size: int, args: argparse.Namespace, setting: str) -> 
     label = {"setting": setting, "at_a_time": size}
     tasks = {"ours": lambda: bench.ours(size), "published_path": lambda: bench.theirs(size)}
     # The comparison was the first call of each.
-    times = interleave(tasks, repeats=args.repeats, warmup=0, clock=args.clock)
+    times = interleave(tasks, repeats=args.repeats, warmup=0, device=args.device, clock=args.clock)
     for name, timing in times.items():
         rate = len(bench.records) / timing.median
         emit(NAME, "seconds", **label, path=name, **timing.summary(), images_per_s=rate)

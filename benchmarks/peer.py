@@ -92,7 +92,7 @@ class PublishedModel:
             n_classes, n_centers, dim = prior.intra_centers().shape
             copy = HierarchicalGaussianMixture(n_classes, n_centers, dim)
             copy.load_state_dict(prior.state_dict())
-            self.priors.append(copy)
+            self.priors.append(copy.to(prior.centers.device))
         train, self.config = config.train, config
         self.optimisers = [
             torch.optim.Adam(
@@ -177,6 +177,7 @@ class PublishedBackbone(nn.Module):
         self.network = create_feature_network(backbone.name, backbone.out_indices, None)
         self.network.eval().requires_grad_(False)
         self.pyramid = backbone.pyramid
+        self.to(next(backbone.parameters()).device)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Give the maps of images (B, 3, H, W), one a level."""
@@ -247,7 +248,7 @@ def predict(
                 maximum = maxima[class_idx, level].view(-1, 1, 1, 1)
                 missing = -torch.expm1((values - maximum).clamp_max(0))
                 up = F.interpolate(missing, size=(size, size), mode="bilinear", align_corners=True)
-                total += up[:, 0]
+                total += up[:, 0].cpu()
     blurred = [
         np.stack([gaussian_filter(one, sigma) for one in part.numpy()]) for part in (likelihood, entropy)
     ]

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
+import harness
 import torch
 
 from hgadlib.backbone import Backbone, build_backbone
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, per_class: int) -> None:
     parser.add_argument("--per-class", type=int, default=per_class, help="images of each class")
     parser.add_argument("--image-size", type=int, default=256, help="height and width in pixels")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    harness.add_device(parser)
     parser.add_argument("--layers", type=int, help="coupling blocks; the setting's own unless given")
 
 
@@ -46,7 +48,7 @@ def configure(args: argparse.Namespace, setting: str, **overrides: Any) -> Confi
         data_root=args.data_root,
         experiment="released",
         image_size=args.image_size,
-        device="cpu",
+        device=args.device,
         overrides={
             "data.resize": "stretch",
             "features.backbone": "tf_efficientnet_lite0",
@@ -69,9 +71,10 @@ def some_images(config: Config, per_class: int, split: str) -> tuple[Dataset, li
 
 
 def make_backbone(config: Config) -> Backbone:
-    """Make the library's backbone."""
+    """Make the library's backbone, on the configuration's device."""
     features = config.features
-    return build_backbone(features.backbone, out_indices=features.out_indices, pyramid=features.pyramid)
+    backbone = build_backbone(features.backbone, out_indices=features.out_indices, pyramid=features.pyramid)
+    return backbone.to(config.device)
 
 
 def compute_features(config: Config, backbone: Backbone, records: list[ImageRecord]) -> Features:
@@ -82,7 +85,8 @@ def compute_features(config: Config, backbone: Backbone, records: list[ImageReco
         image_size=config.data.image_size,
         resize=config.data.resize,
         dtype=config.features.dtype,
-        storage="host",
+        storage="host" if config.device == "cpu" else "auto",
+        device=config.device,
         keep=False,
         batch_size=config.features.batch_size,
         num_workers=config.data.num_workers or torch.get_num_threads(),
