@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add where both sides run."""
-    parser.add_argument("--device", default="cpu", help="where both sides run: cpu (default) or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides run")
 
 
 def apply_arguments(args: argparse.Namespace) -> None:
@@ -77,9 +77,14 @@ def apply_arguments(args: argparse.Namespace) -> None:
     """
     import torch
 
-    device = getattr(args, "device", "cpu")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise SystemExit(f"--device: expected cpu, or cuda where there is a GPU, found {device!r}")
+    from hgadlib.errors import InputError
+    from hgadlib.hardware import select_device
+
+    device = getattr(args, "device", "cpu")  # the metrics' benchmark has no choice
+    try:
+        select_device(device)
+    except InputError as error:
+        raise SystemExit(f"--device: {error}") from None
     if device != "cpu" and args.clock == "cpu":
         raise SystemExit("--clock cpu: expected --device cpu, for a GPU's work takes no processor seconds")
     if args.threads is not None:

@@ -164,11 +164,12 @@ def _first_layer(given: Tensor, weight: Tensor, share: Tensor, out: Tensor) -> N
 def _sum_images(images: Tensor, out: Tensor, *, add: bool) -> None:
     """Write the sum over the first axis into out, or add it to out."""
     if len(images) > 4:
-        out.add_(images.sum(0)) if add else torch.sum(images, 0, out=out)
-        return
+        images = images.sum(0, keepdim=True)
     # A few are added faster one by one: torch.sum would first fill its output with zeros.
-    if not add:
-        torch.add(images[0], images[1], out=out) if len(images) > 1 else out.copy_(images[0])
+    if not add and len(images) > 1:
+        torch.add(images[0], images[1], out=out)
+    elif not add:
+        out.copy_(images[0])
     for image in images[0 if add else 2 :]:
         out.add_(image)
 
