@@ -14,8 +14,9 @@ import yaml
 from harness import emit, environment
 
 from hgadlib.config import load_config, project_dir
-from hgadlib.evaluation import level_values
-from hgadlib.experiment import build_model, class_masks, evaluate_protocol, headline, prepare
+from hgadlib.evaluation.evaluate import level_values
+from hgadlib.runs.experiment import build_model, evaluate_protocol, headline
+from hgadlib.runs.inputs import class_masks, prepare
 from hgadlib.training import fit
 
 NAME = "float16"

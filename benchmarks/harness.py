@@ -78,7 +78,7 @@ def apply_arguments(args: argparse.Namespace) -> None:
     import torch
 
     from hgadlib.errors import InputError
-    from hgadlib.hardware import select_device
+    from hgadlib.runs.hardware import select_device
 
     device = getattr(args, "device", "cpu")  # the metrics' benchmark has no choice
     try:

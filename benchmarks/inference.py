@@ -1,7 +1,7 @@
 """Scores and maps from image files against the published path with the same weights.
 
 Run it as ``python benchmarks/inference.py``; it prints JSON lines. Ours is
-`hgadlib.prediction.predict_batches`; the peer takes the same images from their files, an unfolded backbone,
+`hgadlib.evaluation.predict`; the peer takes the same images from their files, an unfolded backbone,
 AllInOneBlock flows, (N, M, D) distances, and upsamples and blurs on the host. Both use the constants that the
 model stores; image scores and maps are compared before a ratio is printed. The model is not trained: that
 changes no time.
@@ -19,10 +19,10 @@ import torch
 from harness import emit, environment, interleave, peak_memory, speedup
 from peer import PublishedBackbone, PublishedFlow, image_batches, predict
 
-from hgadlib.backbone import flatten_maps
-from hgadlib.experiment import build_model
-from hgadlib.inputs import Inputs
-from hgadlib.prediction import predict_batches
+from hgadlib.evaluation.predict import predict_batches
+from hgadlib.features.backbone import flatten_maps
+from hgadlib.runs.experiment import build_model
+from hgadlib.runs.inputs import Inputs
 from hgadlib.scoring import anomaly_maps
 from hgadlib.training import calibrate
 

@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.measure import label, regionprops
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from hgadlib.metrics import PixelMetrics, pixel_metrics
+from hgadlib.evaluation.metrics import PixelMetrics, pixel_metrics
 
 NAME = "metrics"
 THRESHOLDS = 200

@@ -22,14 +22,12 @@ from FrEIA.modules import AllInOneBlock
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from hgadlib.backbone import Backbone
 from hgadlib.config import Config, LossConfig
-from hgadlib.coupling import PositionalCoupling
-from hgadlib.flow import FeatureFlow, positional_encoding_2d
-from hgadlib.images import load_images
+from hgadlib.datasets.images import load_images
+from hgadlib.features.backbone import Backbone, create_feature_network
+from hgadlib.flow import FeatureFlow, PositionalCoupling, positional_encoding_2d
 from hgadlib.mixture import LOG_2PI, HierarchicalGaussianMixture
 from hgadlib.model import HGAD
-from hgadlib.networks import create_feature_network
 from hgadlib.training import learning_rate
 
 

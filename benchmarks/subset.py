@@ -9,10 +9,12 @@ from typing import Any
 import harness
 import torch
 
-from hgadlib.backbone import Backbone, build_backbone
 from hgadlib.config import Config, load_config
-from hgadlib.datasets import Dataset, ImageRecord, load_dataset
-from hgadlib.features import Features, dataset_features
+from hgadlib.datasets import load_dataset
+from hgadlib.datasets.records import Dataset, ImageRecord
+from hgadlib.features.backbone import Backbone, build_backbone
+from hgadlib.features.extract import dataset_features
+from hgadlib.features.store import Features
 
 # Both take the published training (params/experiments/released.yaml) and start flows from the bare features.
 # "published" has the paper's three stages and the published subnets, "default" the library's levels and flow.

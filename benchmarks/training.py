@@ -20,10 +20,10 @@ from peer import PublishedBackbone, PublishedModel, image_batches
 from torch import Tensor
 
 from hgadlib.config import Config
-from hgadlib.experiment import build_model
-from hgadlib.features import Features
-from hgadlib.inputs import Inputs
+from hgadlib.features.store import Features
 from hgadlib.model import HGAD
+from hgadlib.runs.experiment import build_model
+from hgadlib.runs.inputs import Inputs
 from hgadlib.training import batch_order, first_stage_epochs, fit
 
 NAME = "training"

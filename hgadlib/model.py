@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from hgadlib.config import FlowConfig, PriorConfig
 from hgadlib.errors import InputError
 from hgadlib.files import read_tensors, write_tensors
-from hgadlib.flow import FeatureFlow, FixedAffine
+from hgadlib.flow import FeatureFlow, FixedAffine, Moments
 from hgadlib.losses import hgad_losses
 from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture
-from hgadlib.moments import Moments
 from hgadlib.scoring import LevelValues, Normalisation, inductive
 
 Prior = HierarchicalGaussianMixture | GaussianPrior

@@ -18,7 +18,7 @@ from torch import Tensor
 from hgadlib.config import LossConfig, TrainConfig
 from hgadlib.distributed import ALONE, Group
 from hgadlib.errors import InputError
-from hgadlib.features import Features
+from hgadlib.features.store import Features, spread_sample
 from hgadlib.files import read_tensors, write_tensors
 from hgadlib.model import HGAD
 from hgadlib.progress import progress_bar
@@ -191,12 +191,6 @@ def fit(
     if group.is_main:
         calibrate(model, features, class_idx)
     return pd.DataFrame(rows)
-
-
-def spread_sample(class_idx: np.ndarray, n_classes: int, per_class: int) -> Tensor:
-    """Take about per_class images of each class, spread evenly over it: sorted indices, int64."""
-    members = [np.flatnonzero(class_idx == k) for k in range(n_classes)]
-    return torch.from_numpy(np.sort(np.concatenate([m[:: max(1, len(m) // per_class)] for m in members])))
 
 
 def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int, per_class: int = 64) -> None:

@@ -29,9 +29,9 @@ TINY = {
 # The train chapter's calls without its figures.
 CALLS = [
     "from hgadlib.config import config_from_notebook\n"
-    "from hgadlib.experiment import evaluate_model, train_model\n"
-    "from hgadlib.inputs import prepare\n"
-    "from hgadlib.runs import RunDirectory",
+    "from hgadlib.runs.experiment import evaluate_model, train_model\n"
+    "from hgadlib.runs.inputs import prepare\n"
+    "from hgadlib.runs.directory import RunDirectory",
     "config = config_from_notebook(globals())\nrun = RunDirectory.open(config)\ninputs = prepare(config)",
     "model = train_model(config, inputs, run)",
     "evaluate_model(config, inputs, model, run)",

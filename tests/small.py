@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hgadlib.config import FlowConfig, PriorConfig, config_from_dict
-from hgadlib.feature_store import Features
+from hgadlib.config import Config, FlowConfig, PriorConfig, config_from_dict
+from hgadlib.features.store import Features
 from hgadlib.model import HGAD
-from hgadlib.settings import Config
 
 GRIDS = ((3, 4), (2, 2))
 CHANNELS = (6, 4)

@@ -16,8 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 
-from hgadlib import against_paper, figures, live
-from hgadlib.against_paper import (
+from hgadbook import ablations as against_paper
+from hgadbook import ablations as live
+from hgadbook.ablations import (
     compare,
     half_width,
     judge,
@@ -27,9 +28,10 @@ from hgadlib.against_paper import (
     sets_of_images,
     verdict,
 )
+from hgadbook.paper import comparison_points, comparison_table, findings_table
+from hgadbook.results import findings, leads, method_runs, summarise
 from hgadlib.errors import InputError
-from hgadlib.ledger import image_title, problems
-from hgadlib.results import findings, leads, method_runs, summarise
+from hgadlib.runs.ledger import image_title, problems
 
 HIERARCHY = load_ablation("table3a")
 
@@ -91,7 +93,7 @@ def test_table_says_paper_ours_difference_and_names_the_runs(records: list[dict[
     assert row["half_width"] == pytest.approx(4.3027 * 2 / math.sqrt(3), rel=1e-4)
     assert row["records"] == [found["record"] for found in records[:3]]
     assert table.loc["tab3a_fmc", "image_auroc"]["seeds"] == 0
-    styler: Any = figures.comparison_table(table.reset_index(), "demo")
+    styler: Any = comparison_table(table.reset_index(), "demo")
     shown = styler.data
     assert shown.loc["FMC", ("image AUROC (%)", "ours")] == "not measured"
     assert shown.loc["FMC + Intra", ("image AUROC (%)", "paper")] == "unreadable"
@@ -103,7 +105,7 @@ def test_sets_of_images_stay_apart_and_without_masks_there_is_no_pixel_column(
 ) -> None:
     runs = measure(HIERARCHY, records)
     assert sets_of_images(HIERARCHY, runs) == ["demo", "elpv", "boards"]
-    styler: Any = figures.comparison_table(compare(HIERARCHY, runs, "elpv"), "elpv")
+    styler: Any = comparison_table(compare(HIERARCHY, runs, "elpv"), "elpv")
     shown = styler.data
     assert {head for head, _ in shown.columns} == {"image AUROC (%)", ""}
     # Other images under the same name are another set.
@@ -162,7 +164,7 @@ def test_verdicts(differences: list[float], expected: str) -> None:
 def test_figure_has_every_run_and_the_papers_number(records: list[dict[str, Any]]) -> None:
     runs = measure(HIERARCHY, records)
     tables = {images: compare(HIERARCHY, runs, images) for images in ("demo", "elpv")}
-    figure = figures.comparison_points(tables, runs)
+    figure = comparison_points(tables, runs)
     demo = figure.axes[0]
     assert demo.get_xlabel() == "AUROC (%)" and len(figure.axes) == 2
     points: list[Any] = [line.get_xdata() for line in demo.lines if line.get_marker() == "o"]
@@ -170,7 +172,7 @@ def test_figure_has_every_run_and_the_papers_number(records: list[dict[str, Any]
     assert drawn == pytest.approx(sorted(runs[runs["images"] == "demo"]["value"]))
     plt.close("all")
     with pytest.raises(InputError, match="found none"):
-        figures.comparison_points({}, runs)
+        comparison_points({}, runs)
 
 
 def test_live_rows_are_those_that_lack_and_wrong_ones_are_refused(records: list[dict[str, Any]]) -> None:
@@ -216,7 +218,7 @@ def test_findings_hold_every_claim_of_all_tables_against_the_ledger(records: lis
     # Ten points more of HGAD's, none of the single Gaussian's.
     lead = plain[(plain["claim"] == "ICG + MIM + Intra over SGC") & (plain["images"] == "demo")]
     assert list(lead["ours"]) == pytest.approx([46 / 3] * 2)
-    styler: Any = figures.findings_table(found, name="f")
+    styler: Any = findings_table(found, name="f")
     shown = styler.data
     assert shown.loc["3a: ICG + MIM + Intra over SGC", "demo"] == "+5.3 ± 1.4, seen"
     assert shown.loc["3a: FMC over SGC", "demo"] == "not measured"

@@ -16,11 +16,17 @@ from safetensors.torch import save_file
 from skimage import data
 from torch import Tensor, nn
 
-from hgadlib import pretrained
-from hgadlib.backbone import Backbone, build_backbone, flatten_maps
 from hgadlib.errors import InputError
-from hgadlib.folding import fold_batch_norms
-from hgadlib.pretrained import BUNDLED, bundled_weights_path, lite0_timm_name, read_weights, weights_digest
+from hgadlib.fast.convolution import fold_batch_norms
+from hgadlib.features import weights as pretrained
+from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
+from hgadlib.features.weights import (
+    BUNDLED,
+    bundled_weights_path,
+    lite0_timm_name,
+    read_weights,
+    weights_digest,
+)
 
 
 @pytest.fixture(scope="module")

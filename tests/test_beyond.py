@@ -10,15 +10,29 @@ import pytest
 import small
 import torch
 
-from hgadlib.beyond import alarm_rates, discovery_table, hold_out, inference_table, leave_out, unseen_table
-from hgadlib.class_inference import auroc_by_class, class_log_probs, image_log_probs, infer_classes, score_as
-from hgadlib.config import config_from_dict
-from hgadlib.datasets import Dataset, ImageRecord
+from hgadbook.beyond import (
+    alarm_rates,
+    discovery_table,
+    held_out,
+    hold_out,
+    inference_table,
+    leave_out,
+    select_features,
+    select_train,
+    unseen_table,
+)
+from hgadlib.config import Config, ScoreConfig, config_from_dict
+from hgadlib.datasets.records import Dataset, ImageRecord
 from hgadlib.errors import InputError
-from hgadlib.evaluation import Protocol, evaluate, level_values
-from hgadlib.inputs import Inputs
-from hgadlib.settings import Config, ScoreConfig
-from hgadlib.subsets import held_out, select_features, select_train
+from hgadlib.evaluation.class_inference import (
+    auroc_by_class,
+    class_log_probs,
+    image_log_probs,
+    infer_classes,
+    score_as,
+)
+from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
+from hgadlib.runs.inputs import Inputs
 from hgadlib.training import calibrate
 
 SCORE = ScoreConfig(map_size=16, sigma=1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hgadlib.complexity import (
+from hgadbook.complexity import (
     PARTS,
     Complexity,
     beside_paper,

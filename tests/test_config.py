@@ -12,6 +12,7 @@ import yaml
 from hgadlib import config as config_module
 from hgadlib.config import (
     PARAMETERS,
+    RANGES,
     Config,
     config_from_dict,
     config_from_notebook,
@@ -19,7 +20,6 @@ from hgadlib.config import (
     run_dir,
 )
 from hgadlib.errors import InputError
-from hgadlib.settings import RANGES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

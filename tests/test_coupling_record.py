@@ -14,19 +14,18 @@ import torch
 from small import GRIDS, features, folder_config, image_folder, model
 from torch import nn
 
-from hgadlib import experiment, training
+from hgadlib import training
 from hgadlib.config import Config, FlowConfig
-from hgadlib.coupling import PositionalCoupling
-from hgadlib.coupling_record import block_outputs, coupling_table
 from hgadlib.errors import InputError
-from hgadlib.experiment import prepare, train_model
-from hgadlib.flow import FeatureFlow
-from hgadlib.inputs import Inputs
-from hgadlib.ledger import coupling
+from hgadlib.flow import FeatureFlow, PositionalCoupling
 from hgadlib.model import HGAD
-from hgadlib.record import anomalous_positions
-from hgadlib.run_files import read_coupling, read_history
-from hgadlib.runs import RunDirectory
+from hgadlib.runs import experiment
+from hgadlib.runs.coupling import block_outputs, coupling_table
+from hgadlib.runs.directory import RunDirectory, read_coupling, read_history
+from hgadlib.runs.experiment import train_model
+from hgadlib.runs.inputs import Inputs, prepare
+from hgadlib.runs.ledger import coupling
+from hgadlib.runs.record import anomalous_positions
 
 
 @pytest.mark.parametrize("kind", ["positional", "convolutional"])

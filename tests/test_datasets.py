@@ -14,10 +14,11 @@ import pytest
 import trees
 from PIL import Image
 
-import hgadlib.datasets.published as published
-from hgadlib.datasets import NAMES, UNKNOWN_CLASS, UNLABELLED, Dataset, ImageRecord, load_dataset, relabel
-from hgadlib.datasets.__main__ import main
+from hgadlib.__main__ import main
+from hgadlib.config import DATASETS
+from hgadlib.datasets import load_dataset, published
 from hgadlib.datasets.check import check, guess_layout
+from hgadlib.datasets.records import UNKNOWN_CLASS, UNLABELLED, Dataset, ImageRecord, relabel
 from hgadlib.datasets.scan import Findings
 from hgadlib.errors import InputError
 
@@ -231,12 +232,14 @@ def test_place_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", ["mvtec", "btad", "mvtec3d", "visa"])
 def test_missing_data_says_how_to_come_by_it(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=rf"data_root.*HGAD_DATA.*python -m hgadlib.datasets fetch {name}"):
+    with pytest.raises(InputError, match=rf"data_root.*HGAD_DATA.*hgad data fetch {name}"):
         load_dataset(name, root=tmp_path / "none")
 
 
 def test_unknown_name_and_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"unknown dataset 'imagenet'; expected one of {', '.join(NAMES)}"):
+    with pytest.raises(
+        InputError, match=f"unknown dataset 'imagenet'; expected one of {', '.join(DATASETS)}"
+    ):
         load_dataset("imagenet")
     with pytest.raises(InputError, match="no such folder; dataset 'folder' needs data_root"):
         load_dataset("folder", root=tmp_path / "none")
@@ -246,7 +249,7 @@ def test_unknown_name_and_missing_folder(tmp_path: Path) -> None:
 
 
 def test_complete_set_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hgadlib.datasets.mvtec.MVTEC", {"bottle": (3, 2, 2), "cable": (3, 2, 2)})
+    monkeypatch.setattr("hgadlib.datasets.published.MVTEC", {"bottle": (3, 2, 2), "cable": (3, 2, 2)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dataset = load_dataset("mvtec", root=trees.mvtec(tmp_path))
@@ -255,7 +258,7 @@ def test_complete_set_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_partial_set_warns_and_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "hgadlib.datasets.mvtec.MVTEC", {name: (3, 2, 2) for name in ("bottle", "cable", "tile")}
+        "hgadlib.datasets.published.MVTEC", {name: (3, 2, 2) for name in ("bottle", "cable", "tile")}
     )
     trees.mvtec(tmp_path)
     (tmp_path / "bottle" / "train" / "good" / "002.png").unlink()
@@ -371,7 +374,7 @@ def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     (good / "001.png").write_bytes((good / "000.png").read_bytes()[:300])
     shutil.copy(good / "000.png", tmp_path / "bottle" / "test" / "good" / "000.png")
     trees.mask(tmp_path / "cable" / "ground_truth" / "hole" / "000_mask.png", value=0)
-    assert main(["check", str(tmp_path)]) == 1
+    assert main(["data", "check", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "Problems (3)" in out and "truncated" in out
     assert "the same image is in train and in test" in out and "mask of an anomalous image is empty" in out
@@ -386,7 +389,7 @@ def test_check_guesses_the_layout(tmp_path: Path, elpv_root: Path) -> None:
 
 def test_commands(tmp_path: Path) -> None:
     trees.mvtec(tmp_path)
-    command = [sys.executable, "-m", "hgadlib.datasets", "check"]
+    command = [sys.executable, "-m", "hgadlib", "data", "check"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "bottle" in done.stdout, done.stderr
     failed = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
@@ -398,8 +401,8 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_fetch_of_what_cannot_be_fetched(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fetch", "elpv"]) == 0
-    assert main(["fetch", "folder"]) == 2 and "it is your own" in capsys.readouterr().err
+    assert main(["data", "fetch", "elpv"]) == 0
+    assert main(["data", "fetch", "folder"]) == 2 and "it is your own" in capsys.readouterr().err
 
 
 def test_records_are_checked() -> None:

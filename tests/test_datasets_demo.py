@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import hgadlib.datasets.demo as demo
-import hgadlib.datasets.demo_scenes as scenes
-from hgadlib.datasets import load_dataset
-from hgadlib.datasets.demo import DEFECTS, MISSING, Shot, render, shots
+from hgadlib.datasets import demo, load_dataset
+from hgadlib.datasets.demo import DEFECTS, MISSING, Shot, render, scenes, shots
+from hgadlib.datasets.images import read_image
 from hgadlib.errors import InputError
-from hgadlib.images import read_image
 
 
 @pytest.fixture

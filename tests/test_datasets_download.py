@@ -17,11 +17,9 @@ import numpy as np
 import pytest
 import trees
 
+from hgadlib.__main__ import main
 from hgadlib.datasets import load_dataset
-from hgadlib.datasets.__main__ import main
-from hgadlib.datasets.archives import unpack
-from hgadlib.datasets.download import SOURCES, fetch
-from hgadlib.datasets.resume import CHUNK
+from hgadlib.datasets.download import CHUNK, SOURCES, fetch, unpack
 from hgadlib.errors import InputError
 
 Answer = Callable[["Handler"], None]
@@ -260,7 +258,7 @@ def test_archive_on_disk(tmp_path: Path, server: type[Handler], capsys: pytest.C
     archive = tmp_path / "my.tar.xz"
     archive.write_bytes(server.content)
     root = tmp_path / "data" / "mvtec"
-    assert main(["fetch", "mvtec", "--root", str(root), "--from", str(archive)]) == 0
+    assert main(["data", "fetch", "mvtec", "--root", str(root), "--from", str(archive)]) == 0
     assert (root / "bottle").is_dir() and archive.is_file() and server.ranges == []
     assert "CC BY-NC-SA" in capsys.readouterr().err
 

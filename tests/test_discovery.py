@@ -9,11 +9,12 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from hgadlib.backbone import build_backbone
-from hgadlib.datasets import load_dataset, relabel
-from hgadlib.discovery import assign_nearest, discover_classes
+from hgadlib.datasets import load_dataset
+from hgadlib.datasets.images import load_images
+from hgadlib.datasets.records import relabel
 from hgadlib.errors import InputError
-from hgadlib.images import load_images
+from hgadlib.features.backbone import build_backbone
+from hgadlib.features.discovery import assign_nearest, discover_classes
 
 OPEN_UNION = Path(__file__).parents[1].parent / "shared" / "data" / "open_union"
 

@@ -16,7 +16,7 @@ from small import folder_config, image_folder
 from hgadlib.__main__ import main
 from hgadlib.distributed import Group, process_group
 from hgadlib.errors import InputError
-from hgadlib.run_files import read_history, read_metrics
+from hgadlib.runs.directory import read_history, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ import torch
 from small import features, model
 
 from hgadlib.config import ScoreConfig
-from hgadlib.evaluation import (
+from hgadlib.evaluation.evaluate import (
     Evaluation,
     Protocol,
     class_normalisation,
@@ -16,7 +16,7 @@ from hgadlib.evaluation import (
     level_values,
     map_batches,
 )
-from hgadlib.metrics import IMAGE_METRICS, PIXEL_METRICS, pixel_metrics
+from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS, pixel_metrics
 from hgadlib.model import HGAD
 from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores
 from hgadlib.training import calibrate

@@ -17,27 +17,19 @@ import torch
 from PIL import Image
 from small import folder_config, image_folder
 
-from hgadlib import experiment, training
+from hgadlib import training
 from hgadlib.config import Config
 from hgadlib.errors import InputError
-from hgadlib.experiment import (
-    Inputs,
-    Result,
-    build_model,
-    class_masks,
-    evaluate_model,
-    gallery,
-    predict,
-    prepare,
-    select_device,
-    summary,
-    train_model,
-)
-from hgadlib.gallery import typical_images
-from hgadlib.metrics import IMAGE_METRICS, PIXEL_METRICS
+from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
+from hgadlib.evaluation.predict import predict
 from hgadlib.model import HGAD
-from hgadlib.record import best_epochs
-from hgadlib.runs import RunDirectory, read_history, read_metrics
+from hgadlib.runs import experiment
+from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
+from hgadlib.runs.experiment import build_model, evaluate_model, train_model
+from hgadlib.runs.gallery import gallery, typical_images
+from hgadlib.runs.hardware import select_device
+from hgadlib.runs.inputs import Inputs, class_masks, prepare, summary
+from hgadlib.runs.record import Result, best_epochs
 
 METRICS = {*IMAGE_METRICS, *PIXEL_METRICS}
 TIMED = ["seconds", "images_per_s"]

@@ -23,12 +23,11 @@ import pytest
 import torch
 from small import folder_config, image_folder
 
-from hgadlib import explorer as module
+from hgadbook import explore as module
+from hgadbook.explore import Explorer, ExplorerApp, State, describe, draw, open_explorer, overview
 from hgadlib.config import Config
 from hgadlib.errors import InputError
-from hgadlib.explorer import Explorer, State, open_explorer
-from hgadlib.explorer_app import ExplorerApp, describe, draw, overview
-from hgadlib.figures import theme
+from hgadlib.figures.theme import theme
 from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.scoring import Criterion
 

@@ -22,12 +22,15 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from hgadlib import extraction, feature_cache, feature_store, features
-from hgadlib.backbone import Backbone, build_backbone, flatten_maps
+from hgadlib.datasets.images import load_images
 from hgadlib.errors import InputError
-from hgadlib.feature_store import choose_storage, free_host_bytes
-from hgadlib.features import Features, dataset_features, global_features
-from hgadlib.images import load_images
+from hgadlib.features import cache as feature_cache
+from hgadlib.features import extract as extraction
+from hgadlib.features import extract as features
+from hgadlib.features import store as feature_store
+from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
+from hgadlib.features.extract import dataset_features
+from hgadlib.features.store import Features, choose_storage, free_host_bytes, global_features
 
 SIZE = 64
 

@@ -15,20 +15,13 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.contour import QuadContourSet
 
+from hgadbook.explore import latent_scatter
 from hgadlib.errors import InputError
-from hgadlib.figures import (
-    ANOMALOUS_COLOR,
-    NORMAL_COLOR,
-    anomaly_map_grid,
-    auroc_table,
-    class_colors,
-    latent_scatter,
-    log_likelihood_histogram,
-    log_likelihood_histograms,
-    loss_curves,
-    outline_mask,
-    theme,
-)
+from hgadlib.figures.histograms import log_likelihood_histogram, log_likelihood_histograms
+from hgadlib.figures.maps import anomaly_map_grid, outline_mask
+from hgadlib.figures.tables import auroc_table
+from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, class_colors, theme
+from hgadlib.figures.training import loss_curves
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hgadbook import beyond as rates
+from hgadbook import complexity
+from hgadbook import information_bottleneck as information
 from hgadlib.errors import InputError
-from hgadlib.figures import complexity, information, rates
+from hgadlib.evaluation.thresholds import binomial_rate
 from hgadlib.figures.theme import theme
-from hgadlib.thresholds import binomial_rate
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hgadbook.qualitative import map_comparison
 from hgadlib import figures
 from hgadlib.errors import InputError
 from hgadlib.figures.histograms import Histogram
@@ -105,14 +106,14 @@ def test_a_comparison_has_a_column_a_model_and_one_scale_each() -> None:
     masks[0, 2:4, 2:4] = True
     maps = {"one": np.zeros((2, 8, 8)), "two": np.ones((2, 8, 8))}
     maps["two"][1] = 5
-    figure = figures.map_comparison(images, masks, maps, ["a", "b"], normal=images)
+    figure = map_comparison(images, masks, maps, ["a", "b"], normal=images)
     axes = np.array(figure.axes).reshape(2, 5)
     assert [ax.get_title() for ax in axes[0]] == ["normal", "image", "mask", "one", "two"]
     assert [ax.images[0].get_clim() for ax in axes[:, 4]] == [(1, 5), (1, 5)]
     assert len(axes[0, 3].collections) == 2 and not axes[1, 3].collections
     with pytest.raises(InputError, match="expected maps and masks of the images' size"):
-        figures.map_comparison(images, masks, {"one": np.zeros((2, 4, 4))}, ["a", "b"])
+        map_comparison(images, masks, {"one": np.zeros((2, 4, 4))}, ["a", "b"])
     with pytest.raises(InputError, match="expected finite scores"):
-        figures.map_comparison(images, masks, {"one": np.full((2, 8, 8), np.nan)}, ["a", "b"])
+        map_comparison(images, masks, {"one": np.full((2, 8, 8), np.nan)}, ["a", "b"])
     with pytest.raises(InputError, match=r"expected images \(N, H, W, 3\)"):
-        figures.map_comparison(images, masks, maps, ["a"])
+        map_comparison(images, masks, maps, ["a"])

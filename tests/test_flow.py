@@ -10,9 +10,15 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import AllInOneBlock
 from torch import Tensor, nn
 
-from hgadlib import fused_coupling
-from hgadlib.coupling import PositionalCoupling, _AffineCoupling, random_rotation
-from hgadlib.flow import FeatureFlow, FixedAffine, positional_encoding_2d
+from hgadlib.fast import coupling as fused_coupling
+from hgadlib.flow import (
+    FeatureFlow,
+    FixedAffine,
+    PositionalCoupling,
+    _AffineCoupling,
+    positional_encoding_2d,
+    random_rotation,
+)
 
 
 def randomise(flow: nn.Module, seed: int = 0) -> None:

@@ -10,9 +10,9 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from hgadlib import fused_convolution
-from hgadlib.backbone import build_backbone
-from hgadlib.fused_convolution import FusedConvolution
+from hgadlib.fast import convolution as fused_convolution
+from hgadlib.fast.convolution import FusedConvolution
+from hgadlib.features.backbone import build_backbone
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN, so no fused call"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hgadlib.config import load_config
+from hgadlib.config import load_config, training_key
 from hgadlib.errors import InputError
-from hgadlib.grid import load_grid, training_key
+from hgadlib.runs.grid import load_grid
 
 
 def test_rows_that_train_the_same_come_once() -> None:

@@ -8,11 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hgadlib.comparison import normal_rank, telling_images
-from hgadlib.config import load_config
-from hgadlib.errors import InputError
-from hgadlib.grid import load_grid
-from hgadlib.homogeneous import (
+from hgadbook.histograms import (
+    class_overlaps,
+    overlap_records,
+    overlap_sentence,
+    overlap_table,
+    separation_table,
+)
+from hgadbook.homogeneous_mapping import (
     FLOWS,
     coupling_claims,
     coupling_sentences,
@@ -20,13 +23,10 @@ from hgadlib.homogeneous import (
     course_sentences,
     course_table,
 )
-from hgadlib.separation import (
-    class_overlaps,
-    overlap_records,
-    overlap_sentence,
-    overlap_table,
-    separation_table,
-)
+from hgadbook.qualitative import normal_rank, telling_images
+from hgadlib.config import load_config
+from hgadlib.errors import InputError
+from hgadlib.runs.grid import load_grid
 
 
 def history(image: list[float], *, nll: list[float], normal: list[float] | None = None) -> pd.DataFrame:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hgadlib.errors import InputError
-from hgadlib.images import (
+from hgadlib.datasets.images import (
     RESIZE_POLICIES,
     load_images,
     load_masks,
@@ -23,6 +22,7 @@ from hgadlib.images import (
     resize_image,
     resize_mask,
 )
+from hgadlib.errors import InputError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hgadlib.information import (
+from hgadbook.information_bottleneck import (
     InformationEstimate,
     antithetic_noise,
     estimate_information,
     information_constants,
     nested_information,
 )
+from hgadbook.method import fit_flow, toy_features
 from hgadlib.mixture import HierarchicalGaussianMixture, mixture_log_prob
-from hgadlib.toy import fit_flow, toy_features
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,20 @@ import pytest
 import small
 import torch
 
-from hgadlib.errors import InputError
-from hgadlib.information import class_information_bound, nested_class_information, nested_information
-from hgadlib.information_numbers import (
+from hgadbook.information_bottleneck import (
     class_information,
+    class_information_bound,
     feature_scale,
     information_by_noise,
     level_density,
+    nested_class_information,
+    nested_information,
     over_alpha,
     over_training,
     rate,
     train_toy,
 )
+from hgadlib.errors import InputError
 
 
 def blobs(distance: float, n: int = 400) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hgadlib.__main__ import main
 from hgadlib.config import config_from_dict
 from hgadlib.errors import InputError
-from hgadlib.ledger import add, curves, find_records, main, overlaps, read_ledger, read_records
-from hgadlib.runs import RunDirectory
+from hgadlib.runs.directory import RunDirectory
+from hgadlib.runs.ledger import add, curves, find_records, overlaps, read_ledger, read_records
 
 
 def finished(path: Path, seed: int = 0) -> Path:
@@ -60,7 +61,7 @@ def test_adding_again_is_the_same_file_and_seeds_differ(tmp_path: Path) -> None:
 def test_a_run_that_is_not_whole_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"expected a finished run with metrics.json"):
         add(tmp_path, tmp_path / "ledger")
-    assert main(["add", str(tmp_path)]) == 2
+    assert main(["runs", "add", str(tmp_path)]) == 2
     assert "finished run" in capsys.readouterr().err
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from hgadlib.errors import InputError
-from hgadlib.metrics import (
+from hgadlib.evaluation.likelihoods import histogram_overlap, overlap_coefficient
+from hgadlib.evaluation.metrics import (
     IMAGE_METRICS,
     PIXEL_METRICS,
     PixelMetrics,
@@ -19,7 +20,6 @@ from hgadlib.metrics import (
     mean_metrics,
     pixel_metrics,
 )
-from hgadlib.overlap import histogram_overlap, overlap_coefficient
 
 DTYPES = (np.float16, np.float32, np.float64)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hgadlib import paper
+from hgadbook import paper
 from hgadlib.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import yaml
 from hgadlib.config import Config, config_from_dict, load_config
 from hgadlib.errors import InputError
 from hgadlib.files import read_tensors, replacing, write_atomically, write_tensors
-from hgadlib.runs import RunDirectory, read_config, read_history, read_metrics
+from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
 
 DATA = {"digest": "images", "train": 3, "test": 2}
 OTHER_DATA = {"digest": "other images", "train": 4, "test": 2}
@@ -226,7 +226,8 @@ def test_the_same_process_may_open_its_run_again() -> None:
 def locked_elsewhere(path: Path) -> None:
     """Open a run in another process; raise what it says."""
     code = (
-        "import sys; from hgadlib.config import load_config; from hgadlib.runs import RunDirectory\n"
+        "import sys; from hgadlib.config import load_config\n"
+        "from hgadlib.runs.directory import RunDirectory\n"
         "from hgadlib.errors import InputError\n"
         "try: RunDirectory.open(load_config(dataset='demo'))\n"
         "except InputError as error: print(error)\n"
@@ -257,7 +258,8 @@ def test_a_run_that_another_process_works_on_is_refused() -> None:
 
 def test_the_lock_of_a_killed_process_holds_nobody_up() -> None:
     code = (
-        "import os, signal; from hgadlib.config import load_config; from hgadlib.runs import RunDirectory\n"
+        "import os, signal; from hgadlib.config import load_config\n"
+        "from hgadlib.runs.directory import RunDirectory\n"
         "run = RunDirectory.open(load_config(dataset='demo')); run.start({'digest': 'images'})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

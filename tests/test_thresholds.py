@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hgadlib.errors import InputError
-from hgadlib.thresholds import (
+from hgadlib.evaluation.thresholds import (
     binomial_rate,
     conformal_p_values,
     conformal_threshold,

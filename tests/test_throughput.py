@@ -10,9 +10,9 @@ import pytest
 import small
 import torch
 
+from hgadbook.complexity import benchmark_ratios, measure_throughput, product_rate, recorded_rates
 from hgadlib.config import project_dir
-from hgadlib.ledger import read_records
-from hgadlib.throughput import benchmark_ratios, measure_throughput, product_rate, recorded_rates
+from hgadlib.runs.ledger import read_records
 
 
 def test_short_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from hgadbook import method as draw
+from hgadbook.method import (
+    Trajectory,
+    eq8_by_weight,
+    fit_flow,
+    fit_prior,
+    level_values,
+    offset_shares,
+    plane,
+    pull,
+    scores_in_company,
+    toy_features,
+    toy_latents,
+)
 from hgadlib.errors import InputError
-from hgadlib.figures import toy as draw
 from hgadlib.losses import inter_class_nll, mutual_information_loss
 from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture
-from hgadlib.toy import Trajectory, fit_flow, fit_prior, plane, pull, toy_features, toy_latents
-from hgadlib.toy_numbers import eq8_by_weight, level_values, offset_shares, scores_in_company
 
 POOR_START = torch.tensor([[-4.0, 1.5], [5.0, 2.5], [5.0, -2.0]])
 

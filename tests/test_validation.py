@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from hgadlib.datasets import Dataset, load_dataset
-from hgadlib.datasets.__main__ import main
-from hgadlib.datasets.synthetic import EDGE, KINDS, draw_defect
-from hgadlib.datasets.validation import make_validation
-from hgadlib.decoding import read_image, read_mask
+from hgadlib.__main__ import main
+from hgadlib.datasets import load_dataset
+from hgadlib.datasets.images import read_image, read_mask
+from hgadlib.datasets.records import Dataset
+from hgadlib.datasets.validation import EDGE, KINDS, draw_defect, make_validation
 from hgadlib.errors import InputError
 
 SHAPES = {"panel": (64, 96), "weave": (80, 56)}
@@ -150,7 +150,7 @@ def test_the_command_makes_nothing_of_test_images(dataset: Dataset, tmp_path: Pa
     # The loader sees to it that all files are images; what they show must not matter.
     for record in dataset.test:
         save(record.path, np.zeros((*SHAPES[record.class_name], 3), np.uint8))
-    assert main(["validation", str(dataset.root), str(tmp_path / "out"), "--seed", "2"]) == 0
+    assert main(["data", "validation", str(dataset.root), str(tmp_path / "out"), "--seed", "2"]) == 0
     assert content(tmp_path / "out") == expected
 
 
@@ -244,9 +244,9 @@ def test_bad_places_and_images(dataset: Dataset, tmp_path: Path) -> None:
 
 def test_command_line_errors(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    assert main(["validation", str(tmp_path / "nowhere"), out]) == 2
+    assert main(["data", "validation", str(tmp_path / "nowhere"), out]) == 2
     assert "expected a folder or one of mvtec," in capsys.readouterr().err
-    assert main(["validation", str(dataset.root), out, "--root", out]) == 2
+    assert main(["data", "validation", str(dataset.root), out, "--root", out]) == 2
     assert "--root goes with a dataset's name" in capsys.readouterr().err
-    assert main(["validation", "folder", out, "--root", str(dataset.root), "--held-out", "0.4"]) == 0
+    assert main(["data", "validation", "folder", out, "--root", str(dataset.root), "--held-out", "0.4"]) == 0
     assert f"-p dataset folder -p data_root {out}" in capsys.readouterr().out

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from grids import TINY, crash_once, grid_project, planned, snakemake
 
+from hgadlib.__main__ import main
 from hgadlib.config import Config
-from hgadlib.grid import Grid, load_grid
-from hgadlib.grid_status import main, run_states, summary
-from hgadlib.ledger import add, read_records
-from hgadlib.runs import RunDirectory
+from hgadlib.runs.directory import RunDirectory
+from hgadlib.runs.grid import Grid, load_grid, run_states, summary
+from hgadlib.runs.ledger import add, read_records
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Grid:
 
 def digest_of_images(grid: Grid) -> str:
     from hgadlib.datasets import load_dataset
-    from hgadlib.inputs import identify
+    from hgadlib.runs.inputs import identify
 
     return identify(load_dataset("folder", root=grid.data_root))["digest"]
 
@@ -132,15 +132,15 @@ def test_summary_averages_seeds_under_each_rows_own_scoring(
     assert table.loc["tab3c_likelihood", "image_auroc"] == pytest.approx(0.65)
     assert table["image_auroc"].isna().tolist() == [False, False, True, False]
     assert table["pixel_auroc"].isna().all()
-    assert main(["table", "tiny", "--data-root", "images"]) == 0
+    assert main(["grid", "table", "tiny", "--data-root", "images"]) == 0
     assert "runs/tables/tiny.csv" in capsys.readouterr().out
     written = pd.read_csv("runs/tables/tiny.csv").set_index("experiment")
     assert len(str(written.loc["tab3a_full", "records"]).split()) == 2
-    assert main(["list", "tiny", "--data-root", "images", "--seeds", "1"]) == 0
+    assert main(["grid", "list", "tiny", "--data-root", "images", "--seeds", "1"]) == 0
     assert [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]] == [
         ["tab3a_full", "1", "recorded"], ["tab3a_sgc", "1", "missing"],
     ]  # fmt: skip
-    assert main(["list", "tinny"]) == 2
+    assert main(["grid", "list", "tinny"]) == 2
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import sys
 
 from hgadlib.config import load_config
 from hgadlib.errors import InputError
-from hgadlib.inputs import prepare
+from hgadlib.runs.inputs import prepare
 
 
 def main(given: str, threads: str) -> int:

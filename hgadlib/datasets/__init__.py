@@ -9,18 +9,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hgadlib.datasets import demo, elpv, folder, union
+from hgadlib.config import DATASETS
+from hgadlib.datasets import demo, elpv, folder
 from hgadlib.datasets import download as download_
-from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, Dataset, ImageRecord, relabel
+from hgadlib.datasets.published import PARTS, load_union
+from hgadlib.datasets.records import Dataset, ImageRecord
 from hgadlib.datasets.scan import Findings, keep_trainable, verify
 from hgadlib.errors import InputError
-
-__all__ = [
-    "GOOD", "NAMES", "UNKNOWN_CLASS", "UNLABELLED", "Dataset", "ImageRecord",
-    "default_root", "load_dataset", "relabel",
-]  # fmt: skip
-
-NAMES: tuple[str, ...] = ("mvtec", "btad", "mvtec3d", "visa", "union", "elpv", "demo", "folder")
 
 
 def default_root(name: str) -> Path:
@@ -40,7 +35,7 @@ def load_dataset(
     """Load the records of a dataset.
 
     Args:
-        name: One of `NAMES`.
+        name: One of `DATASETS`.
         root: Where the data lies; None for `default_root` (elpv: for its package). Union's root holds its
             four parts, each in a folder of its name.
         download: Fetch the data if it is missing.
@@ -55,8 +50,8 @@ def load_dataset(
     Raises:
         InputError: The name is unknown, the data is missing or (under strict) bad.
     """
-    if name not in NAMES:
-        raise InputError(f"unknown dataset {name!r}; expected one of {', '.join(NAMES)}")
+    if name not in DATASETS:
+        raise InputError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}")
     findings = Findings(strict=strict)
     where = Path(root).expanduser() if root is not None else default_root(name)
     records: list[ImageRecord]
@@ -69,13 +64,13 @@ def load_dataset(
     elif name == "union":
         if root is None:
             where = where.parent
-        roots = {part: where / part for part in union.PARTS}
+        roots = {part: where / part for part in PARTS}
         for part, place in roots.items():
             _require(part, place, fetch=download, source=None)
-        records = union.load(roots, findings)
+        records = load_union(roots, findings)
     else:
         _require(name, where, fetch=download, source=source)
-        loaders = {"folder": folder.read_tree, **union.PARTS}
+        loaders = {"folder": folder.read_tree, **PARTS}
         records = loaders[name](where, findings)
     records = keep_trainable(verify(records, findings), where, findings)
     classes = tuple(sorted({record.class_name for record in records if record.split == "train"}))
@@ -93,6 +88,6 @@ def _require(name: str, where: Path, *, fetch: bool, source: str | None) -> None
     if not fetch:
         raise InputError(
             f"{where}: dataset {name!r} is not there; give data_root, set HGAD_DATA, or fetch it: "
-            f"-p download true, or python -m hgadlib.datasets fetch {name}"
+            f"-p download true, or hgad data fetch {name}"
         )
     download_.fetch(name, root=where, source=source)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from hgadlib.datasets import Dataset, ImageRecord, load_dataset
+from hgadlib.datasets import load_dataset
+from hgadlib.datasets.images import parallel_map, read_header, read_mask
+from hgadlib.datasets.published import SPLIT_FILE
+from hgadlib.datasets.records import Dataset, ImageRecord
 from hgadlib.datasets.scan import Findings, list_folder, some
-from hgadlib.datasets.visa import SPLIT_FILE
-from hgadlib.decoding import read_header, read_mask
 from hgadlib.errors import InputError
-from hgadlib.images import parallel_map
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,217 @@ the next one goes on with, and nothing that looks like a dataset.
 from __future__ import annotations
 
 import contextlib
+import lzma
 import os
 import shutil
+import stat
 import sys
+import tarfile
 import tempfile
+import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import pooch  # type: ignore[import-untyped, unused-ignore]
 import requests
 
-from hgadlib.datasets.archives import unpack
-from hgadlib.datasets.resume import resume
 from hgadlib.errors import InputError
+from hgadlib.progress import progress_bar
+
+_DAMAGE = (
+    tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError,
+    NotImplementedError,
+)  # fmt: skip
+
+
+def _safe_name(archive: Path, name: str) -> PurePosixPath:
+    r"""Check a member's name.
+
+    >>> str(_safe_name(Path("a.zip"), "bottle/train/000.png"))
+    'bottle/train/000.png'
+    >>> _safe_name(Path("a.zip"), "../evil.png")
+    Traceback (most recent call last):
+        ...
+    hgadlib.errors.InputError: a.zip: refused: it wants to write '../evil.png', outside of its folder
+    """
+    path = PurePosixPath(name)
+    has_drive = len(name) > 1 and name[1] == ":"
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or has_drive:
+        raise InputError(f"{archive}: refused: it wants to write {name!r}, outside of its folder")
+    return path
+
+
+def _tar_members(archive: Path, raw: IO[bytes]) -> Iterator[tuple[PurePosixPath, IO[bytes] | None]]:
+    with tarfile.open(fileobj=raw, mode="r:*") as tar:
+        for member in tar:
+            path = _safe_name(archive, member.name)
+            if member.isdir():
+                yield path, None
+            elif member.isreg():
+                yield path, tar.extractfile(member)
+            else:
+                raise _refusal(archive, member.name, is_link=member.issym() or member.islnk())
+
+
+def _zip_members(archive: Path, raw: IO[bytes]) -> Iterator[tuple[PurePosixPath, IO[bytes] | None]]:
+    with zipfile.ZipFile(raw) as packed:
+        for member in packed.infolist():
+            path = _safe_name(archive, member.filename)
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            if member.is_dir():
+                yield path, None
+            elif kind in (0, stat.S_IFREG):
+                with packed.open(member) as content:
+                    yield path, content
+            else:
+                raise _refusal(archive, member.filename, is_link=kind == stat.S_IFLNK)
+
+
+def _refusal(archive: Path, name: str, *, is_link: bool) -> InputError:
+    kind = "a link" if is_link else "a special file"
+    return InputError(f"{archive}: refused: {name!r} is {kind}; expected files and folders only")
+
+
+def byte_bar(total: int, description: str) -> Any:
+    """Open a progress bar that counts bytes in MB and GB; total is 0 where nobody knows it."""
+    bar = progress_bar(total, description, unit="byte")
+    bar.unit, bar.unit_scale = "B", True
+    return bar
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack a tar (of any compression) or zip archive into an empty folder.
+
+    Files are written anew, so that neither permissions nor owners nor times come out of the archive.
+
+    Args:
+        archive: The archive; its checksum should have been verified.
+        target: An existing empty folder. On an error it is left half full: unpack into a folder that nobody
+            trusts yet, and rename it.
+
+    Raises:
+        InputError: The archive is damaged, of unknown type, or holds something that is not a plain file or
+            folder below the target.
+    """
+    try:
+        is_zip = zipfile.is_zipfile(archive)
+        if not is_zip and not tarfile.is_tarfile(archive):
+            raise InputError(f"{archive}: expected a .tar, .tar.gz, .tar.xz or .zip archive")
+        size = archive.stat().st_size
+        with archive.open("rb") as raw, byte_bar(size, f"Unpacking {archive.name}") as bar:
+            for name, content in (_zip_members if is_zip else _tar_members)(archive, raw):
+                path = target / name
+                if content is None:
+                    path.mkdir(parents=True, exist_ok=True)
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("xb") as file:
+                    shutil.copyfileobj(content, file, 1 << 20)
+                bar.update(max(0, raw.tell() - bar.n))
+    except FileExistsError as error:
+        raise InputError(f"{archive}: refused: it holds {Path(str(error.filename)).name!r} twice") from error
+    except _DAMAGE as error:
+        raise InputError(f"{archive}: damaged archive ({error}); fetch it again") from error
+    except OSError as error:
+        raise InputError(f"{target}: cannot unpack {archive.name}: {error.strerror or error}") from error
+
+
+CHUNK = 1 << 14
+"""Bytes written at a time; when the line breaks, what came of a chunk is lost."""
+_BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+
+
+def resume(url: str, part: Path, pause: float, attempts: int = 5) -> None:
+    """Fill a partial file until the server's length is reached; getting further renews the patience.
+
+    Args:
+        url: Address, http or https.
+        part: The partial file, with what an earlier call left; a note on its version lies beside it.
+        pause: Seconds before the first retry; each further wait is twice as long.
+        attempts: How many in a row may fail without getting further.
+
+    Raises:
+        requests.RequestException: It failed `attempts` times in a row, or cannot be asked at all.
+        InputError: The server does not have the file, or does not keep to HTTP.
+    """
+    tag = part.with_suffix(".tag")
+    failures, best = 0, part.stat().st_size if part.exists() else 0
+    while True:
+        try:
+            if _continue(url, part, tag):
+                tag.unlink(missing_ok=True)
+                return
+            problem: requests.RequestException = requests.ConnectionError("the line broke before the end")
+        except _BROKEN as error:
+            problem = error
+        after = part.stat().st_size if part.exists() else 0
+        failures = 0 if after > best else failures + 1
+        best = max(best, after)
+        if failures >= attempts:
+            raise problem
+        time.sleep(min(30.0, pause * 2.0 ** max(0, failures - 1)))
+
+
+def _continue(url: str, part: Path, tag: Path) -> bool:
+    """Ask for what is missing and append it. Returns whether the file is as long as the server says."""
+    have = part.stat().st_size if part.exists() and tag.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        # Without it the end of a newer file could be glued to the start of an older one.
+        if validator := tag.read_text(encoding="utf-8"):
+            headers["If-Range"] = validator
+    with requests.get(url, headers=headers, stream=True, timeout=(15, 60)) as response:
+        if response.status_code == 416:
+            # Nothing beyond what we have: a download that was complete when it was killed, or another file.
+            complete = response.headers.get("Content-Range", "") == f"bytes */{have}"
+            if not complete:
+                part.unlink(missing_ok=True)
+            return complete
+        if response.status_code in (408, 429) or response.status_code >= 500:
+            raise requests.ConnectionError(f"the server answered {response.status_code} {response.reason}")
+        if response.status_code not in (200, 206):
+            raise InputError(f"{url}: the server answered {response.status_code} {response.reason}")
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            raise InputError(f"{url}: expected an archive, found a web page; the address has probably moved")
+        start = _start(response) if response.status_code == 206 else 0
+        if start > have:
+            raise InputError(f"{url}: asked for bytes from {have}, the server sent them from {start}")
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length is not None and length.isdecimal() else None
+        tag.write_text(_validator(response), encoding="utf-8")
+        with part.open("r+b" if part.exists() else "w+b") as file:
+            file.truncate(start)
+            file.seek(start)
+            label = f"Fetching {urlparse(url).path.rsplit('/', 1)[-1]}"
+            with byte_bar(total or 0, label) as bar:
+                bar.update(start)
+                for chunk in response.iter_content(CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            size = file.tell()
+    # urllib3 before 2 does not notice a short answer by itself.
+    return total is None or size == total
+
+
+def _start(response: requests.Response) -> int:
+    """Read where a partial answer starts."""
+    text = response.headers.get("Content-Range", "")
+    first = text.removeprefix("bytes ").partition("-")[0]
+    if not text.startswith("bytes ") or not first.isdecimal():
+        raise InputError(f"{response.url}: partial answer without a usable Content-Range, found {text!r}")
+    return int(first)
+
+
+def _validator(response: requests.Response) -> str:
+    """Return what tells this version of the file from others: a strong ETag, or the time of change."""
+    etag = response.headers.get("ETag", "")
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import importlib.util
 from collections import defaultdict
 from pathlib import Path
 
+from hgadlib.datasets.images import parallel_map
 from hgadlib.datasets.records import GOOD, ImageRecord
 from hgadlib.datasets.scan import Findings
 from hgadlib.errors import InputError
-from hgadlib.images import parallel_map
 
 TRAIN_SHARE = 0.75
 _COLUMNS = "IMAGE PROBABILITY {mono|poly}"

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from hgadlib.datasets.images import read_mask
 from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, ImageRecord
 from hgadlib.datasets.scan import Findings, check_unique_names, is_image, list_folder, list_images, some
-from hgadlib.decoding import read_mask
 from hgadlib.errors import InputError
 
 SCORE = "score"

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hgadlib.datasets.images import check_mask_size, parallel_map, read_header, read_image, read_mask
 from hgadlib.datasets.records import UNKNOWN_CLASS, ImageRecord
-from hgadlib.decoding import check_mask_size, read_header, read_image, read_mask
 from hgadlib.errors import InputError
-from hgadlib.images import parallel_map
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 # Left behind by operating systems and archivers; no one means them as data.

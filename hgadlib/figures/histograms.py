@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hgadlib.errors import InputError
+from hgadlib.evaluation.likelihoods import histogram_overlap
 from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, panel_grid
-from hgadlib.overlap import histogram_overlap
 
 Histogram = tuple[ArrayLike, ArrayLike]  # edges (bins + 1,), counts (bins,)
 

@@ -1,0 +1,47 @@
+"""What every chapter does first: the figures' theme, one-line errors, quiet logs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from types import TracebackType
+from typing import Any
+
+from hgadlib.errors import InputError
+from hgadlib.runs.directory import RunDirectory
+
+
+def setup() -> None:
+    """Prepare a chapter: theme of the figures, and wrong input told in one line instead of a traceback."""
+    from IPython import get_ipython  # type: ignore[attr-defined, unused-ignore]
+
+    from hgadlib.figures.theme import theme
+
+    theme()
+    # Torch says on machines without a GPU that it found none; a reader need not know.
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*CUDA initialization.*")
+    shell = get_ipython()
+    if shell is None:
+        return
+    # FloatingPointError: training has diverged, and the line says which settings to change.
+    shell.set_custom_exc((InputError, FloatingPointError), _one_line)
+    # Torch's exports need the retina pixels, the page both.
+    shell.run_line_magic("config", "InlineBackend.figure_formats = ['retina']")
+
+
+def _one_line(
+    shell: Any,
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+    tb_offset: int | None = None,
+) -> list[str]:
+    # A headless kernel is killed after an error: what was only reserved is given back now.
+    for value in list(shell.user_ns.values()):
+        if isinstance(value, RunDirectory):
+            value.abandon()
+    lines = [f"{kind.__name__}: {error}"]
+    # The kernel still reports the cell as failed, so papermill stops there and exits with 1.
+    shell._showtraceback(kind, error, lines)
+    return lines

@@ -1,0 +1,471 @@
+"""What the chapter `beyond` asks of a dataset: classes inferred, thresholds tried, a class left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from hgadlib.config import Config, ScoreConfig
+from hgadlib.errors import InputError
+from hgadlib.evaluation.class_inference import auroc_by_class, infer_classes, score_as
+from hgadlib.evaluation.metrics import image_metrics
+from hgadlib.evaluation.thresholds import Rate, binomial_rate, conformal_threshold
+from hgadlib.features.store import Features
+from hgadlib.figures.theme import PALETTE
+from hgadlib.model import HGAD
+from hgadlib.runs.experiment import build_model
+from hgadlib.runs.inputs import Inputs
+from hgadlib.training import fit
+
+
+def select_features(features: Features, chosen: ArrayLike) -> Features:
+    """Copy the features of some images.
+
+    Args:
+        features: Of N images.
+        chosen: True for those to keep, (N,) bool.
+
+    Raises:
+        InputError: No image is kept, or the mask is of another length.
+    """
+    keep = np.asarray(chosen, dtype=bool)
+    if keep.shape != (len(features),) or not keep.any():
+        raise InputError(
+            f"expected a choice of some of {len(features)} images, found {keep.sum()} of {keep.shape}"
+        )
+    rows = torch.from_numpy(np.flatnonzero(keep))
+    levels = tuple(level.index_select(0, rows.to(level.device)) for level in features.levels)
+    storage = "host" if features.storage == "file" else features.storage
+    return replace(features, levels=levels, storage=storage, key=f"part of {features.key}")
+
+
+def select_train(inputs: Inputs, chosen: ArrayLike) -> Inputs:
+    """Keep some of the training images; classes that have none left are no longer classes.
+
+    The test images are those of the remaining classes.
+
+    Args:
+        inputs: Of a dataset.
+        chosen: True for the training images to keep, (N,) bool.
+
+    Raises:
+        InputError: As :func:`select_features`.
+    """
+    keep = np.asarray(chosen, dtype=bool)
+    train = select_features(inputs.train, keep)
+    dataset = inputs.dataset
+    classes = tuple(sorted({r.class_name for r, k in zip(dataset.train, keep, strict=True) if k}))
+    tested = np.array([record.class_name in classes for record in dataset.test], dtype=bool)
+    wanted = {"train": iter(keep), "test": iter(tested)}
+    records = tuple(record for record in dataset.records if next(wanted[record.split]))
+    test = inputs.test if tested.all() else select_features(inputs.test, tested)
+    return replace(inputs, dataset=replace(dataset, classes=classes, records=records), train=train, test=test)
+
+
+def held_out(class_idx: NDArray[np.int64], share: float, *, seed: int = 0) -> NDArray[np.bool_]:
+    """Draw the images to hold out, the same share of every class, at least one and never all.
+
+    Args:
+        class_idx: (N,).
+        share: In (0, 1).
+        seed: Of the draw.
+
+    Returns:
+        True where held out, (N,).
+
+    Raises:
+        InputError: The share lies outside (0, 1), or a class has a single image.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"expected a share to hold out between 0 and 1, found {share}")
+    rng = np.random.default_rng(seed)
+    out = np.zeros(len(class_idx), dtype=bool)
+    for k in np.unique(class_idx):
+        members = np.flatnonzero(class_idx == k)
+        if len(members) < 2:
+            raise InputError(f"class {k} has one training image; expected two at least to hold one out")
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        out[rng.permutation(members)[:count]] = True
+    return out
+
+
+def train_in_memory(config: Config, inputs: Inputs, *, progress: bool = False) -> HGAD:
+    """Train and calibrate a model on these inputs; no run directory is written.
+
+    Args:
+        config: Of the model and its training.
+        inputs: For instance a part of a dataset.
+        progress: Show a bar.
+
+    Raises:
+        FloatingPointError: The loss is no longer finite.
+    """
+    model = build_model(config, inputs)
+    fit(
+        model,
+        inputs.train,
+        inputs.train_classes,
+        train=config.train,
+        loss=config.loss,
+        seed=config.seed,
+        progress=progress,
+    )
+    return model
+
+
+def rate_intervals(
+    rates: Mapping[str, Mapping[str, Rate]],
+    *,
+    target: float | None = None,
+    label: str = "share (%)",
+    colors: Sequence[str] = (PALETTE[2], PALETTE[1], PALETTE[4], PALETTE[7]),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw counted shares with their intervals, a row a name and a colour a series.
+
+    Args:
+        rates: Series to name to rate.
+        target: What was asked for, drawn as a dashed line.
+        label: Of the axis.
+        colors: Of the series; blue and vermilion are for normal and anomalous images.
+        ax: Where to draw; a new figure if not given.
+
+    Raises:
+        InputError: There is no rate, or the series differ in their names.
+    """
+    names = list(next(iter(rates.values()), ()))
+    if not names or any(list(series) != names for series in rates.values()):
+        raise InputError("expected the same names in at least one series of rates; found others")
+    ax = plt.subplots(figsize=(5.6, 0.9 + 0.34 * len(names)))[1] if ax is None else ax
+    spread = 0.5 / max(len(rates), 1)
+    for i, ((series, found), color, marker) in enumerate(zip(rates.items(), colors, "osD^", strict=False)):
+        at = np.arange(len(names)) + (i - (len(rates) - 1) / 2) * spread
+        known = [(y, rate) for y, rate in zip(at, found.values(), strict=True) if rate.trials]
+        value = np.array([100 * rate.value for _, rate in known])
+        reach = [
+            [100 * (rate.value - rate.low) for _, rate in known],
+            [100 * (rate.high - rate.value) for _, rate in known],
+        ]
+        ax.errorbar(
+            value, [y for y, _ in known], xerr=reach, fmt=marker, color=color, capsize=3, markersize=5,
+            linewidth=1.2, label=series,
+        )  # fmt: skip
+    if target is not None:
+        ax.axvline(
+            100 * target, color="0.4", linestyle=(0, (4, 3)), linewidth=1.2, zorder=0, label="asked for"
+        )
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(-2, 102)
+    ax.set_xlabel(label)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax
+
+
+def confusion(
+    true: ArrayLike,
+    inferred: ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw how many images of each class were taken for which, in percent of the row.
+
+    Args:
+        true: Row of each image, (N,) int.
+        inferred: Column of each image, (N,) int.
+        rows: Names of the true classes.
+        columns: Names of the classes to choose from.
+        title: Of the panel.
+        ax: Where to draw; a new figure if not given.
+
+    Raises:
+        InputError: Shapes differ, or there is no image.
+    """
+    true, inferred = np.asarray(true), np.asarray(inferred)
+    if true.shape != inferred.shape or true.ndim != 1 or not len(true):
+        raise InputError(f"expected two classes per image, (N,), found {true.shape} and {inferred.shape}")
+    counts = np.zeros((len(rows), len(columns)))
+    np.add.at(counts, (true, inferred), 1)
+    total = counts.sum(1, keepdims=True)
+    share = np.divide(100 * counts, total, out=np.zeros_like(counts), where=total > 0)
+    size = (1.4 + 0.52 * len(columns), 0.9 + 0.36 * len(rows))
+    ax = plt.subplots(figsize=size)[1] if ax is None else ax
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    if len(rows) * len(columns) <= 400:
+        for (i, j), value in np.ndenumerate(share):
+            if counts[i, j]:
+                color = "white" if value > 55 else "black"
+                ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    ax.set_xticks(range(len(columns)), list(columns), rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_title(title, loc="left")
+    ax.set(xlabel="taken for (% of the row)", ylabel="true class")
+    return ax
+
+
+Classes = NDArray[np.int64]
+
+
+def inference_table(
+    model: HGAD, inputs: Inputs, score: ScoreConfig, inferred: Mapping[str, Classes]
+) -> pd.DataFrame:
+    """Set the true class beside inferred ones: how often they agree, and what that costs in detection.
+
+    Args:
+        model: Trained on all classes.
+        inputs: Its dataset.
+        score: Map size, blur and criterion.
+        inferred: Name of the way to infer to the classes of the test images, (N,).
+
+    Returns:
+        In percent, a row a class and the mean: "AUROC, class given", and for each way "right" (share of test
+        images given their true class) and "AUROC".
+    """
+    names, true, known = inputs.dataset.classes, inputs.test_classes, inputs.test_labelled
+    ways = {"class given": true, **inferred}
+    columns: dict[tuple[str, str], dict[str, float]] = {}
+    for way, class_idx in ways.items():
+        if way in inferred:
+            columns[way, "right"] = {
+                name: 100 * float((class_idx == k)[true == k].mean())
+                for k, name in enumerate(names)
+                if (true == k).any()
+            }
+        scores = score_as(model, inputs.test, class_idx, score)
+        found = auroc_by_class(scores[known], inputs.test_labels[known], true[known], names)
+        columns[way, "AUROC"] = {n: np.nan if v is None else 100 * v for n, v in found.items()}
+    table = pd.DataFrame(columns)
+    table.loc["mean"] = table.mean()
+    return table
+
+
+def discovery_table(inputs: Inputs, discovered: Inputs) -> pd.DataFrame:
+    """Compare discovered classes with the folders' names, which discovery did not see.
+
+    Args:
+        inputs: The dataset with its own classes.
+        discovered: The same images in the same order, with discovered classes.
+
+    Returns:
+        A row a split: images, classes there and found, adjusted Rand index and normalised mutual information
+        (both 1 where the partitions agree).
+
+    Raises:
+        InputError: They are not of the same images.
+    """
+    rows = {}
+    for split in ("train", "test"):
+        ours, theirs = getattr(inputs, f"{split}_classes"), getattr(discovered, f"{split}_classes")
+        if len(ours) != len(theirs):
+            raise InputError(f"expected the same images twice, found {len(ours)} and {len(theirs)}")
+        rows[split] = {
+            "images": len(ours),
+            "classes": len(np.unique(ours)),
+            "found": len(np.unique(theirs)),
+            "adjusted Rand index": adjusted_rand_score(ours, theirs),
+            "normalised mutual information": normalized_mutual_info_score(ours, theirs),
+        }
+    return pd.DataFrame(rows).T
+
+
+def discovered_auroc(
+    model: HGAD, inputs: Inputs, discovered: Inputs, score: ScoreConfig
+) -> dict[str, float | None]:
+    """Score the test images as members of their discovered classes; AUROC within each true class."""
+    known = inputs.test_labelled
+    scores = score_as(model, discovered.test, discovered.test_classes, score)
+    return auroc_by_class(
+        scores[known], inputs.test_labels[known], inputs.test_classes[known], inputs.dataset.classes
+    )
+
+
+@dataclass(frozen=True)
+class HeldOutModel:
+    """A model and the normal images that it was not shown.
+
+    Attributes:
+        model: Trained on the rest.
+        inputs: What it was trained on, and the test images of its classes.
+        features: Of the held-out images of its classes.
+        class_idx: Their classes, as the model numbers them.
+    """
+
+    model: HGAD
+    inputs: Inputs
+    features: Features
+    class_idx: Classes
+
+    def thresholds(self, score: ScoreConfig, rate: float) -> dict[str, float]:
+        """Choose a threshold for each class from the held-out images, and "all" for one that serves all.
+
+        Raises:
+            InputError: Too few images of a class were held out for the rate.
+        """
+        scores = score_as(self.model, self.features, self.class_idx, score)
+        found = {
+            name: conformal_threshold(scores[self.class_idx == k], rate)
+            for k, name in enumerate(self.model.classes)
+        }
+        return {**found, "all": conformal_threshold(scores, rate)}
+
+    def training_thresholds(self, score: ScoreConfig, rate: float) -> dict[str, float]:
+        """Choose thresholds from the images trained on, as one should not."""
+        scores = score_as(self.model, self.inputs.train, self.inputs.train_classes, score)
+        return {
+            name: float(np.quantile(scores[self.inputs.train_classes == k], 1 - rate))
+            for k, name in enumerate(self.model.classes)
+        }
+
+
+def hold_out(
+    config: Config, inputs: Inputs, share: float, *, without: str | None = None, progress: bool = False
+) -> HeldOutModel:
+    """Train on all but a share of each class's normal images, and perhaps without a class altogether.
+
+    Args:
+        config: Of the model and its training.
+        inputs: The dataset.
+        share: Of each class to hold out; the same images whatever class is left out.
+        without: A class to leave out.
+        progress: Show a bar.
+
+    Raises:
+        InputError: No such class, no other class, or a share outside (0, 1).
+    """
+    names, classes = inputs.dataset.classes, inputs.train_classes
+    if without is not None and (without not in names or len(names) < 2):
+        raise InputError(
+            f"expected a class to leave out of {', '.join(names)}, two at least; found {without!r}"
+        )
+    out = held_out(classes, share)
+    wanted = np.array([name != without for name in names])[classes]
+    rest = select_train(inputs, wanted & ~out)
+    order = {name: k for k, name in enumerate(rest.dataset.classes)}
+    held = wanted & out
+    class_idx = np.array([order[names[k]] for k in classes[held]], dtype=np.int64)
+    return HeldOutModel(
+        train_in_memory(config, rest, progress=progress), rest, select_features(inputs.train, held), class_idx
+    )
+
+
+def alarm_rates(
+    scores: NDArray[np.float32],
+    thresholds: NDArray[np.float64],
+    labels: NDArray[np.bool_],
+    class_idx: Classes,
+    names: Sequence[str],
+) -> tuple[dict[str, Rate], dict[str, Rate]]:
+    """Count alarms on normal and on anomalous images.
+
+    Args:
+        scores: (N,).
+        thresholds: That each image's score is held against, (N,).
+        labels: True where anomalous, (N,).
+        class_idx: True classes, (N,).
+        names: Class names.
+
+    Returns:
+        False alarm rate and recall by class name, and of "all".
+    """
+    alarms = scores > thresholds
+    rates: tuple[dict[str, Rate], dict[str, Rate]] = ({}, {})
+    for anomalous, found in zip((False, True), rates, strict=True):
+        for k, name in enumerate(names):
+            found[name] = binomial_rate(alarms[(class_idx == k) & (labels == anomalous)])
+        found["all"] = binomial_rate(alarms[labels == anomalous])
+    return rates
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """What became of a class that the model never saw.
+
+    Attributes:
+        name: The class.
+        taken_for: Names of the classes that its test images were taken for, (N,).
+        alarms: On its normal images.
+        recall: On its anomalous ones.
+        alarms_seen: On normal images of the classes that the model knows, treated the same way.
+        auroc: Of its anomalous against its normal images.
+        novelty: AUROC of its normal images against normal ones of known classes: 1 where all of them look
+            more anomalous than what is known, 0.5 where nothing tells them apart.
+    """
+
+    name: str
+    taken_for: tuple[str, ...]
+    alarms: Rate
+    recall: Rate
+    alarms_seen: Rate
+    auroc: float | None
+    novelty: float | None
+
+
+def leave_out(
+    config: Config, inputs: Inputs, name: str, share: float, rate: float, *, progress: bool = False
+) -> Unseen:
+    """Train without a class and look at its images, each taken for the class that makes it most likely.
+
+    Args:
+        config: Of the model, its training and its scores.
+        inputs: The dataset, with all classes.
+        name: The class to leave out.
+        share: Of each known class to hold out for its threshold.
+        rate: False alarm rate that the thresholds are chosen for.
+        progress: Show a bar.
+
+    Raises:
+        InputError: As :func:`hold_out`, or too few images were held out.
+
+    Source: paper App. A.5.
+    """
+    part = hold_out(config, inputs, share, without=name, progress=progress)
+    limits = part.thresholds(config.score, rate)
+    by_class = np.array([limits[known] for known in part.model.classes])
+    mine = (inputs.test_classes == inputs.dataset.classes.index(name)) & inputs.test_labelled
+    unseen = select_features(inputs.test, mine)
+    taken, known = infer_classes(part.model, unseen), infer_classes(part.model, part.inputs.test)
+    scores = score_as(part.model, unseen, taken, config.score)
+    seen_scores = score_as(part.model, part.inputs.test, known, config.score)
+    labels = inputs.test_labels[mine]
+    normal = part.inputs.test_labelled & ~part.inputs.test_labels
+    both = np.concatenate([scores[~labels], seen_scores[normal]])
+    is_new = np.arange(len(both)) < (~labels).sum()
+    return Unseen(
+        name,
+        tuple(part.model.classes[k] for k in taken),
+        binomial_rate((scores > by_class[taken])[~labels]),
+        binomial_rate((scores > by_class[taken])[labels]),
+        binomial_rate((seen_scores > by_class[known])[normal]),
+        image_metrics(scores, labels)["image_auroc"],
+        image_metrics(both, is_new)["image_auroc"],
+    )
+
+
+def unseen_table(found: Sequence[Unseen]) -> pd.DataFrame:
+    """Set out what became of each class left out: a row a class."""
+    rows = []
+    for one in found:
+        most = max(set(one.taken_for), key=one.taken_for.count)
+        share = 100 * one.taken_for.count(most) / len(one.taken_for)
+        rows.append(
+            {
+                "left out": one.name,
+                "taken for": f"{most} ({share:.0f} %)",
+                "false alarms (%)": str(one.alarms),
+                "false alarms, known classes (%)": str(one.alarms_seen),
+                "AUROC within (%)": np.nan if one.auroc is None else 100 * one.auroc,
+                "AUROC new against known (%)": np.nan if one.novelty is None else 100 * one.novelty,
+            }
+        )
+    return pd.DataFrame(rows).set_index("left out")

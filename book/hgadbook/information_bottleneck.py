@@ -1,0 +1,560 @@
+"""Figures of the information bottleneck: limits, rates and the information plane."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from hgadbook.method import fit_flow, toy_features
+from hgadlib.errors import InputError
+from hgadlib.features.store import Features
+from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE
+from hgadlib.losses import mutual_information_loss
+from hgadlib.mixture import LOG_2PI, HierarchicalGaussianMixture, mixture_log_prob
+from hgadlib.model import HGAD
+
+Flow = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Features (n, d) to latents (n, d) and log |det dz/dx| (n,)."""
+LogProb = Callable[[Tensor], Tensor]
+"""Latents (n, d) to the log-density of the prior, (n,)."""
+
+
+@dataclass(frozen=True)
+class InformationEstimate:
+    """A Monte-Carlo estimate of Eq. 24, in nats.
+
+    Attributes:
+        sigma: Standard deviation of the noise, in units of the features.
+        entropy: A, the cross-entropy of the noisy latents under the prior.
+        conditional: B, the expected log-density of the noisy latents given the clean features.
+        nll: Expected L_g (Eq. 6) of the clean features.
+        dim: d.
+    """
+
+    sigma: float
+    entropy: float
+    conditional: float
+    nll: float
+    dim: int
+
+    @property
+    def information(self) -> float:
+        """A + B: the mutual information, if the prior fits the latents; more than it otherwise."""
+        return self.entropy + self.conditional
+
+    @property
+    def constants(self) -> float:
+        r"""What separates A + B from the expected loss: :math:`-d\log\sigma - \tfrac d2\log 2\pi e`."""
+        return information_constants(self.dim, self.sigma)
+
+    @property
+    def gap(self) -> float:
+        r"""A + B less its constants and less the expected loss: what vanishes as :math:`\sigma^2`."""
+        return self.information - self.constants - self.nll
+
+
+def information_constants(dim: int, sigma: float) -> float:
+    r"""Negative entropy of the noise, :math:`-d\log\sigma - \tfrac d2\log 2\pi e`, in nats.
+
+    Args:
+        dim: d.
+        sigma: Standard deviation of the noise.
+
+    Source: paper Eq. 27, with its last term worked out.
+    """
+    return -dim * math.log(sigma) - 0.5 * dim * (LOG_2PI + 1.0)
+
+
+def antithetic_noise(n: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw standard normal noise in pairs of opposite sign, scaled to a mean square of exactly 1.
+
+    Odd moments and the second one then carry no sampling error, which would hide the small terms.
+
+    Args:
+        n: Rows, even.
+        dim: d.
+        generator: Source of randomness.
+
+    Returns:
+        (n, d) float64; row i + n/2 is the opposite of row i.
+
+    Raises:
+        ValueError: n is odd or not positive.
+    """
+    if n <= 0 or n % 2:
+        raise ValueError(f"expected an even number of samples, found {n}; noise comes in pairs")
+    half = torch.randn(n // 2, dim, generator=generator, dtype=torch.float64)
+    half = half / half.square().mean().sqrt()
+    return torch.cat([half, -half])
+
+
+def conditional_log_prob(flow: Flow, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    r"""Log-density of noisy latents given clean features, exactly.
+
+    .. math:: \log p(\varphi(x+\epsilon)\mid x)
+              = \log\mathcal N(\epsilon; 0, \sigma^2 I) - \log|\det J(x+\epsilon)|
+
+    Args:
+        flow: The flow.
+        x: Clean features, (n, d).
+        noise: Of standard deviation sigma, (n, d).
+        sigma: In units of the features.
+
+    Returns:
+        Nats, (n,).
+    """
+    return _noise_log_prob(noise, sigma) - flow(x + noise)[1]
+
+
+def linearised_conditional_log_prob(flow: Flow, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    r"""The same by the paper's first-order expansion.
+
+    .. math:: \log\mathcal N(\varphi(x+\epsilon);\, \varphi(x),\, \sigma^2 JJ^\top)
+
+    Args:
+        flow: The flow; its Jacobian J at x is taken by autograd, d passes.
+        x: Clean features, (n, d).
+        noise: Of standard deviation sigma, (n, d).
+        sigma: In units of the features.
+
+    Returns:
+        The Gaussian's log-density at the true noisy latents, in nats, (n,).
+
+    Source: paper Eq. 26 and 27.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        z = flow(x)[0]
+        rows = [torch.autograd.grad(z[:, i].sum(), x, retain_graph=True)[0] for i in range(z.shape[1])]
+    jacobian = torch.stack(rows, dim=1)
+    with torch.no_grad():
+        step = flow(x + noise)[0] - z
+        return _noise_log_prob(torch.linalg.solve(jacobian, step), sigma) - torch.linalg.slogdet(jacobian)[1]
+
+
+def _noise_log_prob(noise: Tensor, sigma: float) -> Tensor:
+    dim = noise.shape[-1]
+    return -0.5 * ((noise / sigma).square().sum(-1) + dim * LOG_2PI) - dim * math.log(sigma)
+
+
+@torch.no_grad()
+def estimate_information(
+    flow: Flow,
+    log_prob: LogProb,
+    x: Tensor,
+    sigma: float,
+    *,
+    linearised: bool = False,
+    generator: torch.Generator | None = None,
+) -> InformationEstimate:
+    """Estimate I(X, Z_eps) as the paper defines it, A + B, one draw of noise and its opposite per feature.
+
+    Args:
+        flow: The flow.
+        log_prob: The prior's log-density of latents.
+        x: Features, (n, d), float64 for small sigma.
+        sigma: Standard deviation of the noise, in units of the features, > 0.
+        linearised: Take the paper's expansion for B in place of the exact density.
+        generator: Source of randomness.
+
+    Returns:
+        The estimate, with the expected loss beside it.
+
+    Raises:
+        ValueError: sigma is not positive.
+
+    Source: paper Eq. 24.
+    """
+    if not sigma > 0:
+        raise ValueError(f"expected noise of positive standard deviation, found {sigma}")
+    z, log_det = flow(x)
+    nll = -(log_prob(z) + log_det).mean()
+    pairs = torch.cat([x, x])
+    noise = sigma * antithetic_noise(len(pairs), x.shape[1], generator).to(x)
+    conditional = linearised_conditional_log_prob if linearised else conditional_log_prob
+    a = -log_prob(flow(pairs + noise)[0]).mean()
+    b = conditional(flow, pairs, noise, sigma).mean()
+    return InformationEstimate(sigma, a.item(), b.item(), nll.item(), x.shape[1])
+
+
+def nested_information(x: Tensor, sigma: float, *, generator: torch.Generator | None = None) -> float:
+    r"""Estimate I(X, X + E) from samples alone, without a flow; by bijectivity it is the true I(X, Z_eps).
+
+    .. math:: \frac1n\sum_i \log\frac{p(x_i+\epsilon_i\mid x_i)}{\frac1n\sum_j p(x_i+\epsilon_i\mid x_j)}
+
+    Args:
+        x: Features, (n, d), n even.
+        sigma: Standard deviation of the noise.
+        generator: Source of randomness.
+
+    Returns:
+        Nats; never above log n, so small sigma need many samples.
+    """
+    noisy = x + sigma * antithetic_noise(len(x), x.shape[1], generator).to(x)
+    log_kernel = -0.5 * torch.cdist(noisy, x).square() / sigma**2
+    log_mean = torch.logsumexp(log_kernel, dim=1) - math.log(len(x))
+    return (log_kernel.diagonal() - log_mean).mean().item()
+
+
+def nested_class_information(
+    x: Tensor, class_idx: Tensor, sigma: float, *, generator: torch.Generator | None = None
+) -> float:
+    r"""Estimate I(X + E, Y) from samples alone, without a flow; by bijectivity it is the true I(Z_eps, Y).
+
+    .. math:: \frac1n\sum_i \log\frac{\frac1{n_y}\sum_{j: y_j = y_i} p(x_i+\epsilon_i\mid x_j)}
+                                  {\frac1n\sum_j p(x_i+\epsilon_i\mid x_j)}
+
+    Args:
+        x: Features, (n, d), n even.
+        class_idx: Class of each, (n,).
+        sigma: Standard deviation of the noise.
+        generator: Source of randomness; the same seed gives the noise of :func:`nested_information`.
+
+    Returns:
+        Nats, at most the entropy of the classes up to sampling.
+    """
+    noisy = x + sigma * antithetic_noise(len(x), x.shape[1], generator).to(x)
+    log_kernel = -0.5 * torch.cdist(noisy, x).square() / sigma**2
+    same = class_idx[:, None] == class_idx[None, :]
+    own = torch.logsumexp(log_kernel.masked_fill(~same, -torch.inf), 1) - same.sum(1).to(x).log()
+    return (own - torch.logsumexp(log_kernel, 1) + math.log(len(x))).mean().item()
+
+
+def class_information_bound(
+    z: Tensor, class_idx: Tensor, centers: Tensor, log_weights: Tensor
+) -> tuple[float, float]:
+    r"""Evaluate :math:`-\mathcal L_{mi}` (Eq. 8) and what its class weights add to it.
+
+    .. math:: -\mathcal L_{mi} = I(Z,Y)
+              - \mathbb E_z\,\mathrm{KL}\bigl(p(y\mid z)\,\|\,q(y\mid z)\bigr)
+              + \mathrm{KL}\bigl(p(y)\,\|\,\operatorname{softmax}\psi\bigr)
+
+    with the prior's posterior q. Less the last term it is a lower bound of I(Z, Y), and equal to it where the
+    prior's posterior is the true one.
+
+    Args:
+        z: Latents, (n, d).
+        class_idx: (n,).
+        centers: Main centres, (K, d).
+        log_weights: Log class weights, (K,).
+
+    Returns:
+        Both terms, -L_mi and the last divergence, in nats.
+
+    Source: paper Eq. 19 to 21, App. F.
+    """
+    gain = -mutual_information_loss(z[:, None], class_idx, centers, log_weights).mean().item()
+    share = torch.bincount(class_idx, minlength=len(centers)).to(z) / len(class_idx)
+    found = share > 0
+    divergence = (share[found] * (share[found].log() - log_weights[found])).sum().item()
+    return gain, divergence
+
+
+SEED = 1
+
+
+@dataclass(frozen=True)
+class TrainedDensity:
+    """A trained flow and its inter-class mixture in float64, with features to try them on.
+
+    Attributes:
+        flow: Features (n, d) to latents and log-determinants.
+        centers: Main centres, (K, d).
+        log_weights: Log class weights, (K,).
+        x: Features, (n, d).
+        class_idx: Class of each, (n,).
+    """
+
+    flow: Callable[[Tensor], tuple[Tensor, Tensor]]
+    centers: Tensor
+    log_weights: Tensor
+    x: Tensor
+    class_idx: Tensor
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Give the log-density of latents under the inter-class mixture (Eq. 13)."""
+        return mixture_log_prob(z, self.centers, self.log_weights)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+def train_toy(*, steps: int = 200, points: int = 200, seed: int = 0, **weights: Any) -> TrainedDensity:
+    """Train the toy's flow and its three centres by Eq. 6 and 8.
+
+    Args:
+        steps: Of Adam.
+        points: Of each of the three classes, even.
+        seed: Of the first weights.
+        **weights: See :func:`hgadlib.losses.hgad_losses`; lambda2 is alpha.
+    """
+    features, class_idx = toy_features(points)
+    torch.manual_seed(seed)
+    prior = HierarchicalGaussianMixture(3, 1, 2, init="normal")
+    net, _ = fit_flow(
+        features, class_idx, prior, steps=steps, seed=seed, **{"lambda_e": 0.0, "lambda_in": 0.0, **weights}
+    )
+    net, prior = net.double().requires_grad_(False), prior.double().requires_grad_(False)
+
+    def flow(x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = net(x[None])
+        return z[0], log_det[0]
+
+    x = features.double().flatten(0, 1)
+    return TrainedDensity(flow, prior.centers, prior.log_weights, x, class_idx.repeat_interleave(points))
+
+
+def level_density(
+    model: HGAD, features: Features, class_idx: np.ndarray, *, level: int = -1, images: int = 24
+) -> TrainedDensity:
+    """Take one level of a trained model, with the features of some images spread over the set.
+
+    Args:
+        model: With a mixture prior.
+        features: Of N images.
+        class_idx: (N,).
+        level: The level.
+        images: How many images, at most.
+
+    Raises:
+        InputError: The model has one Gaussian for all classes.
+    """
+    flow, prior = model.levels[level]
+    if not isinstance(prior, HierarchicalGaussianMixture):
+        raise InputError("expected a prior with a centre per class, found one Gaussian for all classes")
+    chosen = torch.from_numpy(np.linspace(0, len(features) - 1, images).round().astype(np.int64)).unique()
+    x = features.batch(chosen, "cpu")[level].double()
+    net = copy.deepcopy(flow).cpu().double().requires_grad_(False)
+    positions = x.shape[1]
+
+    def map_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = net(rows.unflatten(0, (-1, positions)))
+        return z.flatten(0, 1), log_det.flatten()
+
+    labels = torch.from_numpy(class_idx)[chosen].repeat_interleave(positions)
+    centers, log_weights = (t.detach().cpu().double() for t in (prior.centers, prior.log_weights))
+    return TrainedDensity(map_rows, centers, log_weights, x.flatten(0, 1), labels)
+
+
+def feature_scale(density: TrainedDensity) -> float:
+    """Give the features' root mean variance: the unit in which noise on them is large or small."""
+    return density.x.var(0).mean().sqrt().item()
+
+
+def information_by_noise(
+    density: TrainedDensity, sigmas: Sequence[float], *, linearised: bool = False, per_dimension: bool = False
+) -> pd.DataFrame:
+    """Estimate Eq. 24 for several strengths of noise, and what it should approach.
+
+    Args:
+        density: The trained flow and prior.
+        sigmas: Standard deviations of the noise, in units of the features.
+        linearised: Also take the paper's expansion for B (needs the Jacobians: small d only).
+        per_dimension: Divide all nats by d.
+
+    Returns:
+        A row a strength: "sigma", "information" (A + B), "limit" (expected L_g and the constants), "gap"
+        (their difference), "linearised gap" where asked for, and "last term": the mean of
+        |eps|^2 / 2 sigma^2, the last term of Eq. 27 without its sign.
+    """
+    dim = density.x.shape[1]
+    unit = dim if per_dimension else 1
+    rows = []
+    for sigma in sigmas:
+        found = estimate_information(density.flow, density.log_prob, density.x, sigma, generator=_generator())
+        noise = sigma * torch.randn(len(density.x), dim, generator=_generator(), dtype=torch.float64)
+        row = {
+            "sigma": sigma,
+            "information": found.information / unit,
+            "limit": (found.nll + found.constants) / unit,
+            "gap": found.gap / unit,
+            "last term": (noise.square().sum(1).mean().item() / (2 * sigma**2)) / unit,
+        }
+        if linearised:
+            paper = estimate_information(
+                density.flow, density.log_prob, density.x, sigma, linearised=True, generator=_generator()
+            )
+            row["linearised gap"] = paper.gap / unit
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rate(sigmas: Sequence[float], gaps: Sequence[float]) -> float:
+    """Fit the power with which a gap vanishes: the slope of log |gap| against log sigma.
+
+    >>> round(rate([0.1, 0.01], [0.02, 0.0002]), 6)
+    2.0
+    """
+    return float(np.polyfit(np.log(sigmas), np.log(np.abs(np.asarray(gaps))), 1)[0])
+
+
+@torch.no_grad()
+def point_in_plane(density: TrainedDensity, sigma: float) -> dict[str, float]:
+    """Compute what the losses say of the two informations, and what is true.
+
+    Args:
+        density: Of few dimensions, where the truth can be estimated from samples.
+        sigma: Standard deviation of the noise.
+
+    Returns:
+        In nats: "A + B" and "true I(X, Z)"; "-L_mi" of the noisy latents, "weights" (what the class weights
+        add to it) and "true I(Z, Y)".
+    """
+    noise = sigma * antithetic_noise(len(density.x), density.x.shape[1], _generator())
+    noisy = density.flow(density.x + noise)[0]
+    gain, weights = class_information_bound(noisy, density.class_idx, density.centers, density.log_weights)
+    estimate = estimate_information(density.flow, density.log_prob, density.x, sigma, generator=_generator())
+    return {
+        "A + B": estimate.information,
+        "true I(X, Z)": nested_information(density.x, sigma, generator=_generator()),
+        "-L_mi": gain,
+        "weights": weights,
+        "true I(Z, Y)": nested_class_information(density.x, density.class_idx, sigma, generator=_generator()),
+    }
+
+
+def over_training(steps: Sequence[int], sigma: float, **weights: Any) -> pd.DataFrame:
+    """Give :func:`point_in_plane` of toys trained for longer and longer: a row a number of steps."""
+    rows = [point_in_plane(train_toy(steps=n, **weights), sigma) for n in steps]
+    return pd.DataFrame(rows, index=pd.Index(list(steps), name="steps of training"))
+
+
+def over_alpha(alphas: Sequence[float], sigma: float, **weights: Any) -> pd.DataFrame:
+    """Give :func:`point_in_plane` of toys trained with several trade-offs alpha = lambda2: a row each."""
+    rows = [point_in_plane(train_toy(lambda2=alpha, **weights), sigma) for alpha in alphas]
+    return pd.DataFrame(rows, index=pd.Index(list(alphas), name="alpha"))
+
+
+@torch.no_grad()
+def class_information(density: TrainedDensity) -> dict[str, float]:
+    """Compute -L_mi of a level's latents, what its class weights add, and the most that is possible.
+
+    Returns:
+        In nats: "-L_mi", "weights", "entropy of the classes".
+    """
+    z = density.flow(density.x)[0]
+    gain, weights = class_information_bound(z, density.class_idx, density.centers, density.log_weights)
+    share = torch.bincount(density.class_idx).double() / len(density.class_idx)
+    share = share[share > 0]
+    entropy = -(share * share.log()).sum().item()
+    return {"-L_mi": gain, "weights": weights, "entropy of the classes": max(entropy, 0.0)}
+
+
+def largest_nested(n: int) -> float:
+    """Give the most that the estimate from n samples can be, log n, in nats."""
+    return math.log(n)
+
+
+def information_limit(table: pd.DataFrame, *, unit: str = "nats", ax: Axes | None = None) -> Axes:
+    """Draw A + B of Eq. 24 against the noise, and the loss with its constants, which it approaches.
+
+    Args:
+        table: Columns "sigma", "information", "limit".
+        unit: Of the informations.
+        ax: Where to draw; a new figure if not given.
+    """
+    ax = plt.subplots(figsize=(4.4, 3.0))[1] if ax is None else ax
+    ax.plot(table["sigma"], table["limit"], color="0.35", label="loss and constants")
+    ax.plot(
+        table["sigma"], table["information"], color=PALETTE[0], marker="o", linestyle="none", label="$A + B$"
+    )
+    ax.set_xscale("log")
+    ax.set(xlabel=r"noise $\sigma$ (units of the features)", ylabel=f"information ({unit})")
+    ax.legend()
+    return ax
+
+
+def gap_rates(
+    gaps: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    unit: str = "nats",
+    noise_unit: str = "units of the features",
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Draw how fast gaps vanish with the noise, in double logarithms, and a line of slope 2.
+
+    Args:
+        gaps: Name to (sigmas, gaps).
+        unit: Of the gaps.
+        noise_unit: Of the noise.
+        ax: Where to draw; a new figure if not given.
+
+    Raises:
+        InputError: There is nothing to draw.
+    """
+    if not gaps:
+        raise InputError("expected at least one series of gaps, found none")
+    ax = plt.subplots(figsize=(4.4, 3.0))[1] if ax is None else ax
+    for (name, (sigmas, values)), color, marker in zip(gaps.items(), PALETTE, "osD^v", strict=False):
+        ax.plot(sigmas, np.abs(np.asarray(values)), marker=marker, color=color, label=name)
+    sigmas, values = (np.asarray(a, dtype=float) for a in next(iter(gaps.values())))
+    i = int(np.argsort(sigmas)[len(sigmas) // 2])
+    ax.plot(
+        sigmas, np.abs(values[i]) * (sigmas / sigmas[i]) ** 2, color="0.5", linestyle=(0, (4, 3)),
+        linewidth=1.2, label="slope 2", zorder=1,
+    )  # fmt: skip
+    ax.set(xscale="log", yscale="log")
+    ax.set(xlabel=rf"noise $\sigma$ ({noise_unit})", ylabel=f"|gap| ({unit})")
+    ax.legend()
+    return ax
+
+
+def bounds_over_training(table: pd.DataFrame) -> plt.Figure:
+    """Draw both informations as the losses have them and as they are, against the length of the training.
+
+    Args:
+        table: As :func:`hgadbook.information_bottleneck.over_training` gives it.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.0))
+    pairs = (
+        ("A + B", "true I(X, Z)", r"$I(X, Z_\mathcal{E})$ (nats)", "$A + B$"),
+        ("-L_mi", "true I(Z, Y)", r"$I(Z_\mathcal{E}, Y)$ (nats)", r"$-\mathcal{L}_{mi}$"),
+    )
+    for ax, (bound, true, label, name) in zip(axes, pairs, strict=True):
+        ax.plot(table.index, table[bound], color=PALETTE[0], marker="o", label=name)
+        ax.plot(table.index, table[true], color=ANOMALOUS_COLOR, linestyle=(0, (4, 2)), label="true value")
+        ax.set_xscale("log")
+        ax.set(xlabel="steps of training", ylabel=label)
+        ax.legend()
+    return figure
+
+
+def information_plane(series: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+    """Draw what training with several alphas makes of the two bounds, and the truth that none of them moves.
+
+    Args:
+        series: Name to a table as :func:`hgadbook.information_bottleneck.over_alpha` gives it.
+        ax: Where to draw; a new figure if not given.
+    """
+    ax = plt.subplots(figsize=(5.4, 3.8))[1] if ax is None else ax
+    looks = ((NORMAL_COLOR, 9.0, "none"), (PALETTE[2], 4.0, PALETTE[2]))
+    for i, ((name, table), (color, size, face)) in enumerate(zip(series.items(), looks, strict=False)):
+        # Curves may lie on each other: a ring around a dot shows both.
+        ax.plot(
+            table["A + B"], table["-L_mi"], color=color, marker="o", markersize=size, markerfacecolor=face,
+            linewidth=2.4 - 1.2 * i, label=name,
+        )  # fmt: skip
+    for alpha, x, y in zip(table.index, table["A + B"], table["-L_mi"], strict=True):
+        ax.annotate(rf"$\alpha$={alpha:g}", (x, y), textcoords="offset points", xytext=(6, -13), fontsize=8)
+    first = next(iter(series.values())).iloc[0]
+    ax.scatter(
+        first["true I(X, Z)"], first["true I(Z, Y)"], s=150, marker="*", color=ANOMALOUS_COLOR, zorder=4,
+        edgecolors="black", label="true values, for every flow",
+    )  # fmt: skip
+    ax.margins(0.12)
+    ax.set(xlabel="$A + B$: bound of $I(X, Z_\\mathcal{E})$ from above (nats)")
+    ax.set(ylabel=r"$-\mathcal{L}_{mi}$: estimate of $I(Z_\mathcal{E}, Y)$ (nats)")
+    ax.legend()
+    return ax

@@ -1,0 +1,178 @@
+"""Drawn defects of the demo dataset: each changes a surface and says exactly where.
+
+A defect changes colour, height and gloss before the light falls on it, so that it is lit and shadowed like
+the rest of the scene. Severity, in 0..1, runs from barely visible to plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from hgadlib.datasets.demo.surface import Array, Surface, grid, mix, noise, ramp
+
+Point = tuple[float, float]
+Defect = Callable[[Surface, Point, float, np.random.Generator], tuple[Surface, Array]]
+
+
+def _curve(
+    side: int, start: Point, length: float, width: float, bend: float, rng: np.random.Generator
+) -> Array:
+    """Draw a smooth curve through a point, antialiased: coverage, (side, side)."""
+    steps = 48
+    angle = rng.uniform(0, np.pi) + np.cumsum(np.convolve(rng.normal(0, bend, steps), np.ones(9) / 9, "same"))
+    x, y = np.cumsum(np.cos(angle)) / steps * length, np.cumsum(np.sin(angle)) / steps * length
+    x, y = x - x[steps // 2] + start[0], y - y[steps // 2] + start[1]
+    zoom = 4
+    canvas = Image.new("L", (side * zoom, side * zoom))
+    draw = ImageDraw.Draw(canvas)
+    scale = side * zoom
+    draw.line([(a * scale, b * scale) for a, b in zip(x, y, strict=True)], 255, round(width * scale), "curve")
+    return np.asarray(canvas.reduce(zoom), dtype=np.float32) / 255.0
+
+
+def blob(
+    side: int, center: Point, radius: float, rough: float, soft: float, rng: np.random.Generator
+) -> Array:
+    """Draw a patch with an uneven rim: coverage, (side, side)."""
+    x, y = grid(side)
+    angle, flat = rng.uniform(0, np.pi), rng.uniform(0.65, 1.0)
+    dx, dy = x - center[0], y - center[1]
+    u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / flat
+    distance = np.sqrt(u * u + v * v) / radius + rough * noise(rng, side, 0.9 / radius, 3)
+    return ramp(distance.astype(np.float32), 1.0 + soft / 2, 1.0 - soft / 2)
+
+
+def scratch(
+    surface: Surface, center: Point, severity: float, rng: np.random.Generator
+) -> tuple[Surface, Array]:
+    """Score a groove: lighter material laid bare; darker on polished metal, where it mirrors no lamp."""
+    side = surface.side
+    length, width = rng.uniform(0.20, 0.30 + 0.25 * severity), rng.uniform(0.0055, 0.0065 + 0.005 * severity)
+    line = _curve(side, center, length, width, 0.10, rng)
+    change = (0.22 + 0.40 * severity) * np.where(surface.gloss[..., None] > 0.5, -1.6 * surface.albedo, 1.0)
+    fresh = (surface.albedo + change * np.where(change > 0, 1.0 - surface.albedo, 1.0)).astype(np.float32)
+    height = surface.height - (0.0015 + 0.0035 * severity) * line
+    gloss = surface.gloss * (1.0 - (0.35 + 0.45 * severity) * line)
+    return Surface(
+        mix(surface.albedo, fresh, line), height.astype(np.float32), gloss.astype(np.float32)
+    ), line
+
+
+def stain(
+    surface: Surface, center: Point, severity: float, rng: np.random.Generator
+) -> tuple[Surface, Array]:
+    """Soak a patch, darker and browner, with a darker rim where it dried."""
+    patch = blob(surface.side, center, rng.uniform(0.08, 0.16), 0.16, 0.35, rng)
+    rim = patch * (1.0 - patch) * 4.0
+    dark = (0.16 + 0.46 * severity) * patch * (0.8 + 0.5 * rim)
+    brown = np.array([0.75, 0.95, 1.2], dtype=np.float32)
+    albedo = surface.albedo * np.clip(1.0 - dark[..., None] * brown, 0.05, 1.0)
+    return replace(surface, albedo=albedo.astype(np.float32)), patch
+
+
+def color(
+    surface: Surface,
+    center: Point,
+    severity: float,
+    rng: np.random.Generator,
+    *,
+    tint: tuple[float, float, float],
+) -> tuple[Surface, Array]:
+    """Discolour a patch: rust, a burn, yellowing or spilt paint, by the tint."""
+    side = surface.side
+    patch = blob(side, center, rng.uniform(0.055, 0.12), 0.22, 0.45, rng)
+    mottled = patch * np.clip(0.85 + 0.18 * noise(rng, side, 40, 2), 0.3, 1.0) * (0.26 + 0.60 * severity)
+    gloss = surface.gloss * (1.0 - 0.75 * patch * (0.4 + 0.6 * severity))
+    albedo = mix(surface.albedo, tint, mottled)
+    return replace(surface, albedo=albedo, gloss=gloss.astype(np.float32)), patch
+
+
+def hole(surface: Surface, center: Point, severity: float, rng: np.random.Generator) -> tuple[Surface, Array]:
+    """Press or break a hollow: dark at the bottom, lit on the far wall."""
+    pit = blob(surface.side, center, rng.uniform(0.042, 0.060 + 0.045 * severity), 0.18, 0.5, rng)
+    height = surface.height - (0.010 + 0.030 * severity) * pit
+    albedo = surface.albedo * (1.0 - (0.28 + 0.55 * severity) * pit)[..., None]
+    return replace(surface, albedo=albedo.astype(np.float32), height=height.astype(np.float32)), pit
+
+
+def thread(
+    surface: Surface, center: Point, severity: float, rng: np.random.Generator
+) -> tuple[Surface, Array]:
+    """Drop a thread, which casts its own shadow; faint ones come near the ground's colour."""
+    width = rng.uniform(0.010, 0.012 + 0.006 * severity)
+    line = _curve(surface.side, center, rng.uniform(0.22, 0.60), width, 0.32, rng)
+    dyes = ((0.82, 0.80, 0.74), (0.20, 0.28, 0.46), (0.58, 0.16, 0.14), (0.10, 0.10, 0.11))
+    ground = (
+        surface.albedo[line > 0.2].mean(axis=0) if (line > 0.2).any() else surface.albedo.mean(axis=(0, 1))
+    )
+    dye = ground + (0.40 + 0.60 * severity) * (
+        np.array(dyes[rng.integers(len(dyes))], dtype=np.float32) - ground
+    )
+    height = surface.height + 0.016 * line
+    albedo = mix(surface.albedo, (float(dye[0]), float(dye[1]), float(dye[2])), 0.92 * line)
+    return replace(surface, albedo=albedo, height=height.astype(np.float32)), line
+
+
+def contamination(
+    surface: Surface, center: Point, severity: float, rng: np.random.Generator
+) -> tuple[Surface, Array]:
+    """Scatter crumbs of swarf or dust."""
+    side = surface.side
+    x, y = grid(side)
+    cover = np.zeros((side, side), dtype=np.float32)
+    spread = rng.uniform(0.03, 0.07)
+    for _ in range(rng.integers(8, 14 + round(20 * severity))):
+        cx, cy = rng.normal(center[0], spread), rng.normal(center[1], spread)
+        radius = rng.uniform(0.006, 0.009 + 0.008 * severity)
+        angle = rng.uniform(0, np.pi)
+        u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
+        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) * rng.uniform(1.0, 2.2)
+        cover = np.maximum(
+            cover, ramp(np.sqrt(u * u + v * v).astype(np.float32), radius * 1.2, radius * 0.75)
+        )
+    tone = rng.uniform(0.16, 0.46)
+    crumbs = (float(tone), float(tone * 0.86), float(tone * 0.68))
+    rough = 0.3 * noise(rng, side, 90) * cover
+    height = surface.height + 0.014 * cover * (1.0 + rough)
+    albedo = mix(surface.albedo, crumbs, cover * (0.55 + 0.40 * severity))
+    gloss = surface.gloss * (1.0 - cover)
+    return Surface(albedo, height.astype(np.float32), gloss.astype(np.float32)), cover
+
+
+def confine(before: Surface, after: Surface, cover: Array, where: NDArray[np.bool_]) -> tuple[Surface, Array]:
+    """Undo a defect outside a region.
+
+    Args:
+        before: The surface without the defect.
+        after: The surface with it.
+        cover: Coverage of the defect, (n, n).
+        where: The region it is kept in, (n, n) bool.
+
+    Returns:
+        The surface and the coverage, changed in the region only.
+    """
+    surface = Surface(
+        np.where(where[..., None], after.albedo, before.albedo),
+        np.where(where, after.height, before.height),
+        np.where(where, after.gloss, before.gloss),
+    )
+    return surface, cover * where
+
+
+def exact_mask(cover: Array, side: int) -> NDArray[np.bool_]:
+    """Turn the coverage of a defect into a mask of the image: at least a third of a pixel's area or strength.
+
+    Args:
+        cover: (n, n) in 0..1, n a multiple of side.
+        side: Pixels of the image along one side.
+
+    Returns:
+        (side, side) bool.
+    """
+    factor = cover.shape[0] // side
+    return cover.reshape(side, factor, side, factor).mean(axis=(1, 3)) > 0.33

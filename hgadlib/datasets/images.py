@@ -1,0 +1,410 @@
+"""Decode, resize and normalise images: files -> (B, 3, H, W); masks -> (N, H, W) bool."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from hgadlib.errors import InputError
+
+# What Pillow's decoders raise on damaged files; SyntaxError is its word for a broken PNG.
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+_EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a file says about its image before it is decoded: pixels as shown (EXIF applied), mode, format."""
+
+    height: int
+    width: int
+    mode: str
+    format: str
+
+
+def describe_failure(path: Path | str, error: BaseException) -> InputError:
+    """Turn a failure to read an image into one line that names file and reason."""
+    path = Path(path)
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, PermissionError):
+        return InputError(f"{path}: permission denied; make the file readable")
+    if isinstance(error, FileNotFoundError):
+        target = "is a link to a file that does not exist" if path.is_symlink() else "no such file"
+        return InputError(f"{path}: {target}")
+    if isinstance(error, IsADirectoryError):
+        return InputError(f"{path}: expected an image file, found a folder")
+    if isinstance(error, Image.DecompressionBombError):
+        return InputError(f"{path}: image too large: {error}")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as reason:
+        return InputError(f"{path}: cannot be read: {reason.strerror or reason}")
+    if size == 0:
+        return InputError(f"{path}: the file is empty (0 bytes)")
+    if isinstance(error, UnidentifiedImageError):
+        return InputError(f"{path}: not an image; the file starts with {start!r}")
+    text = " ".join(str(error).split()) or type(error).__name__
+    signs = ("truncated", "unrecognized data stream", "not enough")
+    if isinstance(error, EOFError) or any(sign in text.lower() for sign in signs):
+        return InputError(f"{path}: truncated or damaged image ({text}); copy the file again or leave it out")
+    return InputError(f"{path}: cannot decode the image ({text})")
+
+
+def read_header(path: Path | str) -> ImageHeader:
+    """Read size and mode without decoding a pixel.
+
+    Args:
+        path: Image file.
+
+    Returns:
+        The header, with height and width as after EXIF rotation.
+
+    Raises:
+        InputError: The file is missing, unreadable, empty or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
+                width, height = height, width
+            return ImageHeader(height, width, image.mode, image.format or "?")
+    except _DECODE_ERRORS as error:
+        raise describe_failure(path, error) from error
+
+
+def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
+    """Bring any mode to 8-bit RGB by a rule that does not look at the image's content."""
+    mode = image.mode
+    if mode.startswith("I;16") or mode == "I":
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.max() > 65535 or values.min() < 0):
+            raise InputError(f"{path}: 32-bit image with values outside 0..65535; save it with 8 or 16 bits")
+        # One scale for all images: stretching each to its own range would hide how bright it is.
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif mode == "F":
+        raise InputError(f"{path}: floating-point image of unknown range; save it with 8 or 16 bits")
+    elif "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        # The colour under transparent pixels is whatever an editor left there; black is the same every time.
+        canvas = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
+
+
+def open_rgb(path: Path | str) -> Image.Image:
+    """Decode an image to 8-bit RGB, EXIF rotation applied.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image), path)
+    except _DECODE_ERRORS as error:
+        raise describe_failure(path, error) from error
+
+
+def read_image(path: Path | str) -> NDArray[np.uint8]:
+    """Decode an image of any mode to 8-bit RGB.
+
+    Grey becomes three equal channels; 16-bit is scaled by 255/65535; transparency is laid over black; palette
+    and CMYK are converted; EXIF rotation is applied; of several frames the first counts.
+
+    Args:
+        path: Image file.
+
+    Returns:
+        RGB image, (H, W, 3) uint8.
+
+    Raises:
+        InputError: The file cannot be read; the line names it and the reason.
+    """
+    return np.array(open_rgb(path))
+
+
+def read_mask(path: Path | str) -> NDArray[np.bool_]:
+    """Decode a mask: any non-zero pixel is anomalous.
+
+    A pixel counts where one of its colour channels is not zero after transparency was laid over black. JPEG
+    is the exception, since its compression leaves small non-zero values beside every edge: there values
+    above 127 count.
+
+    Args:
+        path: Mask file.
+
+    Returns:
+        Mask, (H, W) bool.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    image, kind = _open_rgb_mask(path)
+    return image.max(axis=-1) > (127 if kind == "JPEG" else 0)
+
+
+def _open_rgb_mask(path: Path | str) -> tuple[NDArray[np.uint8 | np.int32 | np.float32], str]:
+    """Decode a mask without the rounding of 16 bits to 8, which would lose small labels."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            kind = image.format or "?"
+            if image.mode.startswith("I") or image.mode == "F":
+                return np.abs(np.asarray(ImageOps.exif_transpose(image)))[..., None], kind
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image), path)), kind
+    except _DECODE_ERRORS as error:
+        raise describe_failure(path, error) from error
+
+
+def check_mask_size(mask_path: Path, mask_shape: tuple[int, ...], image_path: Path) -> None:
+    """Refuse a mask whose size is not its image's.
+
+    Raises:
+        InputError: The sizes differ.
+    """
+    header = read_header(image_path)
+    if mask_shape != (header.height, header.width):
+        raise InputError(
+            f"{mask_path}: mask is {mask_shape[1]}x{mask_shape[0]} pixels, but its image {image_path.name} "
+            f"is {header.width}x{header.height}; a mask must have its image's size"
+        )
+
+
+ResizePolicy = Literal["stretch", "short_side_center_crop", "pad"]
+RESIZE_POLICIES: tuple[str, ...] = ("stretch", "short_side_center_crop", "pad")
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class _HasMask(Protocol):
+    """What `load_masks` needs of a record."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def is_anomalous(self) -> bool: ...
+    @property
+    def mask_path(self) -> Path | None: ...
+
+
+def _placement(
+    height: int, width: int, size: int, policy: str
+) -> tuple[tuple[float, float, float, float], tuple[int, int, int, int]]:
+    """Say which part of the source goes where: source box and target box, both (left, top, right, bottom)."""
+    if policy == "stretch":
+        return (0.0, 0.0, float(width), float(height)), (0, 0, size, size)
+    if policy == "short_side_center_crop":
+        short = min(height, width)
+        new_h, new_w = size * height // short, size * width // short
+        top, left = round((new_h - size) / 2.0), round((new_w - size) / 2.0)
+        # Resizing only the part that stays equals resizing all and cropping, without a long side's memory.
+        scale_h, scale_w = height / new_h, width / new_w
+        box = (left * scale_w, top * scale_h, (left + size) * scale_w, (top + size) * scale_h)
+        return (box[0], box[1], min(box[2], width), min(box[3], height)), (0, 0, size, size)
+    if policy == "pad":
+        long = max(height, width)
+        new_h, new_w = max(1, round(size * height / long)), max(1, round(size * width / long))
+        top, left = (size - new_h) // 2, (size - new_w) // 2
+        return (0.0, 0.0, float(width), float(height)), (left, top, left + new_w, top + new_h)
+    raise InputError(f"resize: expected one of {', '.join(RESIZE_POLICIES)}, found {policy!r}")
+
+
+def _resize(image: Image.Image, size: int, policy: str, resample: Image.Resampling) -> Image.Image:
+    source, (left, top, right, bottom) = _placement(image.height, image.width, size, policy)
+    resized = image.resize((right - left, bottom - top), resample, box=source)
+    if resized.size == (size, size):
+        return resized
+    canvas = Image.new(image.mode, (size, size))
+    canvas.paste(resized, (left, top))
+    return canvas
+
+
+def resize_image(image: NDArray[np.uint8], size: int, policy: str = "stretch") -> NDArray[np.uint8]:
+    """Resize an image to a square, bilinear with antialiasing.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size: Side of the result, pixels.
+        policy: "stretch" (whole image, aspect ratio given up), "short_side_center_crop" (as published: what
+            lies outside the central square is lost) or "pad" (whole image, aspect ratio kept, black bars).
+
+    Returns:
+        (size, size, 3) uint8.
+
+    Raises:
+        InputError: The policy is unknown.
+    """
+    return np.array(_resize(Image.fromarray(image), size, policy, Image.Resampling.BILINEAR))
+
+
+def resize_mask(mask: NDArray[np.bool_], size: int, policy: str = "stretch") -> NDArray[np.bool_]:
+    """Resize a mask by the nearest pixel, along with its image.
+
+    A defect thinner than the step between samples could vanish, and an anomalous image would then count as
+    having none. So where the nearest pixels hold none of the defect, each output pixel whose source area
+    touches it counts instead. A defect that lies outside a centre crop stays lost, as published.
+
+    Args:
+        mask: (H, W) bool.
+        size: Side of the result, pixels.
+        policy: As in `resize_image`.
+
+    Returns:
+        (size, size) bool.
+
+    Raises:
+        InputError: The policy is unknown.
+    """
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    small = np.asarray(_resize(image, size, policy, Image.Resampling.NEAREST)) > 0
+    if small.any() or not mask.any():
+        return small
+    source, (left, top, right, bottom) = _placement(mask.shape[0], mask.shape[1], size, policy)
+    ys, xs = np.nonzero(mask)
+    rows = np.floor((ys + 0.5 - source[1]) * (bottom - top) / (source[3] - source[1])).astype(int) + top
+    columns = np.floor((xs + 0.5 - source[0]) * (right - left) / (source[2] - source[0])).astype(int) + left
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    small = np.zeros((size, size), dtype=bool)
+    small[rows[inside], columns[inside]] = True
+    return small
+
+
+def worker_count(num_workers: int | None) -> int:
+    """Choose the number of decoding threads: None for one per core this process may use, at most 32.
+
+    Raises:
+        InputError: num_workers is negative.
+    """
+    if num_workers is not None:
+        if num_workers < 0:
+            raise InputError(f"num_workers: expected 0 or more, found {num_workers}")
+        return max(1, num_workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(32, cores)
+
+
+def parallel_map(
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    *,
+    num_workers: int | None = None,
+    ahead: int = 64,
+) -> Iterator[_Result]:
+    """Map in threads, results in the order of the items, at most `ahead` of them unread.
+
+    Threads suffice for images: Pillow and NumPy let go of the interpreter lock while they compute.
+    The first exception ends the iteration; what was not yet started is cancelled.
+    """
+    pending: deque[Future[_Result]] = deque()
+    pool = ThreadPoolExecutor(worker_count(num_workers), thread_name_prefix="images")
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def load_images(
+    paths: Sequence[Path | str],
+    *,
+    size: int,
+    resize: str = "stretch",
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    batch_size: int,
+    num_workers: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Decode, resize and normalise images in batches, in parallel, in order.
+
+    Args:
+        paths: N image files.
+        size: Side of the result, pixels.
+        resize: Policy, see `resize_image`.
+        mean: Per channel, of values in 0..1.
+        std: Per channel, of values in 0..1.
+        batch_size: B; the last batch may be smaller.
+        num_workers: Decoding threads; None for one per core.
+
+    Yields:
+        Indices into paths, (B,) int64, and images, (B, 3, size, size) float32.
+
+    Raises:
+        InputError: An image is bad (the line names file and reason) or a parameter is wrong.
+    """
+    if resize not in RESIZE_POLICIES:
+        raise InputError(f"resize: expected one of {', '.join(RESIZE_POLICIES)}, found {resize!r}")
+    if size < 1 or batch_size < 1:
+        raise InputError(f"expected size and batch_size of at least 1, found {size} and {batch_size}")
+    scale = (1.0 / (255.0 * np.array(std))).astype(np.float32)[:, None, None]
+    offset = (-np.array(mean) / np.array(std)).astype(np.float32)[:, None, None]
+
+    def load(path: Path | str) -> torch.Tensor:
+        small = _resize(open_rgb(path), size, resize, Image.Resampling.BILINEAR)
+        values = np.asarray(small).transpose(2, 0, 1) * scale
+        values += offset
+        return torch.from_numpy(values)
+
+    # Read ahead while the network computes, but never more than about two batches lie in memory.
+    ahead = max(batch_size, worker_count(num_workers)) + batch_size
+    loaded = parallel_map(load, paths, num_workers=num_workers, ahead=ahead)
+    for start in range(0, len(paths), batch_size):
+        stop = min(start + batch_size, len(paths))
+        batch = torch.empty(stop - start, 3, size, size)
+        for index in range(stop - start):
+            batch[index] = next(loaded)
+        yield torch.arange(start, stop), batch
+
+
+def load_masks(
+    records: Sequence[_HasMask], *, size: int, resize: str = "stretch", num_workers: int | None = None
+) -> NDArray[np.bool_]:
+    """Load the masks of some records, resized along with their images.
+
+    Args:
+        records: N records; those that are normal, or have no mask, get an empty mask.
+        size: Side of the result, pixels.
+        resize: Policy, see `resize_image`.
+        num_workers: Decoding threads; None for one per core.
+
+    Returns:
+        Masks, (N, size, size) bool.
+
+    Raises:
+        InputError: A mask is bad or its size differs from its image's.
+    """
+    masks = np.zeros((len(records), size, size), dtype=bool)
+
+    def load(index: int) -> None:
+        mask_path = records[index].mask_path
+        if mask_path is None or not records[index].is_anomalous:
+            return
+        mask = read_mask(mask_path)
+        check_mask_size(mask_path, mask.shape, records[index].path)
+        masks[index] = resize_mask(mask, size, resize)
+
+    for _ in parallel_map(load, range(len(records)), num_workers=num_workers):
+        pass
+    return masks

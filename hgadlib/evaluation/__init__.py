@@ -1,0 +1,1 @@
+"""From level values to metrics: maps, image and pixel metrics, class inference, thresholds."""

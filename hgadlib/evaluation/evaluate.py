@@ -1,0 +1,159 @@
+"""A model and a test set: level values, maps, scores and metrics, by class and on average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgadlib.config import ScoreConfig
+from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS, PixelMetrics, image_metrics, mean_metrics
+from hgadlib.features.store import Features
+from hgadlib.model import HGAD
+from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores, transductive
+
+# Maps lie between 0 and L^2 for L levels, most of them far below 1. Scaled to the top of float16's range,
+# ranks keep eleven bits over nine decades; metrics see ranks alone.
+_HALF_TOP = 32768.0
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to turn level values into scores."""
+
+    normalisation: Literal["inductive", "transductive"]
+    criterion: Criterion
+
+    @property
+    def name(self) -> str:
+        """Say it in one word, as records hold it."""
+        return f"{self.normalisation}/{self.criterion}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a test set under one protocol.
+
+    Attributes:
+        per_class: Metrics by class name; None where one has no meaning.
+        mean: Their means over the classes that have them.
+        scores: Image scores, (N,) float32; higher is more anomalous.
+        protocol: How they came about.
+        constants: The normalisation of each class, to draw its maps again.
+    """
+
+    per_class: dict[str, dict[str, float | None]]
+    mean: dict[str, float | None]
+    scores: np.ndarray
+    protocol: Protocol
+    constants: dict[str, Normalisation]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the metrics as metrics.json holds them."""
+        return {"mean": self.mean, "per_class": self.per_class}
+
+
+def level_values(model: HGAD, features: Features, class_idx: np.ndarray) -> LevelValues:
+    """Run all images through the flows; what stays is small: two numbers a position, on the host."""
+    labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
+    parts = []
+    for index, batch in features.batches(torch.arange(len(labels)).split(_BATCH), model.device):
+        values = model.level_values(batch, labels[index.to(model.device)])
+        parts.append(
+            LevelValues(tuple(v.cpu() for v in values.log_prob), tuple(v.cpu() for v in values.neg_entropy))
+        )
+    return LevelValues.cat(parts)
+
+
+def class_normalisation(
+    model: HGAD, values: LevelValues, k: int, normalisation: str, map_size: int
+) -> Normalisation:
+    """Give the constants for one class: stored ones, or those of its test images."""
+    if normalisation == "transductive":
+        return transductive(values, map_size)
+    stored = model.normalisation(torch.tensor([k], device=model.device))
+    return Normalisation(
+        stored.log_prob_max[0].cpu(),
+        stored.neg_entropy_max[0].cpu(),
+        stored.likelihood_offset.cpu(),
+        stored.entropy_offset.cpu(),
+    )
+
+
+def map_batches(
+    values: LevelValues, constants: Normalisation, score: ScoreConfig, criterion: Criterion
+) -> Iterator[tuple[slice, Tensor]]:
+    """Make the maps of one class, a batch at a time."""
+    for start in range(0, len(values), _BATCH):
+        index = slice(start, start + _BATCH)
+        yield (
+            index,
+            anomaly_maps(
+                values[index], constants, size=score.map_size, sigma=score.sigma, criterion=criterion
+            ),
+        )
+
+
+def evaluate(
+    model: HGAD,
+    values: LevelValues,
+    class_idx: np.ndarray,
+    labels: np.ndarray,
+    masks: dict[int, np.ndarray] | None,
+    *,
+    score: ScoreConfig,
+    protocol: Protocol,
+    labelled: np.ndarray | None = None,
+    fpr_limit: float = 0.3,
+) -> Evaluation:
+    """Compute every metric of a test set under one protocol.
+
+    Args:
+        model: Holds the classes and the stored constants.
+        values: Of the N test images.
+        class_idx: (N,).
+        labels: True where anomalous, (N,).
+        masks: For each class that has them, its images' masks (n_k, S, S) bool at the maps' size; None
+            leaves the pixel metrics out.
+        score: Map size and blur.
+        protocol: Normalisation and criterion.
+        labelled: False where nobody said whether an image is anomalous, (N,); it gets a score, but counts
+            in no metric. None where all are labelled.
+        fpr_limit: Of AUPRO.
+
+    Returns:
+        Metrics and image scores.
+
+    Source: paper Sec. 3.4 and 4.1.
+    """
+    scores = np.zeros(len(labels), dtype=np.float32)
+    counted = np.ones(len(labels), dtype=bool) if labelled is None else labelled
+    per_class: dict[str, dict[str, float | None]] = {}
+    constants: dict[str, Normalisation] = {}
+    power = 2 if protocol.criterion == "both" and model.has_entropy else 1
+    scale = _HALF_TOP / len(model.flows) ** power
+    for k, name in enumerate(model.classes):
+        members = np.flatnonzero(class_idx == k)
+        if len(members) == 0:
+            continue
+        mine = values[torch.from_numpy(members)]
+        constants[name] = class_normalisation(model, mine, k, protocol.normalisation, score.map_size)
+        truth = masks.get(k) if masks is not None else None
+        pixels = PixelMetrics(fpr_limit=fpr_limit)
+        for index, maps in map_batches(mine, constants[name], score, protocol.criterion):
+            scores[members[index]] = image_scores(maps).numpy()
+            if truth is not None:
+                known = counted[members[index]]
+                pixels.update((maps * scale).half().numpy()[known], truth[index][known])
+        known = members[counted[members]]
+        found: dict[str, float | None] = dict.fromkeys(IMAGE_METRICS)
+        if len(known):
+            found |= image_metrics(scores[known], labels[known])
+        found |= pixels.compute() if truth is not None else dict.fromkeys(PIXEL_METRICS)
+        per_class[name] = found
+    return Evaluation(per_class, mean_metrics(per_class), scores, protocol, constants)

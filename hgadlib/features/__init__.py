@@ -1,0 +1,1 @@
+"""From images to features: the frozen backbone, its weights, extraction, storage and cache."""

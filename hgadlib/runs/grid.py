@@ -1,0 +1,228 @@
+"""A grid of runs, declared once in params/grids/NAME.yaml: the workflow runs it, tables look for its runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from hgadlib.config import (
+    Config,
+    config_from_dict,
+    load_config,
+    project_dir,
+    read_params,
+    run_dir,
+    training_key,
+)
+from hgadlib.errors import InputError
+from hgadlib.files import write_atomically
+from hgadlib.runs.directory import read_config
+
+State = Literal["recorded", "whole", "unfinished", "stale", "missing"]
+"""Of a run: its record is in the ledger; or its directory is whole, was begun, holds another
+configuration's or other images' run, or is not there."""
+
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
+
+
+def run_states(
+    grid: Grid, records: Sequence[dict[str, Any]], *, fresh: bool = False
+) -> list[tuple[Config, State]]:
+    """Say of every distinct run of a grid how far it is, by its configuration, never by a file's time.
+
+    Args:
+        grid: Which runs.
+        records: The ledger.
+        fresh: True counts a run only if it lies in its directory here; its record must be of that run.
+
+    Raises:
+        InputError: A setting is wrong, or a folder of images is not there.
+    """
+    by_training = _by_training(records)
+    return [
+        (config, _state(config, by_training.get(training_key(config), []), fresh))
+        for config in grid.distinct()
+    ]
+
+
+def summary(grid: Grid, records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Average the seeds of every experiment of a grid, each under its own way of scoring.
+
+    Returns:
+        A row per dataset and experiment: the seeds that are recorded, mean and sample standard deviation of
+        each metric over them (NaN where not measured), and the records by name.
+    """
+    by_training = _by_training(records)
+    rows = []
+    for dataset in grid.datasets:
+        for experiment in grid.experiments:
+            configs = [grid.config(dataset, experiment, seed) for seed in grid.seeds]
+            found = {
+                config.seed: matching[-1]
+                for config in configs
+                if (matching := _of_same_images(config, by_training.get(training_key(config), [])))
+            }
+            row: dict[str, Any] = {"dataset": dataset, "experiment": experiment}
+            row |= {"seeds": " ".join(map(str, found)) or "none", "protocol": _protocol(configs[0])}
+            means = [_mean(record, row["protocol"]) for record in found.values()]
+            for metric in METRICS:
+                values = [mean[metric] for mean in means if mean.get(metric) is not None]
+                row[metric] = np.mean(values) if values else np.nan
+                row[f"{metric}_std"] = np.std(values, ddof=1) if len(values) > 1 else np.nan
+            rows.append(row | {"records": " ".join(record["record"] for record in found.values())})
+    return pd.DataFrame(rows)
+
+
+def _by_training(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(training_key(config_from_dict(record["config"])), []).append(record)
+    return found
+
+
+def _state(config: Config, records: Sequence[dict[str, Any]], fresh: bool) -> State:
+    path = run_dir(config)
+    records = _of_same_images(config, records)
+    if not fresh and records:
+        return "recorded"
+    if not (path / "config.yaml").is_file():
+        return "missing"
+    try:
+        same = read_config(path).digest == config.digest
+    except InputError:  # of another version of this library
+        same = False
+    data = path / "data.json"
+    if same and data.is_file() and (images := _images(config.dataset, config.data.root, config.data.classes)):
+        same = json.loads(data.read_text(encoding="utf-8"))["digest"] == images
+    if not same:
+        return "stale"
+    metrics = path / "metrics.json"
+    if not metrics.is_file():
+        return "unfinished"
+    # No two runs take the same time: with these figures a record is of this very run.
+    timing = json.loads(metrics.read_text(encoding="utf-8"))["timing"]
+    return "recorded" if any(record["timing"] == timing for record in records) else "whole"
+
+
+def _of_same_images(config: Config, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out records of other images under the same name, which any folder may be."""
+    if config.dataset != "folder" or not records:
+        return list(records)
+    images = _images(config.dataset, config.data.root, config.data.classes)
+    return [record for record in records if record["data"]["digest"] == images]
+
+
+@cache
+def _images(dataset: str, root: str | None, classes: str) -> str | None:
+    """Digest of a folder's images; None where the dataset's name says it all, or classes are yet unknown."""
+    if dataset != "folder" or classes != "folders":
+        return None
+    # Torch and timm take seconds to import, and most grids do not need them here.
+    from hgadlib.datasets import load_dataset
+    from hgadlib.runs.inputs import identify
+
+    return identify(load_dataset(dataset, root=root))["digest"]
+
+
+def _protocol(config: Config) -> str:
+    criterion = "likelihood" if config.prior.kind == "single" else config.score.criterion
+    return f"{config.score.normalisation}/{criterion}"
+
+
+def _mean(record: Mapping[str, Any], protocol: str) -> Mapping[str, Any]:
+    own = record["protocol"]
+    if protocol == f"{own['normalisation']}/{own['criterion']}":
+        return record["mean"]
+    return record["other_protocols"].get(protocol, {})
+
+
+def write_summary(grid: Grid, table: pd.DataFrame) -> str:
+    file = project_dir() / "runs" / "tables" / f"{grid.name}.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, table.to_csv(index=False, float_format="%.6f"))
+    shown = table.drop(columns="records").to_string(index=False, na_rep="-", float_format="{:.4f}".format)
+    return f"{shown}\nThe table, with the record behind each row: {file.relative_to(project_dir())}"
+
+
+_KEYS = ("datasets", "experiments", "seeds", "overrides")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Datasets times experiments times seeds, under shared settings.
+
+    Attributes:
+        name: Of its file.
+        datasets: Files of params/.
+        experiments: Files of params/experiments/; "hgad" for the dataset's own settings.
+        seeds: Of each.
+        overrides: Dotted settings on top of every experiment.
+        data_root: Where the images of a dataset lie that has no place of its own.
+    """
+
+    name: str
+    datasets: tuple[str, ...]
+    experiments: tuple[str, ...]
+    seeds: tuple[int, ...]
+    overrides: dict[str, Any] = field(default_factory=dict)
+    data_root: str | None = None
+
+    def parameters(self, dataset: str, experiment: str, seed: int) -> dict[str, Any]:
+        """Give the notebook parameters of one run, as papermill takes them."""
+        given: dict[str, Any] = {"dataset": dataset, "experiment": experiment, "seed": seed}
+        if self.data_root is not None:
+            given["data_root"] = self.data_root
+        return given | ({"overrides": self.overrides} if self.overrides else {})
+
+    def config(self, dataset: str, experiment: str, seed: int) -> Config:
+        """Resolve the configuration of one run.
+
+        Raises:
+            InputError: As :func:`hgadlib.config.load_config`.
+        """
+        return load_config(self.parameters(dataset, experiment, seed))
+
+    def configs(self) -> Iterator[Config]:
+        """Resolve every run: by seed, then dataset, then experiment, so that a first seed is whole early."""
+        for seed in self.seeds:
+            for dataset in self.datasets:
+                for experiment in self.experiments:
+                    yield self.config(dataset, experiment, seed)
+
+    def distinct(self) -> list[Config]:
+        """List the runs that differ in what they train: rows that several tables share come once."""
+        found: dict[str, Config] = {}
+        for config in self.configs():
+            found.setdefault(training_key(config), config)
+        return list(found.values())
+
+
+def load_grid(name: str, folder: Path | None = None, **changes: Any) -> Grid:
+    """Read params/grids/NAME.yaml.
+
+    Args:
+        name: Of the file.
+        folder: Where the file lies; None for the project's params/grids.
+        **changes: Fields to replace, such as ``datasets=["folder"], data_root=PATH``.
+
+    Raises:
+        InputError: No such file, an unknown key, or a list that is missing or empty.
+    """
+    source = f"params/grids/{name}.yaml"
+    values = read_params(name, folder or project_dir() / "params" / "grids")
+    if surplus := [key for key in values if key not in _KEYS]:
+        raise InputError(f"{source}: expected the keys {', '.join(_KEYS)}, found {', '.join(surplus)}")
+    values |= {key: value for key, value in changes.items() if value is not None}
+    for key in ("datasets", "experiments", "seeds"):
+        found = values.get(key)
+        if not isinstance(found, list | tuple) or not found:
+            raise InputError(f"{source}: expected a list of {key}, found {found!r}")
+        values[key] = tuple(found)
+    return Grid(name=name, **values)

@@ -1,0 +1,196 @@
+"""What a run works on: its dataset, its backbone and the features of both splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hgadlib.config import Config
+from hgadlib.datasets import load_dataset
+from hgadlib.datasets.images import load_masks
+from hgadlib.datasets.records import Dataset, ImageRecord, relabel
+from hgadlib.errors import InputError
+from hgadlib.features.backbone import Backbone, build_backbone
+from hgadlib.features.discovery import assign_nearest, discover_classes
+from hgadlib.features.extract import dataset_features
+from hgadlib.features.store import Features, global_features
+from hgadlib.runs.hardware import select_device
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains on and is tested on.
+
+    Attributes:
+        dataset: Classes and records.
+        backbone: The frozen network, on the device.
+        train: Features of the dataset's training images, in their order.
+        test: Features of its test images.
+        device: Where to compute.
+    """
+
+    dataset: Dataset
+    backbone: Backbone
+    train: Features
+    test: Features
+    device: torch.device
+
+    @property
+    def train_classes(self) -> np.ndarray:
+        """Class of each training image, (N,) int64."""
+        return self.dataset.class_idx(self.dataset.train)
+
+    @property
+    def test_classes(self) -> np.ndarray:
+        """Class of each test image, (N,) int64."""
+        return self.dataset.class_idx(self.dataset.test)
+
+    @property
+    def test_labels(self) -> np.ndarray:
+        """True where a test image is anomalous, (N,); see :attr:`test_labelled`."""
+        return np.array([record.is_anomalous for record in self.dataset.test], dtype=bool)
+
+    @property
+    def test_labelled(self) -> np.ndarray:
+        """False where nobody said whether a test image is anomalous, (N,)."""
+        return np.array([record.is_labelled for record in self.dataset.test], dtype=bool)
+
+    def identity(self) -> dict[str, Any]:
+        """Say which images these are; see :func:`identify`."""
+        return identify(self.dataset)
+
+
+def identify(dataset: Dataset) -> dict[str, Any]:
+    """Say which images a dataset has, wherever its folder lies: names, labels and sizes of the files."""
+    digest = hashlib.sha256()
+    for record in dataset.records:
+        sizes = [path.stat().st_size for path in (record.path, record.mask_path) if path is not None]
+        name = image_name(dataset, record)
+        digest.update(repr((name, record.class_name, record.split, record.defect_type, sizes)).encode())
+    return {
+        "name": dataset.name,
+        "digest": digest.hexdigest(),
+        "classes": list(dataset.classes),
+        "train": len(dataset.train),
+        "test": len(dataset.test),
+    }
+
+
+def prepare(config: Config, *, progress: bool = True) -> Inputs:
+    """Load the dataset and compute its features, or find them in the cache.
+
+    Raises:
+        InputError: A device, dataset, image or weights file that is not there or not usable.
+    """
+    device = select_device(config.device)
+    data, features = config.data, config.features
+    # The split belongs to the dataset: it is the same for every seed of a run.
+    dataset = load_dataset(config.dataset, root=data.root, download=data.download, strict=data.strict, seed=0)
+    if not dataset.test:
+        raise InputError(f"{dataset.root}: expected test images to evaluate on, found none; add some")
+    if data.classes == "folders":
+        dataset.class_idx(dataset.test)  # refuses images of no known class before any work
+    backbone = build_backbone(
+        features.backbone,
+        out_indices=features.out_indices,
+        pyramid=features.pyramid,
+        weights=features.weights,
+    ).to(device)
+
+    def of(records: tuple[ImageRecord, ...]) -> Features:
+        return dataset_features(
+            records,
+            backbone,
+            image_size=data.image_size,
+            resize=data.resize,
+            dtype=features.dtype,
+            storage=features.storage,
+            device=device,
+            batch_size=features.batch_size,
+            num_workers=data.num_workers,
+            progress=progress,
+        )
+
+    train, test = of(dataset.train), of(dataset.test)
+    if data.classes == "discovered":
+        dataset = discover(dataset, train, test)
+    return Inputs(dataset, backbone, train, test, device)
+
+
+def discover(dataset: Dataset, train: Features, test: Features) -> Dataset:
+    """Name classes by clustering the training images; each test image joins its nearest training image's.
+
+    Args:
+        dataset: With whatever classes its folders have; they are not looked at.
+        train: Features of its training images.
+        test: Features of its test images.
+
+    Returns:
+        The same images under class_00, class_01, ...
+
+    Source: paper App. A.2.
+    """
+    references, found = global_features(train), global_features(test)
+    labels = discover_classes(references)
+    nearest = assign_nearest(found, references, labels)
+    names = [[f"class_{label:02d}" for label in part] for part in (labels, nearest)]
+    note = f"{len(set(names[0]))} classes were discovered by clustering the training images."
+    return replace(relabel(dataset, *names), notes=(*dataset.notes, note))
+
+
+def summary(inputs: Inputs) -> pd.DataFrame:
+    """Count the images of each class: a row per class, and one for all where there are several."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for record in inputs.dataset.records:
+        if record.split == "train":
+            kind = "train"
+        elif not record.is_labelled:
+            kind = "test unlabelled"
+        else:
+            kind = "test anomalous" if record.is_anomalous else "test normal"
+        counts[record.class_name, kind] += 1
+        counts[record.class_name, "with masks"] += record.mask_path is not None
+    columns = ["train", "test normal", "test anomalous", "with masks"]
+    if not inputs.test_labelled.all():
+        columns.insert(3, "test unlabelled")
+    table = pd.DataFrame(
+        [[counts[name, column] for column in columns] for name in inputs.dataset.classes],
+        index=pd.Index(inputs.dataset.classes, name="class"),
+        columns=columns,
+    )
+    if len(table) > 1:
+        table.loc["all"] = table.sum()
+    return table
+
+
+def class_masks(config: Config, inputs: Inputs) -> dict[int, np.ndarray]:
+    """Load the masks of every class whose anomalous test images all have one.
+
+    Returns:
+        By class index, (n, S, S) bool at the maps' size, in the order of the class's test images.
+    """
+    masks: dict[int, np.ndarray] = {}
+    test, classes = inputs.dataset.test, inputs.test_classes
+    for k in range(len(inputs.dataset.classes)):
+        records = [test[i] for i in np.flatnonzero(classes == k)]
+        anomalous = [record for record in records if record.is_anomalous]
+        if anomalous and all(record.mask_path is not None for record in anomalous):
+            masks[k] = load_masks(
+                records,
+                size=config.score.map_size,
+                resize=config.data.resize,
+                num_workers=config.data.num_workers,
+            )
+    return masks
+
+
+def image_name(dataset: Dataset, record: ImageRecord) -> str:
+    """Name an image by its path below the dataset's root, the same on every machine."""
+    path = record.path
+    return path.relative_to(dataset.root).as_posix() if path.is_relative_to(dataset.root) else path.name
