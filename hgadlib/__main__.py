@@ -102,7 +102,7 @@ def train(options: argparse.Namespace) -> int:
     """Train and evaluate one run."""
     from hgadlib.distributed import process_group
     from hgadlib.runs.directory import RunDirectory
-    from hgadlib.runs.experiment import evaluate_model, train_model
+    from hgadlib.runs.experiment import finish_run, train_model
     from hgadlib.runs.inputs import prepare
 
     # Torch says on machines without a GPU that it found none; a reader need not know.
@@ -117,7 +117,7 @@ def train(options: argparse.Namespace) -> int:
         model = train_model(local, inputs, run, progress=progress, group=group)
         if not group.is_main:
             return 0
-        metrics = evaluate_model(local, inputs, model, run).metrics
+        metrics = finish_run(local, inputs, model, run).metrics
     mean = {name: value for name, value in metrics["mean"].items() if value is not None}
     print("  ".join(f"{name} {value:.4f}" for name, value in mean.items()))
     print(run.path)

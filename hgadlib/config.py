@@ -177,6 +177,16 @@ class Config:
         return values
 
     @property
+    def criterion(self) -> Literal["likelihood", "entropy", "both"]:
+        """The criterion whose figures stand first: one Gaussian for all classes has no entropy over them."""
+        return "likelihood" if self.prior.kind == "single" else self.score.criterion
+
+    @property
+    def protocol(self) -> str:
+        """Name of the protocol whose figures stand first, ``normalisation/criterion``."""
+        return f"{self.score.normalisation}/{self.criterion}"
+
+    @property
     def digest(self) -> str:
         """Hash of :meth:`identity`: the same for two runs that compute the same."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()

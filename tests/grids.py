@@ -29,12 +29,12 @@ TINY = {
 # The train chapter's calls without its figures.
 CALLS = [
     "from hgadlib.config import config_from_notebook\n"
-    "from hgadlib.runs.experiment import evaluate_model, train_model\n"
+    "from hgadlib.runs.experiment import finish_run, train_model\n"
     "from hgadlib.runs.inputs import prepare\n"
     "from hgadlib.runs.directory import RunDirectory",
     "config = config_from_notebook(globals())\nrun = RunDirectory.open(config)\ninputs = prepare(config)",
     "model = train_model(config, inputs, run)",
-    "evaluate_model(config, inputs, model, run)",
+    "finish_run(config, inputs, model, run)",
 ]
 
 

@@ -25,7 +25,7 @@ from hgadlib.evaluation.predict import predict
 from hgadlib.model import HGAD
 from hgadlib.runs import experiment
 from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
-from hgadlib.runs.experiment import build_model, evaluate_model, train_model
+from hgadlib.runs.experiment import build_model, finish_run, train_model
 from hgadlib.runs.gallery import gallery, typical_images
 from hgadlib.runs.hardware import select_device
 from hgadlib.runs.inputs import Inputs, class_masks, prepare, summary
@@ -64,7 +64,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     run = RunDirectory.open(config)
     inputs = prepare(config, progress=False)
     model = train_model(config, inputs, run, progress=False)
-    return Done(root, config, inputs, model, run, evaluate_model(config, inputs, model, run))
+    return Done(root, config, inputs, model, run, finish_run(config, inputs, model, run))
 
 
 def test_the_run_directory_is_complete(done: Done) -> None:
@@ -157,7 +157,7 @@ def test_a_second_call_trains_nothing_and_writes_nothing(done: Done, monkeypatch
     before = files(done.run.path)
     run = RunDirectory.open(done.config)
     model = train_model(done.config, done.inputs, run, progress=False)
-    again = evaluate_model(done.config, done.inputs, model, run)
+    again = finish_run(done.config, done.inputs, model, run)
     assert files(done.run.path) == before
     assert again.metrics == done.result.metrics
     np.testing.assert_array_equal(again.evaluation.scores, done.result.evaluation.scores)
@@ -182,7 +182,7 @@ def test_a_run_killed_after_training_goes_on_to_the_same_metrics(done: Done, tmp
     run = RunDirectory.open(config)
     assert not run.complete
     model = train_model(config, done.inputs, run, progress=False)
-    result = evaluate_model(config, done.inputs, model, run)
+    result = finish_run(config, done.inputs, model, run)
     for key in ("mean", "per_class", "best_epoch", "counts"):
         assert result.metrics[key] == done.result.metrics[key]
     assert set(files(run.path)) == set(files(done.run.path))
@@ -385,7 +385,7 @@ def test_unlabelled_images_are_scored_and_counted_apart(tmp_path: Path) -> None:
     run = RunDirectory.open(config)
     inputs = prepare(config, progress=False)
     assert list(summary(inputs).loc["all"]) == [12, 0, 0, 6, 0]
-    result = evaluate_model(config, inputs, train_model(config, inputs, run, progress=False), run)
+    result = finish_run(config, inputs, train_model(config, inputs, run, progress=False), run)
     assert all(value is None for value in result.metrics["mean"].values())
     assert result.metrics["counts"]["test_unlabelled"] == 6
     with np.load(run.path / "scores.npz") as scores:

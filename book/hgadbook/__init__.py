@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import logging
+import textwrap
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -45,3 +49,23 @@ def _one_line(
     # The kernel still reports the cell as failed, so papermill stops there and exits with 1.
     shell._showtraceback(kind, error, lines)
     return lines
+
+
+def show_source(*functions: Callable[..., Any]) -> None:
+    """Show the source of functions under the equations that they compute, without their docstrings.
+
+    Args:
+        *functions: Functions, methods or classes of the library.
+    """
+    from IPython.display import Markdown, display
+
+    for function in functions:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        node = tree.body[0]
+        assert isinstance(node, ast.FunctionDef | ast.ClassDef)
+        lines = inspect.getsource(function).splitlines()
+        if ast.get_docstring(node) is not None:
+            del lines[node.body[0].lineno - 1 : node.body[0].end_lineno]
+        place = f"`{function.__module__}.{function.__qualname__}`"
+        code = textwrap.dedent("\n".join(lines)).rstrip()
+        display(Markdown(f"{place}\n\n```python\n{code}\n```"))

@@ -19,7 +19,7 @@ from hgadbook import paper
 from hgadlib.config import Config, load_config, training_key
 from hgadlib.errors import InputError
 from hgadlib.runs.directory import RunDirectory
-from hgadlib.runs.experiment import evaluate_model, train_model
+from hgadlib.runs.experiment import finish_run, train_model
 from hgadlib.runs.grid import Grid, load_grid
 from hgadlib.runs.inputs import prepare
 from hgadlib.runs.ledger import group_records, image_title, record_of
@@ -79,7 +79,7 @@ def train_rows(configs: Sequence[Config]) -> list[dict[str, Any]]:
     for config in configs:
         run = RunDirectory.open(config)
         inputs = prepare(config)
-        evaluate_model(config, inputs, train_model(config, inputs, run), run)
+        finish_run(config, inputs, train_model(config, inputs, run), run)
         name = f"{run.path.parent.parent.name}/{run.path.parent.name}/{run.path.name}"
         found.append(record_of(run.path) | {"record": f"run here: {name}"})
     return found

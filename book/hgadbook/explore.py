@@ -39,7 +39,7 @@ from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, class_
 from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_config
-from hgadlib.runs.experiment import evaluate_model, headline, train_model
+from hgadlib.runs.experiment import finish_run, headline, train_model
 from hgadlib.runs.inputs import Inputs, image_name, prepare
 from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores
 
@@ -664,7 +664,7 @@ def open_explorer(config: Config, *, progress: bool = True) -> Explorer:
     run = RunDirectory.open(config)
     inputs = prepare(config, progress=progress)
     model = train_model(config, inputs, run, progress=progress)
-    result = evaluate_model(config, inputs, model, run)
+    result = finish_run(config, inputs, model, run)
     return Explorer(config, inputs, model, result.values, source=f"{_short(run.path)}, a small run")
 
 

@@ -147,7 +147,7 @@ def evaluate_protocol(
     )
 
 
-def evaluate_model(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:
+def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:
     """Evaluate the test set under every protocol and complete the run's record.
 
     A record that is whole is read, not made again; level values and maps are computed for the figures.
