@@ -50,17 +50,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; it becomes the target at once when the block ends.
 
-    What killed writers left beside the target is removed first. An exception leaves nothing behind. The target
-    may be an empty folder, not a full one.
+    An exception leaves nothing behind. The target may be an empty folder, not a full one.
 
     Raises:
         OSError: The place cannot be written, or the target was filled by somebody else meanwhile.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}-unfinished-"
-    for left in target.parent.glob(f"{prefix}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-unfinished-", dir=target.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
