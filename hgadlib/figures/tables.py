@@ -1,4 +1,4 @@
-"""Tables for display: numbers in, a pandas Styler out."""
+"""Tables for display: numbers or texts in, a pandas Styler out; ``.data`` of it holds what was shown."""
 
 from __future__ import annotations
 
@@ -20,64 +20,75 @@ METRIC_LABELS = {
 }
 
 
+def styled(table: pd.DataFrame, *, name: str, caption: str = "", emphasise: Sequence[str] = ()) -> Styler:
+    """Style a table as all of the book are: its index and names to the left, its cells to the right.
+
+    Args:
+        table: Its index is the first column.
+        name: A short identifier, other for each table of a page; the same numbers then give the same page.
+        caption: Above the table.
+        emphasise: Labels of the rows in bold.
+    """
+    flat = table.columns.nlevels == 1
+    look = [
+        ("", "border-collapse: collapse"),
+        ("td, th.col_heading", "text-align: right; padding: 0.2em 0.7em"),
+        ("th.row_heading, th.index_name", "text-align: left; padding-right: 0.7em"),
+        ("thead th", "vertical-align: bottom") if flat else ("th.level0.col_heading", "text-align: center"),
+        ("caption", "caption-side: top; text-align: left; padding-bottom: 0.3em"),
+        *((f".row{i}", "font-weight: bold") for i, label in enumerate(table.index) if label in emphasise),
+    ]
+    # Style sheets take no identifier with other letters.
+    uuid = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)
+    styler = table.style.set_uuid(uuid).set_table_attributes('class="dataframe"')
+    return _with(styler.set_caption(caption) if caption else styler, *look)
+
+
+def _with(styler: Styler, *look: tuple[str, str]) -> Styler:
+    styles = [{"selector": selector, "props": props} for selector, props in look]
+    return styler.set_table_styles(styles, overwrite=False)  # type: ignore[arg-type]
+
+
 def auroc_table(metrics: Mapping[str, Any], *, names: Sequence[str] | None = None) -> Styler:
-    """Set out the metrics of a run, a row per class and the mean last, in percent.
+    """Show the metrics of a run in percent, a row per class and the mean last.
 
     Args:
         metrics: The content of metrics.json: "mean" and "per_class".
         names: Which metrics; all that the mean has, if not given.
 
     Returns:
-        A table for display, one decimal, a dash for what has no meaning; ``.data`` holds the numbers.
+        One decimal, a dash for what has no meaning.
     """
-    names = [n for n in METRIC_LABELS if n in metrics["mean"]] if names is None else list(names)
+    names = [n for n in METRIC_LABELS if n in metrics["mean"]] if names is None else names
     return _percent_table({**metrics["per_class"], "mean": metrics["mean"]}, names, "class", "metrics")
 
 
 def protocol_table(
     metrics: Mapping[str, Any], *, names: Sequence[str] = ("image_auroc", "pixel_auroc")
 ) -> Styler:
-    """Set out a run's mean metrics under every scoring protocol, the headline's last, in percent.
+    """Show a run's mean metrics in percent under every scoring protocol, the headline's last.
 
     Args:
         metrics: The content of metrics.json: "protocol", "mean" and "other_protocols".
         names: Which metrics.
-
-    Returns:
-        A table for display; ``.data`` holds the numbers.
     """
     protocol = metrics["protocol"]
     first = f"{protocol['normalisation']}/{protocol['criterion']}"
     others = metrics["other_protocols"].items()
     rows = {name: found["mean"] for name, found in others if name != first} | {first: metrics["mean"]}
-    return _percent_table(rows, list(names), "normalisation/criterion", "protocols")
+    return _percent_table(rows, names, "normalisation/criterion", "protocols")
 
 
-def _percent_table(rows: Mapping[str, Any], names: list[str], index: str, uuid: str) -> Styler:
-    """Format rows of metrics with the last one emphasised."""
+def _percent_table(rows: Mapping[str, Any], names: Sequence[str], index: str, identifier: str) -> Styler:
+    """Show rows of metrics, the last one emphasised."""
     values = [[np.nan if row.get(n) is None else 100 * row[n] for n in names] for row in rows.values()]
-    table = pd.DataFrame(
-        values, pd.Index(rows, name=index), [f"{METRIC_LABELS[n]} (%)" for n in names], float
-    )
-    look: list[dict[str, str]] = [
-        {"selector": "", "props": "border-collapse: collapse"},
-        {"selector": "td, th.col_heading", "props": "text-align: right; padding: 0.2em 0.7em"},
-        {"selector": "th.row_heading, th.index_name", "props": "text-align: left"},
-        {
-            "selector": f".row{len(rows) - 1}",
-            "props": "font-weight: bold; border-top: 1px solid currentColor",
-        },
-    ]
-    # A fixed id instead of a random one, so that the same numbers give the same page.
-    styler = table.style.set_uuid(uuid).set_table_attributes('class="dataframe"')
-    return styler.format(precision=1, na_rep="–").set_table_styles(look)  # type: ignore[arg-type]
+    labels = pd.Index(rows, name=index)
+    table = pd.DataFrame(values, labels, [f"{METRIC_LABELS[n]} (%)" for n in names], float)
+    styler = styled(table, name=identifier, emphasise=labels[-1:]).format(precision=1, na_rep="–")
+    return _with(styler, (f".row{len(rows) - 1}", "border-top: 1px solid currentColor"))
 
 
 def fact_table(facts: Mapping[str, object]) -> Styler:
-    """Set out named facts, one a row."""
+    """Show named facts, one a row."""
     table = pd.DataFrame({"": [str(value) for value in facts.values()]}, pd.Index(facts))
-    look: list[dict[str, str]] = [
-        {"selector": "th.row_heading, td", "props": "text-align: left; padding: 0.2em 0.7em"},
-    ]
-    styler = table.style.set_uuid("facts").set_table_attributes('class="dataframe"').hide(axis="columns")
-    return styler.set_table_styles(look)  # type: ignore[arg-type]
+    return _with(styled(table, name="facts").hide(axis="columns"), ("td", "text-align: left"))
