@@ -1,12 +1,14 @@
 """Run every chapter headlessly and build the HTML book: `python book/build.py`, or `make book`.
 
 Executed chapters go to book/_executed, the pages to book/_build/html; git ignores both. A chapter runs again
-only when something it depends on has changed: its notebook, the library, the parameters, the pins.
+only when something it depends on has changed: its notebook, the modules it imports, its parameters, the pins.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import hashlib
 import json
 import os
@@ -73,14 +75,76 @@ def digest(paths: Iterable[Path], *, root: Path, extra: object = None) -> str:
     return total.hexdigest()
 
 
-def chapter_digest(notebook: Path, *, root: Path, parameters: dict[str, Any]) -> str:
-    """Digest everything that a chapter's outputs depend on.
+def code_of(path: Path) -> str:
+    """Read a module, or the code cells of a notebook without magics and shell commands."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = [cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
+        text = re.sub(r"^\s*[%!].*$", "", "\n".join(cells), flags=re.MULTILINE)
+    return text
 
-    Data are not part of it: they may be large, and each run directory records its own.
+
+@functools.cache
+def named_in(code: str) -> tuple[set[str], set[str]]:
+    """Collect what code imports, inside functions too (`from a import b` is a.b), and the strings in it."""
+    imports: set[str] = set()
+    strings: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(code)]
+    while nodes:
+        node = nodes.pop()
+        # What only a type checker imports changes no output.
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        nodes.extend(node.orelse if for_types else ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            imports |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imports |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.add(node.value)
+    return imports, strings
+
+
+def dependencies(notebook: Path, *, root: Path) -> set[Path]:
+    """List the files of the repository that a chapter's outputs depend on.
+
+    The notebook, the pins, the parameter files, modules of hgadlib and hgadbook that it imports, by itself
+    or through others, and the committed results where one of these names that folder. Data are not
+    part of it: they may be large, and each run directory records its own.
+
+    Raises:
+        BuildError: The notebook or a module is no Python.
     """
-    files = [notebook, root / "requirements.lock"]
-    files += [path for folder in ("hgadlib", "params", "results") for path in (root / folder).rglob("*")]
-    return digest(files, root=root, extra=(sorted(parameters.items()), sys.version_info[:2]))
+    # The face of the library is lazy: its stub says which module has each of its names.
+    stub, public = root / "hgadlib" / "__init__.pyi", {}
+    if stub.is_file():
+        froms = [node for node in ast.parse(code_of(stub)).body if isinstance(node, ast.ImportFrom)]
+        public = {f"hgadlib.{a.name}": f"hgadlib.{node.module}" for node in froms for a in node.names}
+    found, waiting, folders = {notebook}, [notebook], {"params"}
+    while waiting:
+        path = waiting.pop()
+        try:
+            imports, strings = named_in(code_of(path))
+        except SyntaxError as error:
+            raise BuildError(f"{path.relative_to(root)} is no Python: {error}") from None
+        folders |= {"results"} & {text.split("/")[0] for text in strings}
+        # A chapter that imports the face as a whole may use all of it.
+        names = imports | set(public.values()) if "hgadlib" in imports else imports
+        for name in names:
+            parts = public.get(name, name).split(".")
+            stems = [
+                base.joinpath(*parts[:n]) for base in (root, root / "book") for n in range(1, 1 + len(parts))
+            ]
+            files = {file for stem in stems for file in (stem / "__init__.py", stem.with_suffix(".py"))}
+            new = {file for file in files if file.is_file()} - found
+            found |= new
+            waiting += new
+    return {*found, root / "requirements.lock", *(p for name in folders for p in (root / name).rglob("*"))}
+
+
+def chapter_digest(notebook: Path, *, root: Path, parameters: dict[str, Any]) -> str:
+    """Digest everything that a chapter's outputs depend on, see `dependencies`."""
+    extra = (sorted(parameters.items()), sys.version_info[:2])
+    return digest(dependencies(notebook, root=root), root=root, extra=extra)
 
 
 def executed_digest(executed: Path) -> str | None:

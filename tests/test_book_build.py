@@ -267,34 +267,82 @@ def test_second_call_repeats_nothing(scratch: Scratch, capsys: pytest.CaptureFix
     assert "up to date" in capsys.readouterr().out
 
 
-def test_digest_follows_all_that_an_output_depends_on(tmp_path: Path) -> None:
-    (tmp_path / "hgadlib").mkdir()
-    notebook, module, lock = (
-        tmp_path / "a.ipynb",
-        tmp_path / "hgadlib" / "m.py",
-        tmp_path / "requirements.lock",
-    )
-    seen = set()
+class Changes:
+    """A repository of a chapter and some modules; says whether the chapter has to run again."""
 
-    def changed(parameters: dict[str, Any]) -> bool:
-        digest = build.chapter_digest(notebook, root=tmp_path, parameters=parameters)
-        new = digest not in seen
-        seen.add(digest)
+    def __init__(self, root: Path, chapter: str) -> None:
+        self.root, self.seen = root, set[str]()
+        self.write("hgadlib/__init__.py", "")
+        self.write("requirements.lock", "1")
+        (root / "book").mkdir()
+        write_chapter(root / "book" / "a.ipynb", chapter)
+
+    def write(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def stale(self, **parameters: Any) -> bool:
+        notebook = self.root / "book" / "a.ipynb"
+        digest = build.chapter_digest(notebook, root=self.root, parameters=parameters)
+        new = digest not in self.seen
+        self.seen.add(digest)
         return new
 
-    for path in (notebook, module, lock):
-        path.write_text("1")
-    assert changed({})
-    assert not changed({})
-    for path in (notebook, module, lock):
-        path.write_text("2")
-        assert changed({}), path.name
-    (tmp_path / "params").mkdir()
-    (tmp_path / "params" / "demo.yaml").write_text("seed: 0")
-    assert changed({})
-    assert changed({"epochs": 2})
-    (tmp_path / "hgadlib" / "m.pyc").write_text("compiled")
-    assert not changed({"epochs": 2})
+
+def test_a_chapter_runs_again_when_notebook_pins_or_parameters_change(tmp_path: Path) -> None:
+    changes = Changes(tmp_path, "1 + 1")
+    assert changes.stale() and not changes.stale()
+    write_chapter(tmp_path / "book" / "a.ipynb", "1 + 2")
+    assert changes.stale()
+    for name in ("requirements.lock", "params/demo.yaml"):
+        changes.write(name, "changed")
+        assert changes.stale(), name
+    assert changes.stale(epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("module", "again"),
+    [
+        ("hgadlib/runs/__init__.py", True),  # runs when a module of its package does
+        ("hgadlib/runs/record.py", True),
+        ("hgadlib/flow.py", True),  # two steps away, imported inside a function
+        ("book/hgadbook/a.py", True),
+        ("hgadlib/model.py", True),  # through the lazy face
+        ("hgadlib/runs/grid.py", False),
+        ("hgadlib/detector.py", False),  # in the face, not asked for
+        ("hgadlib/types.py", False),  # for the type checker
+        ("book/hgadbook/b.py", False),
+        ("hgadlib/runs/record.pyc", False),
+    ],
+)
+def test_a_chapter_runs_again_when_a_module_that_it_imports_changes(
+    tmp_path: Path, module: str, again: bool
+) -> None:
+    changes = Changes(tmp_path, "%matplotlib inline\nfrom hgadbook import a\nfrom hgadlib import HGAD, runs")
+    changes.write("hgadlib/__init__.pyi", "from .model import HGAD as HGAD\nfrom .detector import Detector")
+    changes.write("hgadlib/runs/record.py", "def late():\n    import numpy, hgadlib.flow")
+    types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hgadlib import types"
+    changes.write("book/hgadbook/a.py", f"{types}\nfrom hgadlib.runs.record import late")
+    for name in ("model", "detector", "runs/__init__", "runs/grid", "flow", "types"):
+        changes.write(f"hgadlib/{name}.py", "")
+    assert changes.stale()
+    changes.write(module, "changed = 1")
+    assert changes.stale() is again
+
+
+@pytest.mark.parametrize(("code", "again"), [("folder = 'results/runs'", True), ("result = 1", False)])
+def test_results_count_where_they_are_read(tmp_path: Path, code: str, again: bool) -> None:
+    changes = Changes(tmp_path, "import hgadlib.runs")
+    changes.write("hgadlib/runs.py", code)
+    assert changes.stale()
+    changes.write("results/runs/one.json", "{}")
+    assert changes.stale() is again
+
+
+def test_a_chapter_that_is_no_python_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(build.BuildError, match=r"^book/a\.ipynb is no Python: .*line"):
+        Changes(tmp_path, "for x in").stale()
 
 
 def test_failing_chapter_is_told_in_a_few_lines_and_the_good_copy_stays(scratch: Scratch) -> None:
