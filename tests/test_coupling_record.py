@@ -17,15 +17,15 @@ from torch import nn
 from hgadlib import training
 from hgadlib.config import Config, FlowConfig
 from hgadlib.errors import InputError
+from hgadlib.evaluation.likelihoods import anomalous_positions
 from hgadlib.flow import FeatureFlow, PositionalCoupling
 from hgadlib.model import HGAD
 from hgadlib.runs import experiment
-from hgadlib.runs.coupling import block_outputs, coupling_table
+from hgadlib.runs.coupling import CouplingRecord, block_outputs, coupling_table
 from hgadlib.runs.directory import RunDirectory, read_coupling, read_history
 from hgadlib.runs.experiment import train_model
-from hgadlib.runs.inputs import Inputs, prepare
+from hgadlib.runs.inputs import Inputs, class_masks, prepare
 from hgadlib.runs.ledger import coupling
-from hgadlib.runs.record import anomalous_positions
 
 
 @pytest.mark.parametrize("kind", ["positional", "convolutional"])
@@ -116,7 +116,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
         root = image_folder(folder / "images")
         config = folder_config(root, folder / "run", train={"evaluate_every": 2, "epochs": 5})
         run, inputs = RunDirectory.open(config), prepare(config, progress=False)
-        yield Done(root, config, inputs, train_model(config, inputs, run, progress=False), run)
+        yield Done(root, config, inputs, train_recorded(config, inputs, run), run)
+
+
+def train_recorded(config: Config, inputs: Inputs, run: RunDirectory) -> HGAD:
+    record = CouplingRecord(run.path / "coupling.csv", inputs, class_masks(config, inputs))
+    return train_model(config, inputs, run, progress=False, observer=record)
 
 
 def test_every_evaluated_epoch_is_recorded(done: Done) -> None:
@@ -175,7 +180,7 @@ def test_a_killed_run_s_record_is_that_of_one_that_went_through(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "save_checkpoint", first_only)
         patch.setattr(experiment, "likelihood_columns", kill)
-        train_model(config, done.inputs, RunDirectory.open(config), progress=False)
+        train_recorded(config, done.inputs, RunDirectory.open(config))
     assert set(read_coupling(tmp_path / "run")["epoch"]) == {2}
 
     seen: list[tuple[int, int]] = []
@@ -186,7 +191,7 @@ def test_a_killed_run_s_record_is_that_of_one_that_went_through(
 
     write = RunDirectory.write_history
     monkeypatch.setattr(RunDirectory, "write_history", look)
-    train_model(config, done.inputs, RunDirectory.open(config), progress=False)
+    train_recorded(config, done.inputs, RunDirectory.open(config))
     assert [epoch for epoch, _ in seen] == [2, 3, 4, 5]
     assert all(recorded <= epoch for epoch, recorded in seen)
     pd.testing.assert_frame_equal(
@@ -197,7 +202,8 @@ def test_a_killed_run_s_record_is_that_of_one_that_went_through(
 def test_anomalous_positions_are_where_the_mask_touches(done: Done) -> None:
     masks = {0: np.zeros((6, 32, 32), bool)}
     masks[0][4, 15, 16] = True
-    found = anomalous_positions(done.inputs, masks, (2, 4))
+    inputs = done.inputs
+    found = anomalous_positions(inputs.test_classes, inputs.test_labels, masks, (2, 4))
     assert found[:6].nonzero().tolist() == [[4, 0, 2]]
     # The other class has no masks: all of its anomalous images.
     assert found[6:].flatten(1).all(1).tolist() == [False] * 3 + [True] * 3

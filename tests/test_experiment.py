@@ -70,7 +70,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 def test_the_run_directory_is_complete(done: Done) -> None:
     names = sorted(p.relative_to(done.run.path).as_posix() for p in done.run.path.rglob("*") if p.is_file())
     maps = [f"maps/{n}.png" for n in ("00_disc_spot", "01_disc_good", "02_square_spot", "03_square_good")]
-    files = ["config.yaml", "coupling.csv", "data.json", "environment.json", "history.csv"]
+    files = ["config.yaml", "data.json", "environment.json", "history.csv"]
     assert names == [*files, *maps, "metrics.json", "model.safetensors", "scores.npz"]
     for name in maps:
         with Image.open(done.run.path / name) as picture:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from hgadlib.errors import InputError
 
@@ -34,28 +39,22 @@ def histogram_overlap(a: ArrayLike, b: ArrayLike) -> float | None:
     return float(np.minimum(a / a.sum(), b / b.sum()).sum())
 
 
-def overlap_coefficient(a: ArrayLike, b: ArrayLike, bins: int = 200) -> float | None:
-    """Overlap of the distributions of two samples, from histograms over their common range.
+def anomalous_positions(
+    class_idx: np.ndarray, labels: np.ndarray, masks: Mapping[int, np.ndarray], grid: Sequence[int]
+) -> Tensor:
+    """Mark the anomalous positions: those whose cell the mask touches; without masks, all of the image.
 
     Args:
-        a: Values of one group, any shape, for instance log-likelihoods of normal positions in nats.
-        b: Values of the other group.
-        bins: Number of equal bins between the smallest and the largest value of both.
+        class_idx: (N,).
+        labels: True where an image is known to be anomalous, (N,) bool.
+        masks: By class index, those of the class's images in their order, (n_k, S, S) bool.
+        grid: (H, W) of the level.
 
     Returns:
-        0 (apart) to 1 (the same), or None where a group is empty.
-
-    Raises:
-        InputError: A value is not finite, or bins is less than 1.
-
-    Source: paper Sec. 3.2, the overlap shown in Fig. 2b and 2d.
+        (N, H, W) bool.
     """
-    a, b = np.ravel(a), np.ravel(b)
-    if bins < 1:
-        raise InputError(f"expected bins of 1 or more, found {bins}")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise InputError("expected finite values, found NaN or infinity; look for NaN weights")
-    if not a.size or not b.size:
-        return None
-    span = (min(a.min(), b.min()), max(a.max(), b.max()))
-    return histogram_overlap(np.histogram(a, bins, span)[0], np.histogram(b, bins, span)[0])
+    touched = torch.from_numpy(labels)[:, None, None].expand(-1, *grid).clone()
+    for k, own in masks.items():
+        pooled = F.adaptive_max_pool2d(torch.from_numpy(own)[:, None].float(), (grid[0], grid[1]))
+        touched[torch.from_numpy(class_idx == k)] &= pooled[:, 0].bool()
+    return touched

@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from hgadlib.evaluation.likelihoods import anomalous_positions
 from hgadlib.features.store import Features, spread_sample
 from hgadlib.files import write_atomically
 from hgadlib.flow import ConvolutionalCoupling, FeatureFlow, PositionalCoupling
 from hgadlib.model import HGAD
 from hgadlib.runs.inputs import Inputs
-from hgadlib.runs.record import anomalous_positions
 
 GROUPS = ("train", "normal", "anomalous")
 """Where features come from: training images, and normal and anomalous positions of test images."""
@@ -211,7 +211,8 @@ class CouplingRecord:
         ]
         spread = [members[:: max(1, len(members) // _PER_CLASS)] for members in chosen]
         self.test = torch.from_numpy(np.sort(np.concatenate(spread)))
-        touched = [anomalous_positions(inputs, masks, grid)[self.test] for grid in grids]
+        known = inputs.test_labels & inputs.test_labelled
+        touched = [anomalous_positions(inputs.test_classes, known, masks, grid)[self.test] for grid in grids]
         self.test_groups = {"normal": [~positions for positions in touched], "anomalous": touched}
 
     def measure(self, epoch: int, model: HGAD) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,6 @@ from hgadlib.evaluation.evaluate import Evaluation, Protocol, evaluate, level_va
 from hgadlib.evaluation.predict import prediction_rate
 from hgadlib.features.store import spread_sample
 from hgadlib.model import HGAD
-from hgadlib.runs.coupling import CouplingRecord
 from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
 from hgadlib.runs.gallery import gallery, write_maps
 from hgadlib.runs.inputs import Inputs, class_masks
@@ -52,8 +52,24 @@ def build_model(config: Config, inputs: Inputs) -> HGAD:
     return model
 
 
+class Observer(typing.Protocol):
+    """Follows a training beside the history, wherever the test set is looked at, the last epoch included."""
+
+    def measure(self, epoch: int, model: HGAD) -> None:
+        """Look at the model after an epoch; it must not change."""
+
+    def write(self, last_epoch: int) -> None:
+        """Keep what was measured up to an epoch, whose row history.csv now holds."""
+
+
 def train_model(
-    config: Config, inputs: Inputs, run: RunDirectory, *, progress: bool = True, group: Group = ALONE
+    config: Config,
+    inputs: Inputs,
+    run: RunDirectory,
+    *,
+    progress: bool = True,
+    group: Group = ALONE,
+    observer: Observer | None = None,
 ) -> HGAD:
     """Train, or load what this run has trained already; resumes from the run's checkpoint.
 
@@ -64,6 +80,7 @@ def train_model(
         progress: Show a bar.
         group: The processes that train it together. The first one alone writes the directory and has a
             calibrated model in the end.
+        observer: Called in the evaluated epochs, see train.evaluate_every.
 
     Returns:
         The calibrated model, also saved in the run's directory with its history.
@@ -82,15 +99,15 @@ def train_model(
         run.write_environment(inputs.device, processes=group.size)
     every = config.train.evaluate_every
     masks = class_masks(config, inputs) if every else {}
-    coupling = CouplingRecord(run.path / "coupling.csv", inputs, masks) if every else None
 
     def test(epoch: int, current: HGAD) -> dict[str, float]:
-        if coupling is None or (epoch % every and epoch != config.train.epochs):
+        if not every or (epoch % every and epoch != config.train.epochs):
             return {}
         calibrate(current, inputs.train, inputs.train_classes)
         values = level_values(current, inputs.test, inputs.test_classes)
         mean = evaluate_protocol(config, inputs, current, values, masks, headline(config)).mean
-        coupling.measure(epoch, current)
+        if observer is not None:
+            observer.measure(epoch, current)
         found = {f"test_{name}": mean[name] for name in ("image_auroc", "pixel_auroc")}
         return {name: value for name, value in found.items() if value is not None} | likelihood_columns(
             inputs, values, masks
@@ -98,8 +115,8 @@ def train_model(
 
     def write(history: pd.DataFrame) -> None:
         run.write_history(history)
-        if coupling is not None:
-            coupling.write(int(history["epoch"].iloc[-1]))
+        if observer is not None:
+            observer.write(int(history["epoch"].iloc[-1]))
 
     fit(
         model,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 
 from hgadlib.config import Config
 from hgadlib.evaluation.evaluate import Evaluation
-from hgadlib.evaluation.likelihoods import histogram_overlap
+from hgadlib.evaluation.likelihoods import anomalous_positions, histogram_overlap
 from hgadlib.runs.hardware import peak_memory
 from hgadlib.runs.inputs import Inputs, image_name
 from hgadlib.scoring import LevelValues
@@ -146,34 +145,13 @@ def log_likelihood_counts(
         # Few positions fall far below the rest; they go into the first bin.
         low = float(np.quantile(flat, 0.001).astype(np.float32))
         edges[level] = np.linspace(low, max(float(flat.max()), low + 1e-6), _HISTOGRAM_BINS + 1)
-        touched = anomalous_positions(inputs, masks, log_prob.shape[1:])
+        touched = anomalous_positions(classes, inputs.test_labels & labelled, masks, log_prob.shape[1:])
         for k in range(n_classes):
             members = torch.from_numpy(np.flatnonzero((classes == k) & labelled))
             for state in (False, True):
                 found = log_prob[members][touched[members] == state].clamp_min(low)
                 counts[k, level, int(state)] = np.histogram(found.numpy(), edges[level])[0]
     return edges, counts
-
-
-def anomalous_positions(inputs: Inputs, masks: dict[int, np.ndarray], grid: Sequence[int]) -> torch.Tensor:
-    """Say which positions of the test images are anomalous.
-
-    A position is where the mask touches its cell; in classes without masks, where its image is.
-
-    Args:
-        inputs: Of the run.
-        masks: By class index, as :func:`hgadlib.runs.inputs.class_masks` gives them.
-        grid: (H, W) of the level.
-
-    Returns:
-        (N, H, W) bool; False in images of which nobody said what they are.
-    """
-    classes, labels = inputs.test_classes, inputs.test_labels & inputs.test_labelled
-    touched = torch.from_numpy(labels)[:, None, None].expand(-1, *grid).clone()
-    for k, own in masks.items():
-        pooled = F.adaptive_max_pool2d(torch.from_numpy(own)[:, None].float(), (grid[0], grid[1]))
-        touched[torch.from_numpy(classes == k)] &= pooled[:, 0].bool()
-    return touched
 
 
 def likelihood_columns(inputs: Inputs, values: LevelValues, masks: dict[int, np.ndarray]) -> dict[str, float]:
@@ -190,7 +168,7 @@ def likelihood_columns(inputs: Inputs, values: LevelValues, masks: dict[int, np.
     _, counts = log_likelihood_counts(inputs, values, masks)
     found: dict[str, list[float]] = {"overlap": [], "log_prob_normal": [], "log_prob_anomalous": []}
     for level, log_prob in enumerate(values.log_prob):
-        touched = anomalous_positions(inputs, masks, log_prob.shape[1:])
+        touched = anomalous_positions(classes, inputs.test_labels & labelled, masks, log_prob.shape[1:])
         for k in range(len(counts)):
             overlap = histogram_overlap(*counts[k, level])
             if overlap is None:
