@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hgadlib.datasets.records import ImageRecord
 from hgadlib.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RESIZE_POLICIES = ("stretch", "short_side_center_crop", "pad")
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Box = tuple[float, float, float, float]
 
 # What Pillow's decoders raise on damaged files; SyntaxError is its word for a broken PNG.
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+_REASONS = {
+    errno.EACCES: "permission denied; make the file readable",
+    errno.ENOENT: "no such file",
+    errno.EISDIR: "expected an image file, found a folder",
+}
 _EXIF_ORIENTATION = 0x0112
 
 
-@dataclass(frozen=True)
-class ImageHeader:
+class ImageHeader(NamedTuple):
     """What a file says about its image before it is decoded: pixels as shown (EXIF applied), mode, format."""
 
     height: int
@@ -37,57 +51,44 @@ class ImageHeader:
     format: str
 
 
-def describe_failure(path: Path | str, error: BaseException) -> InputError:
-    """Turn a failure to read an image into one line that names file and reason."""
-    path = Path(path)
-    if isinstance(error, InputError):
-        return error
-    if isinstance(error, PermissionError):
-        return InputError(f"{path}: permission denied; make the file readable")
-    if isinstance(error, FileNotFoundError):
-        target = "is a link to a file that does not exist" if path.is_symlink() else "no such file"
-        return InputError(f"{path}: {target}")
-    if isinstance(error, IsADirectoryError):
-        return InputError(f"{path}: expected an image file, found a folder")
-    if isinstance(error, Image.DecompressionBombError):
-        return InputError(f"{path}: image too large: {error}")
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """Open an image file; whatever goes wrong with it becomes one line that names the file and the reason."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as reason:
-        return InputError(f"{path}: cannot be read: {reason.strerror or reason}")
-    if size == 0:
-        return InputError(f"{path}: the file is empty (0 bytes)")
+        with Image.open(path) as image:
+            yield image
+    except InputError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise InputError(f"{path}: {_reason(Path(path), error)}") from error
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return _REASONS.get(error.errno, f"cannot be read: {error.strerror}")
+    if isinstance(error, Image.DecompressionBombError):
+        return f"image too large: {error}"
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        return "the file is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
-        return InputError(f"{path}: not an image; the file starts with {start!r}")
+        return f"not an image; the file starts with {start!r}"
     text = " ".join(str(error).split()) or type(error).__name__
-    signs = ("truncated", "unrecognized data stream", "not enough")
-    if isinstance(error, EOFError) or any(sign in text.lower() for sign in signs):
-        return InputError(f"{path}: truncated or damaged image ({text}); copy the file again or leave it out")
-    return InputError(f"{path}: cannot decode the image ({text})")
+    return f"truncated or damaged image ({text}); copy the file again or leave it out"
 
 
 def read_header(path: Path | str) -> ImageHeader:
     """Read size and mode without decoding a pixel.
 
-    Args:
-        path: Image file.
-
-    Returns:
-        The header, with height and width as after EXIF rotation.
-
     Raises:
         InputError: The file is missing, unreadable, empty or not an image.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
-                width, height = height, width
-            return ImageHeader(height, width, image.mode, image.format or "?")
-    except _DECODE_ERRORS as error:
-        raise describe_failure(path, error) from error
+    with _opened(path) as image:
+        width, height = image.size
+        if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
+            width, height = height, width
+        return ImageHeader(height, width, image.mode, image.format or "?")
 
 
 def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
@@ -109,18 +110,10 @@ def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_rgb(path: Path | str) -> Image.Image:
-    """Decode an image to 8-bit RGB, EXIF rotation applied.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), path)
-    except _DECODE_ERRORS as error:
-        raise describe_failure(path, error) from error
+def _open_rgb(path: Path | str) -> Image.Image:
+    with _opened(path) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), path)
 
 
 def read_image(path: Path | str) -> NDArray[np.uint8]:
@@ -138,7 +131,7 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     Raises:
         InputError: The file cannot be read; the line names it and the reason.
     """
-    return np.array(open_rgb(path))
+    return np.array(_open_rgb(path))
 
 
 def read_mask(path: Path | str) -> NDArray[np.bool_]:
@@ -157,21 +150,14 @@ def read_mask(path: Path | str) -> NDArray[np.bool_]:
     Raises:
         InputError: The file cannot be read.
     """
-    image, kind = _open_rgb_mask(path)
-    return image.max(axis=-1) > (127 if kind == "JPEG" else 0)
-
-
-def _open_rgb_mask(path: Path | str) -> tuple[NDArray[np.uint8 | np.int32 | np.float32], str]:
-    """Decode a mask without the rounding of 16 bits to 8, which would lose small labels."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            kind = image.format or "?"
-            if image.mode.startswith("I") or image.mode == "F":
-                return np.abs(np.asarray(ImageOps.exif_transpose(image)))[..., None], kind
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image), path)), kind
-    except _DECODE_ERRORS as error:
-        raise describe_failure(path, error) from error
+    with _opened(path) as image:
+        image.load()
+        threshold = 127 if image.format == "JPEG" else 0
+        upright = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            # Rounding 16 bits to 8 would lose small labels.
+            return np.abs(np.asarray(upright)) > threshold
+        return np.asarray(_to_rgb(upright, path)).max(axis=-1) > threshold
 
 
 def check_mask_size(mask_path: Path, mask_shape: tuple[int, ...], image_path: Path) -> None:
@@ -188,28 +174,8 @@ def check_mask_size(mask_path: Path, mask_shape: tuple[int, ...], image_path: Pa
         )
 
 
-ResizePolicy = Literal["stretch", "short_side_center_crop", "pad"]
-RESIZE_POLICIES: tuple[str, ...] = ("stretch", "short_side_center_crop", "pad")
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
-class _HasMask(Protocol):
-    """What `load_masks` needs of a record."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def is_anomalous(self) -> bool: ...
-    @property
-    def mask_path(self) -> Path | None: ...
-
-
-def _placement(
-    height: int, width: int, size: int, policy: str
-) -> tuple[tuple[float, float, float, float], tuple[int, int, int, int]]:
-    """Say which part of the source goes where: source box and target box, both (left, top, right, bottom)."""
+def _placement(height: int, width: int, size: int, policy: str) -> tuple[_Box, tuple[int, int, int, int]]:
+    """Return which part of the source goes where: two boxes (left, top, right, bottom)."""
     if policy == "stretch":
         return (0.0, 0.0, float(width), float(height)), (0, 0, size, size)
     if policy == "short_side_center_crop":
@@ -288,18 +254,14 @@ def resize_mask(mask: NDArray[np.bool_], size: int, policy: str = "stretch") -> 
     return small
 
 
-def worker_count(num_workers: int | None) -> int:
-    """Choose the number of decoding threads: None for one per core this process may use, at most 32.
-
-    Raises:
-        InputError: num_workers is negative.
-    """
-    if num_workers is not None:
-        if num_workers < 0:
-            raise InputError(f"num_workers: expected 0 or more, found {num_workers}")
-        return max(1, num_workers)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(32, cores)
+def _threads(num_workers: int | None) -> int:
+    """Choose the number of decoding threads: None for one per core this process may use, at most 32."""
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(32, cores)
+    if num_workers < 0:
+        raise InputError(f"num_workers: expected 0 or more, found {num_workers}")
+    return max(1, num_workers)
 
 
 def parallel_map(
@@ -315,7 +277,7 @@ def parallel_map(
     The first exception ends the iteration; what was not yet started is cancelled.
     """
     pending: deque[Future[_Result]] = deque()
-    pool = ThreadPoolExecutor(worker_count(num_workers), thread_name_prefix="images")
+    pool = ThreadPoolExecutor(_threads(num_workers), thread_name_prefix="images")
     try:
         for item in items:
             pending.append(pool.submit(function, item))
@@ -336,7 +298,7 @@ def load_images(
     std: tuple[float, float, float],
     batch_size: int,
     num_workers: int | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Decode, resize and normalise images in batches, in parallel, in order.
 
     Args:
@@ -354,32 +316,31 @@ def load_images(
     Raises:
         InputError: An image is bad (the line names file and reason) or a parameter is wrong.
     """
-    if resize not in RESIZE_POLICIES:
-        raise InputError(f"resize: expected one of {', '.join(RESIZE_POLICIES)}, found {resize!r}")
+    # Torch takes seconds to import, and whoever looks through a folder or fetches a dataset needs none.
+    import torch
+
     if size < 1 or batch_size < 1:
         raise InputError(f"expected size and batch_size of at least 1, found {size} and {batch_size}")
     scale = (1.0 / (255.0 * np.array(std))).astype(np.float32)[:, None, None]
     offset = (-np.array(mean) / np.array(std)).astype(np.float32)[:, None, None]
 
-    def load(path: Path | str) -> torch.Tensor:
-        small = _resize(open_rgb(path), size, resize, Image.Resampling.BILINEAR)
-        values = np.asarray(small).transpose(2, 0, 1) * scale
-        values += offset
-        return torch.from_numpy(values)
+    def load(path: Path | str) -> Tensor:
+        small = _resize(_open_rgb(path), size, resize, Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.asarray(small).transpose(2, 0, 1) * scale + offset)
 
     # Read ahead while the network computes, but never more than about two batches lie in memory.
-    ahead = max(batch_size, worker_count(num_workers)) + batch_size
+    ahead = max(batch_size, _threads(num_workers)) + batch_size
     loaded = parallel_map(load, paths, num_workers=num_workers, ahead=ahead)
     for start in range(0, len(paths), batch_size):
-        stop = min(start + batch_size, len(paths))
-        batch = torch.empty(stop - start, 3, size, size)
-        for index in range(stop - start):
-            batch[index] = next(loaded)
-        yield torch.arange(start, stop), batch
+        indices = torch.arange(start, min(start + batch_size, len(paths)))
+        batch = torch.empty(len(indices), 3, size, size)
+        for image in batch:
+            image.copy_(next(loaded))
+        yield indices, batch
 
 
 def load_masks(
-    records: Sequence[_HasMask], *, size: int, resize: str = "stretch", num_workers: int | None = None
+    records: Sequence[ImageRecord], *, size: int, resize: str = "stretch", num_workers: int | None = None
 ) -> NDArray[np.bool_]:
     """Load the masks of some records, resized along with their images.
 
@@ -395,16 +356,15 @@ def load_masks(
     Raises:
         InputError: A mask is bad or its size differs from its image's.
     """
-    masks = np.zeros((len(records), size, size), dtype=bool)
 
-    def load(index: int) -> None:
-        mask_path = records[index].mask_path
-        if mask_path is None or not records[index].is_anomalous:
-            return
-        mask = read_mask(mask_path)
-        check_mask_size(mask_path, mask.shape, records[index].path)
-        masks[index] = resize_mask(mask, size, resize)
+    def load(record: ImageRecord) -> NDArray[np.bool_]:
+        if record.mask_path is None or not record.is_anomalous:
+            return np.zeros((size, size), dtype=bool)
+        mask = read_mask(record.mask_path)
+        check_mask_size(record.mask_path, mask.shape, record.path)
+        return resize_mask(mask, size, resize)
 
-    for _ in parallel_map(load, range(len(records)), num_workers=num_workers):
-        pass
+    masks = np.empty((len(records), size, size), dtype=bool)
+    for index, mask in enumerate(parallel_map(load, records, num_workers=num_workers)):
+        masks[index] = mask
     return masks
