@@ -15,8 +15,7 @@ import trees
 from PIL import Image
 
 from hgadlib.__main__ import main
-from hgadlib.config import DATASETS
-from hgadlib.datasets import load_dataset, published
+from hgadlib.datasets import DATASETS, load_dataset, published
 from hgadlib.datasets.check import check, guess_layout
 from hgadlib.datasets.records import UNKNOWN_CLASS, UNLABELLED, Dataset, ImageRecord, relabel
 from hgadlib.datasets.scan import Findings
@@ -186,16 +185,15 @@ def test_all_images_in_one_folder(tmp_path: Path) -> None:
     assert [record.class_name for record in dataset.records] == ["parts", "parts"]
 
 
-def test_relabel_and_only(tmp_path: Path) -> None:
+def test_relabel(tmp_path: Path) -> None:
     dataset = load_dataset("folder", root=trees.mvtec(tmp_path))
     new = relabel(dataset, ["b", "a"] * 3, ["a"] * 8)
     assert new.classes == ("a", "b") and new.class_idx(new.train).tolist() == [1, 0, 1, 0, 1, 0]
     assert [r.path for r in new.records] == [r.path for r in dataset.records]
     with pytest.raises(InputError, match="'c' has test images but no training image"):
         relabel(dataset, ["a"] * 6, ["c"] * 8)
-    assert dataset.only(["cable"]).classes == ("cable",) and len(dataset.only(["cable"]).records) == 7
-    with pytest.raises(InputError, match="no class 'cabel'; it has bottle, cable"):
-        dataset.only(["cabel"])
+    with pytest.raises(InputError, match="class names of 6 training and 8 test images, found 6 and 7"):
+        relabel(dataset, ["a"] * 6, ["a"] * 7)
 
 
 # Order and places
@@ -325,7 +323,7 @@ def test_elpv_bad_table(elpv_root: Path) -> None:
         load_dataset("elpv", root=elpv_root)
     assert len(load_dataset("elpv", root=elpv_root, strict=False).skipped) == 1
     table.unlink()
-    with pytest.raises(InputError, match=r"labels.csv: no such file"):
+    with pytest.raises(InputError, match=r"labels.csv: No such file .* expected the data folder"):
         load_dataset("elpv", root=elpv_root)
 
 
@@ -406,7 +404,7 @@ def test_fetch_of_what_cannot_be_fetched(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_records_are_checked() -> None:
-    with pytest.raises(InputError, match="two classes are named 'a'"):
+    with pytest.raises(InputError, match=r"expected distinct sorted class names, found \['a', 'a'\]"):
         Dataset("x", Path("."), ("a", "a"), ())
     with pytest.raises(InputError, match="sorted"):
         Dataset("x", Path("."), ("b", "a"), ())

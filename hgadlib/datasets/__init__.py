@@ -9,28 +9,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hgadlib.config import DATASETS
 from hgadlib.datasets import demo, elpv, folder
-from hgadlib.datasets import download as download_
+from hgadlib.datasets.download import fetch
 from hgadlib.datasets.published import PARTS, load_union
 from hgadlib.datasets.records import Dataset, ImageRecord
 from hgadlib.datasets.scan import Findings, keep_trainable, verify
 from hgadlib.errors import InputError
 
+DATASETS = ("mvtec", "btad", "mvtec3d", "visa", "union", "elpv", "demo", "folder")
+
 
 def default_root(name: str) -> Path:
-    """Where a dataset lies unless somebody says otherwise: $HGAD_DATA/NAME, else data/NAME."""
+    """Return where a dataset lies unless somebody says otherwise: $HGAD_DATA/NAME, else data/NAME."""
     return Path(os.environ.get("HGAD_DATA") or "data") / name
 
 
 def load_dataset(
-    name: str,
-    *,
-    root: Path | str | None = None,
-    download: bool = False,
-    strict: bool = True,
-    seed: int = 0,
-    source: str | None = None,
+    name: str, *, root: Path | str | None = None, download: bool = False, strict: bool = True, seed: int = 0
 ) -> Dataset:
     """Load the records of a dataset.
 
@@ -42,7 +37,6 @@ def load_dataset(
         strict: Raise on the first bad image; False leaves bad images out and lists them in `Dataset.skipped`.
         seed: Draws the demo's images and elpv's split. It is not the seed of a training run: runs that are to
             be compared must see the same data.
-        source: Where to download from instead of the known address: a URL or an archive on disk.
 
     Returns:
         The dataset; its order depends on names only.
@@ -62,22 +56,20 @@ def load_dataset(
         where = where if root is not None else elpv.package_root()
         records = elpv.load(where, findings, seed)
     elif name == "union":
-        if root is None:
-            where = where.parent
+        where = where if root is not None else where.parent
         roots = {part: where / part for part in PARTS}
         for part, place in roots.items():
-            _require(part, place, fetch=download, source=None)
+            _require(part, place, download)
         records = load_union(roots, findings)
     else:
-        _require(name, where, fetch=download, source=source)
-        loaders = {"folder": folder.read_tree, **PARTS}
-        records = loaders[name](where, findings)
+        _require(name, where, download)
+        records = {"folder": folder.read_tree, **PARTS}[name](where, findings)
     records = keep_trainable(verify(records, findings), where, findings)
     classes = tuple(sorted({record.class_name for record in records if record.split == "train"}))
     return Dataset(name, where, classes, tuple(records), tuple(findings.skipped), tuple(findings.notes))
 
 
-def _require(name: str, where: Path, *, fetch: bool, source: str | None) -> None:
+def _require(name: str, where: Path, download: bool) -> None:
     """Fetch a dataset that is missing, or say how to come by it."""
     if where.exists():
         return
@@ -85,9 +77,9 @@ def _require(name: str, where: Path, *, fetch: bool, source: str | None) -> None
         raise InputError(
             f"{where}: no such folder; dataset 'folder' needs data_root, a folder of your images"
         )
-    if not fetch:
+    if not download:
         raise InputError(
             f"{where}: dataset {name!r} is not there; give data_root, set HGAD_DATA, or fetch it: "
             f"-p download true, or hgad data fetch {name}"
         )
-    download_.fetch(name, root=where, source=source)
+    fetch(name, root=where)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from hgadlib.datasets.images import parallel_map
 from hgadlib.datasets.records import GOOD, ImageRecord
 from hgadlib.datasets.scan import Findings
 from hgadlib.errors import InputError
+from hgadlib.files import sha256_of
 
 TRAIN_SHARE = 0.75
-_COLUMNS = "IMAGE PROBABILITY {mono|poly}"
+_TABLE = "labels.csv"
 
 
 def package_root() -> Path:
@@ -51,80 +53,68 @@ def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
     Raises:
         InputError: labels.csv is missing or malformed, or (under strict) an image is missing.
     """
-    table = root / "labels.csv"
-    try:
-        lines = table.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(f"{table}: no such file; expected the data folder of elpv-dataset") from error
-    except OSError as error:
-        raise InputError(f"{table}: cannot be read: {error.strerror}") from error
-    wanted: list[tuple[Path, str, bool]] = []
+    cells: list[ImageRecord] = []
     doubtful = 0
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(root / _TABLE), start=1):
         fields = line.split()
         if not fields:
             continue
         try:
-            name, probability, kind = fields[0], float(fields[1]), fields[2]
-        except (IndexError, ValueError) as error:
-            raise InputError(f"{table}, line {number}: expected {_COLUMNS}, found {line!r}") from error
+            path, probability, kind = root / fields[0], float(fields[1]), fields[2]
+        except (IndexError, ValueError):
+            kind = ""
         if kind not in ("mono", "poly") or not 0.0 <= probability <= 1.0:
-            raise InputError(f"{table}, line {number}: expected {_COLUMNS}, found {line!r}")
+            raise InputError(
+                f"{root / _TABLE}, line {number}: expected IMAGE PROBABILITY {{mono|poly}}, found {line!r}"
+            )
         if 0.0 < probability < 1.0:
             doubtful += 1
-        elif not (root / name).is_file():
-            findings.bad(root / name, "listed in labels.csv, but there is no such file")
+        elif not path.is_file():
+            findings.bad(path, f"listed in {_TABLE}, but there is no such file")
         else:
-            wanted.append((root / name, kind, probability == 1.0))
-    digests = parallel_map(lambda item: _digest(item[0]), wanted)
-    images = [(*item, digest) for item, digest in zip(wanted, digests, strict=True)]
-    # Content that also stands for something else, anomalous or the other type, must not be learnt as normal.
-    meanings: dict[str, set[tuple[str, bool]]] = defaultdict(set)
-    for _, kind, is_anomalous, digest in images:
-        meanings[digest].add((kind, is_anomalous))
-    doubtful_content = {digest for digest, found in meanings.items() if len(found) > 1}
-    by_class: dict[str, list[tuple[Path, bool, str]]] = defaultdict(list)
-    for path, kind, is_anomalous, digest in images:
-        by_class[kind].append((path, is_anomalous, digest))
+            defect_type = GOOD if probability == 0.0 else "defective"
+            cells.append(ImageRecord(path, kind, "test", probability == 1.0, defect_type))
     findings.note(f"{doubtful} images with a defect probability between 0 and 1 were left out")
-    return [
-        record for kind in sorted(by_class) for record in _split(kind, by_class[kind], doubtful_content, seed)
-    ]
+    train = _draw(cells, list(parallel_map(_digest, cells)), seed)
+    records = [replace(cell, split="train") if cell in train else cell for cell in cells]
+    return sorted(
+        records, key=lambda r: (r.class_name, r.split != "train", r.defect_type != GOOD, r.path.name)
+    )
 
 
-def _digest(path: Path) -> str:
+def _lines(table: Path) -> list[str]:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return table.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{table}: {error.strerror}; expected the data folder of elpv-dataset") from error
+
+
+def _digest(cell: ImageRecord) -> str:
+    try:
+        return sha256_of(cell.path)
     except OSError:
         # Nobody can read it; the verification that follows says so, or leaves it out.
-        return str(path)
+        return str(cell.path)
 
 
-def _split(
-    kind: str, images: list[tuple[Path, bool, str]], test_only: set[str], seed: int
-) -> list[ImageRecord]:
-    """Give about three quarters of the normal images to training, whole groups of identical content."""
-    groups: dict[str, list[Path]] = defaultdict(list)
-    for path, is_anomalous, digest in images:
-        if not is_anomalous and digest not in test_only:
-            groups[digest].append(path)
+def _draw(cells: list[ImageRecord], digests: list[str], seed: int) -> set[ImageRecord]:
+    """Draw about three quarters of each class's normal images, whole groups of identical content."""
+    groups: dict[str, list[ImageRecord]] = defaultdict(list)
+    for cell, digest in zip(cells, digests, strict=True):
+        groups[digest].append(cell)
     drawn = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest())
-    target = round(TRAIN_SHARE * sum(len(paths) for paths in groups.values()))
-    train: set[Path] = set()
-    for digest in drawn:
-        if len(train) >= target:
-            break
-        train.update(groups[digest])
-    records = [
-        ImageRecord(
-            path,
-            kind,
-            "train" if path in train else "test",
-            is_anomalous,
-            "defective" if is_anomalous else GOOD,
-        )
-        for path, is_anomalous, _ in images
-    ]
-    return sorted(
-        records, key=lambda record: (record.split != "train", record.defect_type != GOOD, record.path.name)
-    )
+    train: set[ImageRecord] = set()
+    for kind in sorted({cell.class_name for cell in cells}):
+        # Content that also stands for something else, anomalous or the other type, must not be learnt.
+        own = [
+            groups[digest]
+            for digest in drawn
+            if all(cell.class_name == kind and not cell.is_anomalous for cell in groups[digest])
+        ]
+        target = round(TRAIN_SHARE * sum(map(len, own)))
+        chosen: set[ImageRecord] = set()
+        for group in own:
+            if len(chosen) < target:
+                chosen.update(group)
+        train |= chosen
+    return train

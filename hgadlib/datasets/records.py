@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -71,11 +70,8 @@ class Dataset:
 
     def __post_init__(self) -> None:
         """Refuse what would make class ids ambiguous."""
-        double = [name for name, count in Counter(self.classes).items() if count > 1]
-        if double:
-            raise InputError(f"{self.root}: two classes are named {double[0]!r}; class names must be unique")
-        if list(self.classes) != sorted(self.classes):
-            raise InputError(f"{self.root}: expected sorted class names, found {list(self.classes)}")
+        if list(self.classes) != sorted(set(self.classes)):
+            raise InputError(f"{self.root}: expected distinct sorted class names, found {list(self.classes)}")
 
     @property
     def train(self) -> tuple[ImageRecord, ...]:
@@ -109,19 +105,6 @@ class Dataset:
                 )
         return np.array([ids[record.class_name] for record in records], dtype=np.int64)
 
-    def only(self, classes: Iterable[str]) -> Dataset:
-        """Keep some classes, with new ids from 0.
-
-        Raises:
-            InputError: A class is not in the dataset.
-        """
-        wanted = set(classes)
-        missing = sorted(wanted - set(self.classes))
-        if missing:
-            raise InputError(f"{self.name} has no class {missing[0]!r}; it has {', '.join(self.classes)}")
-        kept = tuple(record for record in self.records if record.class_name in wanted)
-        return replace(self, classes=tuple(sorted(wanted)), records=kept)
-
 
 def relabel(dataset: Dataset, train_classes: Sequence[str], test_classes: Sequence[str]) -> Dataset:
     """Replace the class names of a dataset, for instance by discovered ones.
@@ -137,13 +120,14 @@ def relabel(dataset: Dataset, train_classes: Sequence[str], test_classes: Sequen
     Raises:
         InputError: The number of names differs from the number of images, or a class has no training image.
     """
-    names = {"train": list(train_classes), "test": list(test_classes)}
-    for split, records in (("train", dataset.train), ("test", dataset.test)):
-        if len(records) != len(names[split]):
-            raise InputError(f"expected {len(records)} {split} class names, found {len(names[split])}")
-    each = {split: iter(values) for split, values in names.items()}
-    new = tuple(replace(record, class_name=next(each[record.split])) for record in dataset.records)
-    orphans = sorted(set(test_classes) - set(train_classes))
-    if orphans:
+    expected, found = (len(dataset.train), len(dataset.test)), (len(train_classes), len(test_classes))
+    if found != expected:
+        raise InputError(
+            f"expected class names of {expected[0]} training and {expected[1]} test images, found "
+            f"{found[0]} and {found[1]}"
+        )
+    if orphans := sorted(set(test_classes) - set(train_classes)):
         raise InputError(f"class {orphans[0]!r} has test images but no training image")
-    return replace(dataset, classes=tuple(sorted(set(train_classes))), records=new)
+    names = {"train": iter(train_classes), "test": iter(test_classes)}
+    records = tuple(replace(record, class_name=next(names[record.split])) for record in dataset.records)
+    return replace(dataset, classes=tuple(sorted(set(train_classes))), records=records)
