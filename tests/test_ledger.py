@@ -59,10 +59,10 @@ def test_adding_again_is_the_same_file_and_seeds_differ(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_whole_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match=r"expected a finished run with metrics.json"):
+    with pytest.raises(InputError, match=r"expected a run with metrics\.json"):
         add(tmp_path, tmp_path / "ledger")
     assert main(["runs", "add", str(tmp_path)]) == 2
-    assert "finished run" in capsys.readouterr().err
+    assert "run it to its end" in capsys.readouterr().err
 
 
 def test_committed_records_name_no_path_of_a_machine() -> None:

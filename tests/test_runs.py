@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from hgadlib.config import Config, config_from_dict, load_config
+from hgadlib.config import Config, load_config
 from hgadlib.errors import InputError
 from hgadlib.files import read_tensors, replacing, write_atomically, write_tensors
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
@@ -26,7 +26,7 @@ OTHER_DATA = {"digest": "other images", "train": 4, "test": 2}
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "experiments").mkdir(parents=True)
     (tmp_path / "params" / "demo.yaml").write_text("dataset: demo\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -65,12 +65,9 @@ def test_an_unwritable_run_dir_is_one_line(project: Path, place: str) -> None:
     assert (project / "file").read_text() == "in the way"
 
 
-def test_opening_writes_no_run_and_leaves_nothing_behind() -> None:
+def test_opening_writes_no_run() -> None:
     run = RunDirectory.open(config())
-    assert not [path for path in run.path.iterdir() if not path.name.startswith(".")]
-    path = run.path
-    del run
-    assert not path.exists()
+    assert [path.name for path in run.path.iterdir()] == [".lock"]
 
 
 def test_the_configuration_comes_first_and_metrics_last() -> None:
@@ -79,7 +76,7 @@ def test_the_configuration_comes_first_and_metrics_last() -> None:
     assert read_config(run.path) == config()
     assert json.loads((run.path / "data.json").read_text()) == DATA
     assert not run.complete
-    with pytest.raises(InputError, match=r"expected a finished run with metrics\.json"):
+    with pytest.raises(InputError, match=r"expected a run with metrics\.json, found none; run it to its end"):
         read_metrics(run.path)
     with pytest.raises(InputError, match=r"expected a run with history\.csv"):
         read_history(run.path)
@@ -201,7 +198,6 @@ def test_a_kill_between_any_two_files_leaves_a_run_that_goes_on(files: list[str]
     # What a kill in the middle of a write leaves, and a lock whose process is gone.
     (path / ".metrics.json.tmp").write_text("{")
     (path / ".lock").write_text("")
-    (path / ".owner").write_text("process 1 on another machine")
     content = {"config.yaml": yaml.safe_dump(config().to_dict()), "data.json": json.dumps(DATA)}
     for name in files:
         (path / name).write_text(content.get(name, "epoch\n"))
@@ -219,7 +215,7 @@ def test_the_same_process_may_open_its_run_again() -> None:
     second = RunDirectory.open(config())
     del first
     second.start(DATA)
-    with pytest.raises(InputError, match="in use by process"):
+    with pytest.raises(InputError, match="in use by another process"):
         locked_elsewhere(second.path)
 
 
@@ -244,12 +240,17 @@ def locked_elsewhere(path: Path) -> None:
         raise InputError(done.stdout.strip())
 
 
+def test_a_run_that_nobody_holds_any_more_is_free() -> None:
+    run = RunDirectory.open(config())
+    run.start(DATA)
+    del run
+    locked_elsewhere(default())
+
+
 def test_a_run_that_another_process_works_on_is_refused() -> None:
     run = RunDirectory.open(config())
     run.start(DATA)
-    with pytest.raises(
-        InputError, match=f"in use by process {os.getpid()} on .*name another run_dir"
-    ) as caught:
+    with pytest.raises(InputError, match=r"in use by another process; .*name another run_dir") as caught:
         locked_elsewhere(run.path)
     assert "\n" not in str(caught.value)
     run.finish({})
@@ -265,7 +266,7 @@ def test_the_lock_of_a_killed_process_holds_nobody_up() -> None:
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == -9
-    assert (default() / ".owner").is_file()
+    assert (default() / ".lock").is_file()
     RunDirectory.open(config()).start(DATA)
 
 
@@ -290,15 +291,3 @@ def test_tensors_come_back_and_others_may_read_them(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match=r"a\.safetensors: expected a whole safetensors file"):
         read_tensors(path)
-
-
-def test_an_abandoned_directory_leaves_nothing_and_can_be_started(tmp_path: Path) -> None:
-    config = config_from_dict({"dataset": "demo", "run_dir": str(tmp_path / "run")})
-    run = RunDirectory.open(config)
-    assert run.path.is_dir()
-    run.abandon()
-    assert not run.path.exists()
-    run.start({"digest": "d" * 64, "train": 1, "test": 1})
-    assert (run.path / "config.yaml").is_file() and (run.path / ".lock").is_file()
-    run.abandon()  # too late: it has begun
-    assert (run.path / "config.yaml").is_file()

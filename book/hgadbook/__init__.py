@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from hgadlib.errors import InputError
-from hgadlib.runs.directory import RunDirectory
 
 
 def setup() -> None:
@@ -41,10 +40,6 @@ def _one_line(
     trace: TracebackType | None,
     tb_offset: int | None = None,
 ) -> list[str]:
-    # A headless kernel is killed after an error: what was only reserved is given back now.
-    for value in list(shell.user_ns.values()):
-        if isinstance(value, RunDirectory):
-            value.abandon()
     lines = [f"{kind.__name__}: {error}"]
     # The kernel still reports the cell as failed, so papermill stops there and exits with 1.
     shell._showtraceback(kind, error, lines)

@@ -84,7 +84,7 @@ def _percent_table(rows: Mapping[str, Any], names: Sequence[str], index: str, id
     values = [[np.nan if row.get(n) is None else 100 * row[n] for n in names] for row in rows.values()]
     labels = pd.Index(rows, name=index)
     table = pd.DataFrame(values, labels, [f"{METRIC_LABELS[n]} (%)" for n in names], float)
-    styler = styled(table, name=identifier, emphasise=labels[-1:]).format(precision=1, na_rep="–")
+    styler = styled(table, name=identifier, emphasise=[labels[-1]]).format(precision=1, na_rep="–")
     return _with(styler, (f".row{len(rows) - 1}", "border-top: 1px solid currentColor"))
 
 

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import socket
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from hgadlib.config import Config, config_from_dict, run_dir
+from hgadlib.config import Config, config_from_dict, read_params, run_dir
 from hgadlib.errors import InputError
-from hgadlib.files import write_atomically
-from hgadlib.runs.hardware import environment
+from hgadlib.files import sha256_of, write_atomically
 
+if TYPE_CHECKING:
+    import torch
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List the dotted keys whose values differ, with both values."""
-    found = []
-    for key in one:
-        if isinstance(one[key], dict):
-            found += differences(one[key], other[key], f"{prefix}{key}.")
-        elif one[key] != other[key]:
-            found.append(f"{prefix}{key}: {one[key]}, now {other[key]}")
-    return found
+SCHEMA = 1
 
 
 def read_config(path: Path) -> Config:
@@ -42,29 +31,17 @@ def read_config(path: Path) -> Config:
     Raises:
         InputError: No config.yaml there, or one that this version does not understand.
     """
-    stored = path / "config.yaml"
-    if not stored.is_file():
-        raise InputError(f"{path}: expected a run with config.yaml, found none")
-    try:
-        values = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{stored}: expected YAML, found: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{stored}: expected keys with values, found {type(values).__name__}")
-    return config_from_dict(values, source=str(stored))
+    file = _existing(path, "config.yaml", "name the folder of a run")
+    return config_from_dict(read_params("config", path), source=str(file))
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read a whole run's metrics.json.
+    """Read a finished run's metrics.json.
 
     Raises:
-        InputError: The run is not whole.
+        InputError: The run is not finished.
     """
-    file = path / "metrics.json"
-    if not file.is_file():
-        raise InputError(
-            f"{path}: expected a finished run with metrics.json, found none; run it to its end first"
-        )
+    file = _existing(path, "metrics.json", "run it to its end first")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -74,10 +51,7 @@ def read_history(path: Path) -> pd.DataFrame:
     Raises:
         InputError: There is none.
     """
-    file = path / "history.csv"
-    if not file.is_file():
-        raise InputError(f"{path}: expected a run with history.csv, found none; train first")
-    return pd.read_csv(file)
+    return pd.read_csv(_existing(path, "history.csv", "train first"))
 
 
 def read_coupling(path: Path) -> pd.DataFrame:
@@ -86,22 +60,20 @@ def read_coupling(path: Path) -> pd.DataFrame:
     Raises:
         InputError: There is none.
     """
-    file = path / "coupling.csv"
-    if not file.is_file():
-        raise InputError(
-            f"{path}: expected a run with coupling.csv, found none; train with train.evaluate_every above 0"
-        )
-    return pd.read_csv(file)
+    return pd.read_csv(_existing(path, "coupling.csv", "train with train.evaluate_every above 0"))
 
 
-SCHEMA = 1
+def _existing(path: Path, name: str, remedy: str) -> Path:
+    if not (path / name).is_file():
+        raise InputError(f"{path}: expected a run with {name}, found none; {remedy}")
+    return path / name
 
 
 class RunDirectory:
     """The files of one run.
 
     ``config.yaml`` and ``data.json`` come first and say which run it is; ``metrics.json`` comes last and says
-    that it is whole. In between ``history.csv`` and ``checkpoint.safetensors`` grow with the epochs.
+    that it is finished. In between ``history.csv`` and ``checkpoint.safetensors`` grow with the epochs.
     Nothing but a lock is written before :meth:`start`, so wrong input leaves no run behind.
 
     Args:
@@ -113,7 +85,9 @@ class RunDirectory:
         self.path = path
         self.config = config
         self._started = False
-        self._release: Callable[[], object] = lambda: None
+        # One lock per path within a process: a notebook's cell that opens the run again holds it already.
+        # The operating system frees it however the process ends.
+        self._lock = FileLock(path / ".lock", is_singleton=True)
 
     @classmethod
     def open(cls, config: Config) -> RunDirectory:
@@ -128,11 +102,10 @@ class RunDirectory:
         run = cls(run_dir(config), config)
         if run.complete:
             return run
-        run._check_writable()
-        stored = run._stored_config()
-        if stored != config.digest and stored is not None and config.run_dir is not None:
-            raise run._refusal(run._config_changes())
-        if stored is None and any(not path.name.startswith(".") for path in run.path.iterdir()):
+        if config.run_dir is not None and (why := run._another()):
+            raise run._refusal(why)
+        files = run.path.iterdir() if run.path.is_dir() else []
+        if run._stored_config() is None and any(not file.name.startswith(".") for file in files):
             raise InputError(
                 f"run_dir {run.path}: expected an empty folder or a run, found other files; name another one"
             )
@@ -155,48 +128,40 @@ class RunDirectory:
         return self.path / "model.safetensors"
 
     def start(self, data: Mapping[str, Any]) -> None:
-        """Begin to write, or take up what this configuration has written on these images.
+        """Begin to write, or go on with what this configuration has written on these images.
 
         Args:
             data: What identifies the images, "digest" among it; see `Inputs.identity`.
 
         Raises:
-            InputError: A directory named by run_dir holds a run on other images.
+            InputError: A directory named by run_dir holds another run.
         """
-        if self._started:
+        why = self._another(data)
+        if self._started or (self.complete and not why):
             return
-        if not self.complete and not getattr(self._release, "alive", False):
-            self._check_writable()
-            self._acquire()  # given up by abandon
-        stored, seen = self._stored_config(), self._stored_data()
-        if stored is not None and (stored, seen) != (self.config.digest, data["digest"]):
-            if seen is None and stored == self.config.digest:
-                pass  # killed between the first two files
-            elif self.config.run_dir is not None:
-                raise self._refusal(f"its images differ, now {data['train']} train, {data['test']} test")
-            else:
-                self._move_aside(_identity(stored, seen))
-        earlier = self.path.with_name(f"{self.path.name}.{_identity(self.config.digest, data['digest'])}")
-        if self.config.run_dir is None and self._stored_config() is None and earlier.is_dir():
-            self._release()
-            os.replace(earlier, self.path)
-            print(f"took up the run in {earlier.name} again: it is of this configuration")
-            if not self.complete:
-                self._acquire()
+        if why and self.config.run_dir is not None:
+            raise self._refusal(why)
+        self._acquire()
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
+        if why:
+            aside = self._beside(self._stored_config(), self._stored_data())
+            if aside.exists():
+                raise InputError(f"{self.path} and {aside.name} both hold earlier runs; move one away")
+            self._rename(self.path, aside)
+            print(f"moved the earlier run to {aside.name}: {why}")
+        earlier = self._beside(self.config.digest, data["digest"])
+        if self.config.run_dir is None and self._stored_config() is None and earlier.is_dir():
+            self._rename(earlier, self.path)
+            print(f"moved the run in {earlier.name} back: it is of this configuration")
         if self._stored_config() is None:
-            write_atomically(
-                self.path / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-            )
+            text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+            write_atomically(self.path / "config.yaml", text)
         if self._stored_data() is None:
             write_atomically(self.path / "data.json", _json(data))
-        self._started = True
-
-    def abandon(self) -> None:
-        """Give up a directory in which nothing was started: nothing of it stays, until :meth:`start`."""
-        if not self._started:
+        if self.complete:
             self._release()
+        self._started = True
 
     def write_history(self, history: pd.DataFrame) -> None:
         """Write history.csv."""
@@ -204,9 +169,11 @@ class RunDirectory:
 
     def write_environment(self, device: torch.device, *, processes: int = 1) -> None:
         """Write environment.json: versions, hardware, commit, and how many processes train together."""
-        write_atomically(
-            self.path / "environment.json", _json(environment(device) | {"processes": processes})
-        )
+        # Torch takes seconds to import, and whoever reads runs does not need it.
+        from hgadlib.runs.hardware import environment
+
+        content = environment(device) | {"processes": processes}
+        write_atomically(self.path / "environment.json", _json(content))
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write NAME.npz."""
@@ -215,105 +182,92 @@ class RunDirectory:
         write_atomically(self.path / f"{name}.npz", buffer.getvalue())
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Write metrics.json, which makes the record whole, and drop what only a resumption needs.
+        """Write metrics.json, which makes the record whole, and delete what only a resumption needs.
 
         Returns:
             What was written.
         """
-        content = {
-            "schema": SCHEMA,
-            "dataset": self.config.dataset,
-            "experiment": self.config.experiment,
-            "seed": self.config.seed,
-            **metrics,
-        }
+        names = {name: getattr(self.config, name) for name in ("dataset", "experiment", "seed")}
+        content = {"schema": SCHEMA, **names, **metrics}
         write_atomically(self.path / "metrics.json", _json(content))
         self.checkpoint.unlink(missing_ok=True)
         self._release()
         return content
 
-    def _check_writable(self) -> None:
-        probe = self.path / f".probe-{os.getpid()}"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise InputError(
-                f"run_dir {self.path}: expected a folder that can be written, found: {error.strerror}"
-            ) from None
-
-    def _stored_config(self) -> str | None:
-        """Digest of the configuration that the directory holds, if any."""
-        file = self.path / "config.yaml"
-        try:
-            content = file.read_bytes()
-        except OSError:
-            return None
-        try:
-            return read_config(self.path).digest
-        except InputError:  # of another version of this library
-            return hashlib.sha256(content).hexdigest()
-
-    def _stored_data(self) -> str | None:
-        file = self.path / "data.json"
-        return json.loads(file.read_text(encoding="utf-8"))["digest"] if file.is_file() else None
-
-    def _config_changes(self) -> str:
-        try:
-            other = read_config(self.path)
-        except InputError as error:
-            return f"this version cannot read it: {error}"
-        return "it differs in " + ", ".join(differences(other.identity(), self.config.identity()))
+    def _another(self, data: Mapping[str, Any] | None = None) -> str:
+        """Describe in what the run that lies here differs; empty if it is this one, or there is none."""
+        stored, seen = self._stored_config(), self._stored_data()
+        if stored is None:
+            return ""
+        if stored != self.config.digest:
+            try:
+                other = read_config(self.path)
+            except InputError as error:
+                return f"this version cannot read it: {error}"
+            return "it differs in " + ", ".join(_differences(other.identity(), self.config.identity()))
+        if data is None or seen in (None, data["digest"]):  # None: killed between the first two files
+            return ""
+        return f"its images differ, now {data['train']} train, {data['test']} test"
 
     def _refusal(self, why: str) -> InputError:
         return InputError(
             f"run_dir {self.path} holds another run ({why}); name another run_dir or move that one away"
         )
 
-    def _move_aside(self, identity: str) -> None:
-        aside = self.path.with_name(f"{self.path.name}.{identity}")
-        why = self._config_changes() if self._stored_config() != self.config.digest else "its images differ"
-        if aside.exists():
-            raise InputError(f"{self.path} and {aside.name} both hold earlier runs; move one away")
-        # The lock moves along with the directory; the new one needs its own.
+    def _stored_config(self) -> str | None:
+        """Digest of the configuration that the directory holds, if any."""
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return None
+        try:
+            return read_config(self.path).digest
+        except InputError:  # of another version of this library
+            return sha256_of(file)
+
+    def _stored_data(self) -> str | None:
+        file = self.path / "data.json"
+        return json.loads(file.read_text(encoding="utf-8"))["digest"] if file.is_file() else None
+
+    def _beside(self, config: str | None, data: str | None) -> Path:
+        """Return where a run of the same name is kept while another has its place."""
+        identity = hashlib.sha256(f"{config} {data}".encode()).hexdigest()[:8]
+        return self.path.with_name(f"{self.path.name}.{identity}")
+
+    def _rename(self, source: Path, target: Path) -> None:
+        # The lock would move along with the directory; the new one needs its own.
         self._release()
-        os.replace(self.path, aside)
-        self.path.mkdir()
+        os.replace(source, target)
         self._acquire()
-        print(f"moved the earlier run to {aside.name}: {why}")
 
     def _acquire(self) -> None:
-        """Lock the directory for this process; the operating system frees it however the process ends."""
-        # One lock per path within a process: a notebook's cell that opens the run again holds it already.
-        lock = FileLock(self.path / ".lock", is_singleton=True)
-        owner = self.path / ".owner"
         try:
-            lock.acquire(timeout=0)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
         except Timeout:
-            found = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
             raise InputError(
-                f"run_dir {self.path}: in use by {found}; wait for it, stop it, or name another run_dir"
+                f"run_dir {self.path}: in use by another process; wait, stop it, or name another run_dir"
             ) from None
-        except NotImplementedError:
-            return  # a file system without locks
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        self._release = weakref.finalize(self, _free, lock, self.path)
+        except NotImplementedError:  # a file system without locks
+            pass
+        except OSError as error:
+            raise InputError(
+                f"run_dir {self.path}: expected a folder that can be written, found: {error.strerror}"
+            ) from None
+
+    def _release(self) -> None:
+        self._lock.release(force=True)
+        (self.path / ".lock").unlink(missing_ok=True)
 
 
-def _free(lock: FileLock, path: Path) -> None:
-    """Give back a lock and tidy up; of a directory in which no run was started nothing stays."""
-    if lock.lock_counter == 1:
-        (path / ".owner").unlink(missing_ok=True)
-        (path / ".lock").unlink(missing_ok=True)
-    lock.release()
-    if not lock.is_locked:
-        with contextlib.suppress(OSError):  # it is not empty
-            path.rmdir()
-
-
-def _identity(config: str, data: str | None) -> str:
-    return hashlib.sha256(f"{config} {data}".encode()).hexdigest()[:8]
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List the dotted keys whose values differ, with both values."""
+    found = []
+    for key in one:
+        if isinstance(one[key], dict):
+            found += _differences(one[key], other[key], f"{prefix}{key}.")
+        elif one[key] != other[key]:
+            found.append(f"{prefix}{key}: {one[key]}, now {other[key]}")
+    return found
 
 
 def _json(content: Mapping[str, Any]) -> str:
