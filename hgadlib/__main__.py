@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from hgadlib.config import DATASETS, load_config, project_dir, run_dir
+from hgadlib.config import load_config, params_dir, project_dir, run_dir
 from hgadlib.errors import InputError
 
 
@@ -57,20 +57,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     commands = parser.add_subparsers(metavar="COMMAND")
 
+    # As datasets.DATASETS, whose import would load torch for a line of help.
+    names = sorted(path.stem for path in params_dir().glob("*.yaml"))
     data = commands.add_parser("data", help="check, fetch and hold out images").add_subparsers(required=True)
     checking = data.add_parser("check", help="look through a folder of images and report")
     checking.set_defaults(run=check_data)
     checking.add_argument("path", type=Path)
-    checking.add_argument("--layout", choices=DATASETS, help="dataset whose layout it has (else guessed)")
+    checking.add_argument("--layout", choices=names, help="dataset whose layout it has (else guessed)")
     fetching = data.add_parser("fetch", help="download a dataset, or make the demo")
     fetching.set_defaults(run=fetch_data)
-    fetching.add_argument("name", choices=DATASETS)
+    fetching.add_argument("name", choices=names)
     fetching.add_argument("--root", type=Path, help="its place (default: $HGAD_DATA/NAME or data/NAME)")
     fetching.add_argument("--from", dest="source", help="URL or archive on disk to use instead")
     fetching.add_argument("--checksum", help="algorithm:digest of that archive, if another")
     holding = data.add_parser("validation", help="hold out training images and draw defects on them")
     holding.set_defaults(run=hold_out)
-    holding.add_argument("source", metavar="NAME_OR_PATH", help=f"a folder, or one of {', '.join(DATASETS)}")
+    holding.add_argument("source", metavar="NAME_OR_PATH", help=f"a folder, or one of {', '.join(names)}")
     holding.add_argument("out", metavar="OUT", type=Path, help="folder to write, in the MVTec layout")
     holding.add_argument("--root", type=Path, help="where NAME lies (default: $HGAD_DATA/NAME or data/NAME)")
     holding.add_argument("--seed", type=int, default=0, help="another seed holds out other images")
@@ -190,7 +192,7 @@ def fetch_data(options: argparse.Namespace) -> int:
 
 def hold_out(options: argparse.Namespace) -> int:
     """Write a validation set: training images held out, with synthetic defects."""
-    from hgadlib.datasets import load_dataset
+    from hgadlib.datasets import DATASETS, load_dataset
     from hgadlib.datasets.check import guess_layout
     from hgadlib.datasets.validation import make_validation
 

@@ -1,8 +1,8 @@
-"""A run's configuration, read from parameter files and notebook parameters.
+"""A run's configuration: every setting, its constraint on the field; parameter files and overrides.
 
-Precedence, weakest first: the defaults of :mod:`hgadlib.config`, ``params/<dataset>.yaml``, sections
-injected by ``papermill -f``, ``params/experiments/<experiment>.yaml``, the shortcuts (``-p epochs 24``), and
-the dotted ``overrides``. An unknown key or an ill-typed value is one error line that lists what is known.
+Precedence, weakest first: the defaults of the fields below, ``params/<dataset>.yaml``, sections injected by
+``papermill -f``, ``params/experiments/<experiment>.yaml``, the shortcuts (``-p epochs 24``), and the dotted
+``overrides``. An unknown key or an ill-typed value is one error line that lists what is known.
 """
 
 from __future__ import annotations
@@ -11,34 +11,64 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
+import numbers
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import field
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator, Field, Strict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from hgadlib.errors import InputError
+
+
+def _whole(value: Any) -> Any:
+    # NumPy's whole numbers are welcome; True, in Python one as well, is not.
+    return value if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+
+
+def _real(value: Any) -> Any:
+    # Text may be a number: YAML 1.1 reads 1e-3 as text, for want of a dot.
+    return "true or false" if isinstance(value, bool) else value
+
+
+def _path(value: Any) -> Any:
+    # A folder may be called 2024, which a command line reads as a number.
+    return value if isinstance(value, bool) or not isinstance(value, PurePath | int) else str(value)
+
+
+Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
+Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
+Path_ = Annotated[str, Strict(), BeforeValidator(_path)]
+Name = Annotated[str, Strict()]
+Flag = Annotated[bool, Strict()]
+
+Pixels = Annotated[Whole, Field(ge=16, le=8192)]
+Count = Annotated[Whole, Field(ge=1, le=10**6)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+Beta = Annotated[Real, Field(ge=0, le=1 - 1e-9)]
+Weight = Annotated[Real, Field(ge=0, le=1e9)]
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images lie and how they are brought to one size."""
 
-    root: str | None = None
+    root: Path_ | None = None
     """Folder of the dataset; None for $HGAD_DATA/NAME, else data/NAME."""
-    download: bool = False
-    image_size: int = 512
+    download: Flag = False
+    image_size: Pixels = 512
     """Pixels a side after resizing; with a pyramid, those of its largest image."""
     resize: Literal["stretch", "short_side_center_crop", "pad"] = "stretch"
     classes: Literal["folders", "discovered"] = "folders"
     """Where classes come from: the folders' names, or clusters of the images' features (App. A.2)."""
-    strict: bool = True
+    strict: Flag = True
     """False leaves bad images out and lists them in the run record."""
-    num_workers: int | None = None
+    num_workers: Annotated[Whole, Field(ge=1, le=1024)] | None = None
     """Decoding threads; None for one per core."""
 
 
@@ -46,15 +76,15 @@ class DataConfig:
 class FeaturesConfig:
     """The frozen backbone and which of its maps become levels."""
 
-    backbone: str = "tf_efficientnet_lite0"
-    weights: str | None = None
+    backbone: Path_ = "tf_efficientnet_lite0"
+    weights: Path_ | None = None
     """A weights file; None for the bundled ones, or timm's own."""
-    out_indices: tuple[int, ...] = (4,)
-    pyramid: tuple[int, ...] | None = (512, 256)
+    out_indices: tuple[Annotated[Whole, Field(ge=0, le=64)], ...] = (4,)
+    pyramid: tuple[Pixels, ...] | None = (512, 256)
     """Image sizes of a pyramid: then one stage, at each size, is a level."""
     dtype: Literal["float16", "float32"] = "float16"
     storage: Literal["auto", "device", "host", "file"] = "auto"
-    batch_size: int = 16
+    batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 16
 
 
 @dataclass(frozen=True)
@@ -62,11 +92,11 @@ class FlowConfig:
     """The flow of each level (paper App. C)."""
 
     kind: Literal["positional", "convolutional"] = "positional"
-    layers: int = 8
-    position_dim: int = 64
-    hidden_ratio: float = 1.0
+    layers: Annotated[Whole, Field(ge=1, le=1024)] = 8
+    position_dim: Annotated[Whole, Field(ge=0, le=65536)] = 64
+    hidden_ratio: Annotated[Real, Field(ge=1e-3, le=1e3)] = 1.0
     """Hidden width of a subnet over its number of inputs (positions included)."""
-    clamp: float = 1.9
+    clamp: Annotated[Real, Field(ge=1e-6, le=1e3)] = 1.9
     normalise: Literal["none", "standardise", "whiten"] = "whiten"
     """A fixed affine map in front of the flow, set from the training features."""
 
@@ -76,57 +106,57 @@ class PriorConfig:
     """The prior of the latents (paper Sec. 3.3)."""
 
     kind: Literal["mixture", "single"] = "mixture"
-    n_centers: int = 10
+    n_centers: Annotated[Whole, Field(ge=1, le=65536)] = 10
     init: Literal["index", "normal", "tiled_identity", "class_means"] = "class_means"
     delta_init: Literal["normal", "kmeans"] = "kmeans"
     """How a class's other centres start in the second stage: N(0, delta_std^2) about the main one, or on the
     clusters of its latents."""
-    delta_std: float = 1.0
-    learn_centers: bool = True
-    learn_weights: bool = True
+    delta_std: Annotated[Real, Field(ge=0, le=1e6)] = 1.0
+    learn_centers: Flag = True
+    learn_weights: Flag = True
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """Weights and switches of the training loss (paper Eq. 11)."""
 
-    lambda1: float = 1.0
-    lambda2: float = 1.0
-    lambda_e: float = 1.0
-    lambda_in: float = 1.0
-    lambda_z: float = 0.0
-    per_dimension: bool = True
-    label_smoothing: float = 0.0
-    detach_class_weights: bool = True
-    extended: bool = False
+    lambda1: Weight = 1.0
+    lambda2: Weight = 1.0
+    lambda_e: Weight = 1.0
+    lambda_in: Weight = 1.0
+    lambda_z: Weight = 0.0
+    per_dimension: Flag = True
+    label_smoothing: Share = 0.0
+    detach_class_weights: Flag = True
+    extended: Flag = False
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The two-stage fit."""
 
-    epochs: int = 24
-    batch_size: int = 16
-    first_stage: float = 0.08
+    epochs: Count = 24
+    batch_size: Count = 16
+    first_stage: Share = 0.08
     """Share of the epochs without intra-class terms; 0 for one-stage optimisation."""
-    entropy_in_first_stage: bool = False
-    lr: float = 1e-3
+    entropy_in_first_stage: Flag = False
+    lr: Annotated[Real, Field(ge=0, le=1e3)] = 1e-3
     schedule: Literal["step", "cosine", "constant"] = "cosine"
-    milestones: tuple[float, ...] = (0.48, 0.57, 0.88)
+    milestones: tuple[Share, ...] = (0.48, 0.57, 0.88)
     """Shares of the epochs at which a step schedule drops the rate tenfold."""
-    final_lr_ratio: float = 1e-3
-    warmup: float = 0.05
+    final_lr_ratio: Share = 1e-3
+    warmup: Share = 0.05
     """Share of the epochs in which the rate rises linearly to lr."""
-    warmup_start_ratio: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
-    decay_prior: bool = False
-    step_per_level: bool = False
+    warmup_start_ratio: Share = 0.1
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: Annotated[Real, Field(ge=0, le=1e3)] = 1e-4
+    decay_prior: Flag = False
+    step_per_level: Flag = False
     """One optimiser step per level, as the released code does; otherwise one for all."""
-    gradient_clip: float | None = 100.0
+    gradient_clip: Annotated[Real, Field(ge=1e-12, le=1e12)] | None = 100.0
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the subnets under autocast; densities stay in float32."""
-    evaluate_every: int = 8
+    evaluate_every: Annotated[Whole, Field(ge=0, le=10**6)] = 8
     """Epochs between evaluations on the test set; they never steer the training. 0 for the end only."""
 
 
@@ -136,10 +166,10 @@ class ScoreConfig:
 
     criterion: Literal["likelihood", "entropy", "both"] = "likelihood"
     normalisation: Literal["inductive", "transductive"] = "inductive"
-    per_dimension: bool = True
+    per_dimension: Flag = True
     """Divide log-likelihoods by D before the exponential, as the released code does."""
-    map_size: int = 256
-    sigma: float = 4.0
+    map_size: Annotated[Whole, Field(ge=1, le=8192)] = 256
+    sigma: Annotated[Real, Field(ge=0, le=1e3)] = 4.0
     """Standard deviation of the Gaussian blur, in pixels of the map."""
 
 
@@ -147,11 +177,11 @@ class ScoreConfig:
 class Config:
     """Everything that shapes a run."""
 
-    dataset: str = "demo"
-    experiment: str = "hgad"
-    seed: int = 0
-    device: str = "auto"
-    run_dir: str | None = None
+    dataset: Name = "demo"
+    experiment: Name = "hgad"
+    seed: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = 0
+    device: Name = "auto"
+    run_dir: Path_ | None = None
     """None for runs/<dataset>/<experiment>/seed<k> in the project's folder."""
     data: DataConfig = field(default_factory=DataConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -162,11 +192,11 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain nested values, as YAML and JSON hold them."""
+        """Return plain nested values, as YAML and JSON hold them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def identity(self) -> dict[str, Any]:
-        """Give what the run computes: all values but where it reads, writes and executes."""
+        """Return what the run computes: all values but where it reads, writes and executes."""
         values = self.to_dict()
         for key in ("run_dir", "device"):
             del values[key]
@@ -192,44 +222,7 @@ class Config:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1),
-    "data.image_size": (16, 8192),
-    "data.num_workers": (1, 1024),
-    "features.out_indices": (0, 64),
-    "features.pyramid": (16, 8192),
-    "features.batch_size": (1, 65536),
-    "flow.layers": (1, 1024),
-    "flow.position_dim": (0, 65536),
-    "flow.hidden_ratio": (1e-3, 1e3),
-    "flow.clamp": (1e-6, 1e3),
-    "prior.n_centers": (1, 65536),
-    "prior.delta_std": (0, 1e6),
-    "loss.lambda1": (0, 1e9),
-    "loss.lambda2": (0, 1e9),
-    "loss.lambda_e": (0, 1e9),
-    "loss.lambda_in": (0, 1e9),
-    "loss.lambda_z": (0, 1e9),
-    "loss.label_smoothing": (0, 1),
-    "train.epochs": (1, 10**6),
-    "train.batch_size": (1, 10**6),
-    "train.first_stage": (0, 1),
-    "train.lr": (0, 1e3),
-    "train.milestones": (0, 1),
-    "train.final_lr_ratio": (0, 1),
-    "train.warmup": (0, 1),
-    "train.warmup_start_ratio": (0, 1),
-    "train.betas": (0, 1 - 1e-9),
-    "train.weight_decay": (0, 1e3),
-    "train.gradient_clip": (1e-12, 1e12),
-    "train.evaluate_every": (0, 10**6),
-    "score.map_size": (1, 8192),
-    "score.sigma": (0, 1e3),
-}
-"""Least and most of each setting, both allowed; outside they have no meaning. Of lists, every item."""
-
-
-_HINTS = typing.get_type_hints(Config)
+_HINTS = typing.get_type_hints(Config, include_extras=True)
 
 SECTIONS: tuple[str, ...] = tuple(name for name, hint in _HINTS.items() if dataclasses.is_dataclass(hint))
 
@@ -249,17 +242,34 @@ PLAIN: tuple[str, ...] = tuple(name for name in _HINTS if name not in SECTIONS)
 PARAMETERS: tuple[str, ...] = (*PLAIN, *SHORTCUTS, *SECTIONS, "overrides")
 """Every name that ``papermill -p``, ``-y`` or ``-f`` may set."""
 
-_TYPE_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    type(None): "null",
+_KEYS: dict[str, Any] = {name: _HINTS[name] for name in PLAIN} | {
+    f"{section}.{name}": hint
+    for section in SECTIONS
+    for name, hint in typing.get_type_hints(_HINTS[section], include_extras=True).items()
 }
 
 
+def limits() -> dict[str, tuple[float, float]]:
+    """Return the least and most of each setting that has them, both allowed; of lists, of every item."""
+    found = {}
+    for key, hint in _KEYS.items():
+        low, high = _bound(hint, "ge"), _bound(hint, "le")
+        if low is not None and high is not None:
+            found[key] = (low, high)
+    return found
+
+
+def _bound(hint: Any, name: str) -> float | None:
+    for part in getattr(hint, "__metadata__", ()):
+        for constraint in getattr(part, "metadata", ()):
+            if hasattr(constraint, name):
+                return float(getattr(constraint, name))
+    inner = (_bound(option, name) for option in typing.get_args(hint))
+    return next((bound for bound in inner if bound is not None), None)
+
+
 def unknown(name: str, known: Sequence[str], what: str) -> InputError:
-    """Say that a name is not known, which is closest, and list all.
+    """Return the error for a name that is not known: which is closest, and all there are.
 
     Example:
         >>> print(unknown("elvp", ["demo", "elpv"], "dataset"))
@@ -270,101 +280,103 @@ def unknown(name: str, known: Sequence[str], what: str) -> InputError:
     return InputError(f"unknown {what} {name!r}{hint}; expected one of: {', '.join(known)}")
 
 
-def check_value(key: str, value: Any, source: str) -> Any:
-    """Check a parameter's name, type and range.
+class _Tree:
+    """Settings merged from several sources, weakest first; each remembers where its value came from."""
 
-    Args:
-        key: Dotted name, such as "train.epochs", or a plain one, such as "seed".
-        value: As YAML, JSON or a notebook gives it.
-        source: Where it was found, for the error.
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
 
-    Returns:
-        The value in its declared type: lists become tuples, whole numbers floats where those are expected.
+    def set(self, key: str, value: Any, source: str) -> None:
+        """Set one dotted key, if there is such a setting."""
+        if key not in _KEYS:
+            section = key.rpartition(".")[0]
+            if section not in ("", *SECTIONS):
+                raise unknown(section, SECTIONS, f"section in {source}")
+            known = [other for other in _KEYS if other.rpartition(".")[0] == section]
+            raise unknown(key, known, f"parameter in {source}")
+        self.values[key], self.sources[key] = value, source
 
-    Raises:
-        InputError: The name is unknown, or the value is ill-typed or out of range.
-    """
-    section, _, name = key.rpartition(".")
-    if section not in ("", *SECTIONS):
-        raise unknown(section, SECTIONS, f"section in {source}")
-    hints = typing.get_type_hints(_HINTS[section]) if section else {name: _HINTS[name] for name in PLAIN}
-    if name not in hints:
-        known = [f"{section}.{n}" if section else n for n in hints]
-        raise unknown(key, known, f"parameter in {source}")
-    try:
-        typed = _typed(value, hints[name])
-    except TypeError:
-        raise InputError(
-            f"ill-typed parameter {key} in {source}: expected {_type_text(hints[name])}, found {value!r}"
-        ) from None
-    low, high = RANGES.get(key, (-math.inf, math.inf))
-    numbers = typed if isinstance(typed, tuple) else (typed,)
-    if any(isinstance(number, (int, float)) and not low <= number <= high for number in numbers):
-        raise InputError(
-            f"parameter {key} in {source}: expected a value from {low:g} to {high:g}, found {value!r}"
-        )
-    return typed
+    def merge(self, values: Mapping[str, Any], source: str) -> None:
+        """Merge a parameter file's contents: sections of keys, the plain names, shortcuts, overrides."""
+        for key, value in values.items():
+            if key == "overrides":
+                self.override(value, source)
+            elif key in SECTIONS:
+                self._merge_section(key, value, source)
+            elif key in PARAMETERS:
+                self.set(SHORTCUTS.get(key, key), value, source)
+            else:
+                raise unknown(str(key), PARAMETERS, f"parameter in {source}")
+
+    def override(self, values: Any, source: str) -> None:
+        """Merge overrides, ``{section.key: value}``."""
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"ill-typed overrides in {source}: expected {{section.key: value}}, found {values!r}"
+            )
+        for key, value in values.items():
+            if key in ("dataset", "experiment"):
+                raise InputError(
+                    f"{key} in overrides of {source}: it names a parameter file; give it as a parameter"
+                )
+            if key in SECTIONS:
+                self._merge_section(key, value, f"overrides of {source}")
+            else:
+                self.set(SHORTCUTS.get(key, str(key)), value, f"overrides of {source}")
+
+    def _merge_section(self, section: str, values: Any, source: str) -> None:
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"ill-typed section {section} in {source}: expected keys with values, found {values!r}"
+            )
+        for name, value in values.items():
+            self.set(f"{section}.{name}", value, source)
+
+    def config(self) -> Config:
+        """Check every value against its field and build the configuration."""
+        nested: dict[str, Any] = {section: {} for section in SECTIONS}
+        for key, value in self.values.items():
+            section, _, name = key.rpartition(".")
+            (nested[section] if section else nested)[name] = value
+        try:
+            config = Config(**nested)
+        except ValidationError as error:
+            raise self._refusal(error.errors()[0]) from None
+        if config.flow.kind == "positional" and config.flow.position_dim % 4:
+            raise InputError(
+                f"parameter flow.position_dim in {self._source('flow.position_dim')}: expected a multiple of "
+                f"4 (sine and cosine of row and column), found {config.flow.position_dim}"
+            )
+        return config
+
+    def _source(self, key: str) -> str:
+        return self.sources.get(key, "the defaults")
+
+    def _refusal(self, error: Any) -> InputError:
+        where = error["loc"]
+        key = ".".join(where[:2]) if where[0] in SECTIONS else where[0]
+        name, found = f"parameter {key} in {self._source(key)}", self.values.get(key)
+        if error["type"] in ("greater_than_equal", "less_than_equal"):
+            low, high = limits()[key]
+            return InputError(f"{name}: expected a value from {low:g} to {high:g}, found {found!r}")
+        return InputError(f"ill-typed {name}: expected {_described(_KEYS[key])}, found {found!r}")
 
 
-def _type_text(annotation: Any) -> str:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+def _described(hint: Any) -> str:
+    """Describe a field's type as a user knows it."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _described(options[0])
     if origin is Literal:
-        return "one of " + ", ".join(args)
+        return "one of " + ", ".join(options)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_text(option) for option in args)
+        return " or ".join(_described(option) for option in options)
     if origin is tuple:
-        count = "" if args[-1] is Ellipsis else f"{len(args)} "
-        return f"a list of {count}{_type_text(args[0]).removeprefix('a ')}s"
-    return _TYPE_NAMES[annotation]
-
-
-def _typed(value: Any, annotation: Any) -> Any:
-    """Give value in the annotated type, or raise TypeError."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return _typed(value, option)
-            except TypeError:
-                continue
-        raise TypeError
-    if origin is Literal:
-        if isinstance(value, str) and value in args:
-            return value
-        raise TypeError
-    if origin is tuple:
-        fits = isinstance(value, (list, tuple)) and (len(value) == len(args) or args[-1] is Ellipsis)
-        if not fits:
-            raise TypeError
-        return tuple(_typed(item, args[0]) for item in value)
-    if annotation is float:
-        return _number(value)
-    if annotation is str and isinstance(value, Path):
-        return str(value)
-    # In Python True is also an int; here it is not.
-    if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
-        return value
-    raise TypeError
-
-
-def _number(value: Any) -> float:
-    # YAML 1.1 reads 1e-3 as text, for want of a dot.
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError
-    try:
-        number = float(value)
-    except ValueError:
-        raise TypeError from None
-    if not math.isfinite(number):
-        raise TypeError
-    return number
-
-
-_SEEN = "_parameters_seen"
-
-
-DATASETS = ("mvtec", "btad", "mvtec3d", "visa", "union", "elpv", "demo", "folder")
-"""Names of params/NAME.yaml that :func:`hgadlib.datasets.load_dataset` knows."""
+        count = "" if options[-1] is Ellipsis else f"{len(options)} "
+        return f"a list of {count}{_described(options[0]).removeprefix('a ')}s"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(hint, "null")
 
 
 def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Config:
@@ -379,24 +391,28 @@ def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Con
 
     Raises:
         InputError: An unknown name, an ill-typed or meaningless value, an unknown dataset or experiment.
+
+    Example:
+        >>> load_config(dataset="demo", epochs=3).train.epochs
+        3
     """
     given = {k: v for k, v in {**(parameters or {}), **more}.items() if v is not None}
     for name in given:
         if name not in PARAMETERS:
             raise unknown(name, PARAMETERS, "parameter")
-    folder = project_dir() / "params"
-    dataset = check_value("dataset", given.get("dataset", Config.dataset), "the parameters")
-    tree: dict[str, Any] = {"dataset": dataset}
-    _merge(tree, read_params(dataset, folder), f"params/{dataset}.yaml")
-    _merge(tree, {k: v for k, v in given.items() if k in SECTIONS}, "the parameter file")
-    experiment = given.get("experiment", tree.get("experiment", Config.experiment))
-    experiment = check_value("experiment", experiment, "the parameters")
+    folder, here = params_dir(), "the parameters"
+    dataset = given.get("dataset", Config.dataset)
+    tree = _Tree()
+    tree.merge({"dataset": dataset}, here)
+    tree.merge(read_params(dataset, folder), f"params/{dataset}.yaml")
+    tree.merge({k: v for k, v in given.items() if k in SECTIONS}, "the parameter file")
+    experiment = given.get("experiment", tree.values.get("experiment", Config.experiment))
     # The default experiment is the one whose settings are the dataset's own.
     if experiment != Config.experiment:
-        _merge(tree, read_params(experiment, folder / "experiments"), f"params/experiments/{experiment}.yaml")
-    _merge(tree, {k: v for k, v in given.items() if k in PLAIN or k in SHORTCUTS}, "the parameters")
-    _override(tree, given.get("overrides", {}), "the parameters")
-    return config_from_dict(tree)
+        tree.merge(read_params(experiment, folder / "experiments"), f"params/experiments/{experiment}.yaml")
+    tree.merge({k: v for k, v in given.items() if k in PLAIN or k in SHORTCUTS}, here)
+    tree.override(given.get("overrides", {}), here)
+    return tree.config()
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "the parameters") -> Config:
@@ -405,17 +421,9 @@ def config_from_dict(values: Mapping[str, Any], source: str = "the parameters") 
     Raises:
         InputError: As :func:`load_config`.
     """
-    tree: dict[str, Any] = {}
-    _merge(tree, values, source)
-    hints = typing.get_type_hints(Config)
-    sections = {name: hints[name](**tree.pop(name, {})) for name in SECTIONS}
-    config = Config(**tree, **sections)
-    if config.flow.kind == "positional" and config.flow.position_dim % 4:
-        raise InputError(
-            f"parameter flow.position_dim in {source}: expected a multiple of 4 (sine and cosine of row and "
-            f"column), found {config.flow.position_dim}"
-        )
-    return config
+    tree = _Tree()
+    tree.merge(values, source)
+    return tree.config()
 
 
 def config_from_notebook(
@@ -443,11 +451,11 @@ def config_from_notebook(
         for name, value in namespace.items()
         if not name.startswith("_") and name not in ("In", "Out", *own) and isinstance(value, plain)
     }
-    if namespace.get(_SEEN):
+    if namespace.get("_parameters_seen"):
         names = {name: value for name, value in names.items() if _is_parameter(name)}
     config = load_config({**defaults, **names})
     if isinstance(namespace, dict):
-        namespace[_SEEN] = True
+        namespace["_parameters_seen"] = True
     return config
 
 
@@ -457,20 +465,37 @@ def _is_parameter(name: str) -> bool:
 
 
 def project_dir() -> Path:
-    """Find the folder that holds params/: the current one, one above it, or the source checkout's."""
+    """Find the folder of the project: runs/ and results/ lie in it.
+
+    It is the current folder, or one up to two above it, that has the project's params/; else the checkout
+    that this package lies in; else, where the package is installed by itself, the current folder.
+    """
     here = Path.cwd()
-    for folder in (here, *here.parents[:2], Path(__file__).resolve().parents[1]):
-        if (folder / "params").is_dir():
-            return folder
-    raise InputError(f"found no params folder at or above {here}; run from a checkout of the project")
+    checkout = Path(__file__).resolve().parents[1]
+    found = (folder for folder in (here, *here.parents[:2], checkout) if _has_params(folder))
+    return next(found, here)
 
 
-def read_params(name: str, folder: Path) -> dict[str, Any]:
+def params_dir() -> Path:
+    """Find the parameter files: the project's own, else those shipped inside the package."""
+    project = project_dir()
+    return project / "params" if _has_params(project) else Path(__file__).resolve().parent / "params"
+
+
+def _has_params(folder: Path) -> bool:
+    # Another project's params/ may lie about: ours has these two.
+    return (folder / "params" / "demo.yaml").is_file() and (folder / "params" / "experiments").is_dir()
+
+
+def read_params(name: Any, folder: Path) -> dict[str, Any]:
     """Read params/NAME.yaml.
 
     Raises:
         InputError: No such file (the known names are listed), or it is not YAML.
     """
+    if not isinstance(name, str):
+        kind = "experiment" if folder.name == "experiments" else "dataset"
+        raise InputError(f"ill-typed parameter {kind} in the parameters: expected text, found {name!r}")
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         kinds = {"experiments": "experiment", "grids": "grid"}
@@ -487,59 +512,14 @@ def read_params(name: str, folder: Path) -> dict[str, Any]:
 
 
 def run_dir(config: Config) -> Path:
-    """Give the run's directory: as configured, else runs/<dataset>/<experiment>/seed<k> in the project."""
+    """Return the run's directory: as configured, else runs/<dataset>/<experiment>/seed<k> in the project."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser()
     return project_dir() / "runs" / config.dataset / config.experiment / f"seed{config.seed}"
 
 
-def _set(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
-    """Set one dotted key in the nested values, once it is checked."""
-    value = check_value(key, value, source)
-    section, _, name = key.rpartition(".")
-    (tree.setdefault(section, {}) if section else tree)[name] = value
-
-
-def _set_section(tree: dict[str, Any], section: str, values: Any, source: str) -> None:
-    if not isinstance(values, Mapping):
-        raise InputError(
-            f"ill-typed section {section} in {source}: expected keys with values, found {values!r}"
-        )
-    for name, value in values.items():
-        _set(tree, f"{section}.{name}", value, source)
-
-
-def _merge(tree: dict[str, Any], values: Mapping[str, Any], source: str) -> None:
-    """Merge a parameter file's contents: sections of keys, and the plain names and shortcuts."""
-    for key, value in values.items():
-        if key in SECTIONS:
-            _set_section(tree, key, value, source)
-        elif key in SHORTCUTS or key in PLAIN:
-            _set(tree, SHORTCUTS.get(key, key), value, source)
-        elif key == "overrides":
-            _override(tree, value, source)
-        else:
-            raise unknown(str(key), PARAMETERS, f"parameter in {source}")
-
-
-def _override(tree: dict[str, Any], values: Any, source: str) -> None:
-    if not isinstance(values, Mapping):
-        raise InputError(
-            f"ill-typed overrides in {source}: expected {{section.key: value}}, found {values!r}"
-        )
-    for key, value in values.items():
-        if key in ("dataset", "experiment"):
-            raise InputError(
-                f"{key} in overrides of {source}: it names a parameter file; give it as a parameter"
-            )
-        if key in SECTIONS:
-            _set_section(tree, key, value, f"overrides of {source}")
-        else:
-            _set(tree, SHORTCUTS.get(key, str(key)), value, f"overrides of {source}")
-
-
 def training_key(config: Config, *, seed: bool = True) -> str:
-    """Give a text that is equal for two runs exactly if they train the same model on the same settings.
+    """Return a text that is equal for two runs exactly if they train the same model on the same settings.
 
     The experiment's name is not part of it, nor is how scores are made of the model's values: every record
     holds all protocols. So the rows "10 centres", "lambda2 = 10" and "both criteria" share one run.

@@ -12,10 +12,10 @@ import yaml
 from hgadlib import config as config_module
 from hgadlib.config import (
     PARAMETERS,
-    RANGES,
     Config,
     config_from_dict,
     config_from_notebook,
+    limits,
     load_config,
     run_dir,
 )
@@ -140,9 +140,9 @@ def test_an_ill_typed_value_says_what_was_expected_and_found(
     assert said in message(**parameters)
 
 
-@pytest.mark.parametrize("key", RANGES)
+@pytest.mark.parametrize("key", limits())
 def test_a_value_out_of_range_says_the_range(project: Path, key: str) -> None:
-    low, _ = RANGES[key]
+    low, _ = limits()[key]
     bad: Any = int(low) - 1 if float(low).is_integer() else low / 2
     if key in ("train.milestones", "features.out_indices", "features.pyramid"):
         bad = [bad]

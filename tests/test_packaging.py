@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -162,3 +166,57 @@ class TestMakefile:
         ready.parent.mkdir()
         ready.touch()
         assert self.make("-q", f"VENV={ready.parent}", str(ready)).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an environment with the wheel of this checkout; all else is found where it is now."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("hgadlib-*.whl")
+    venv.create(folder / "env", with_pip=False)
+    own = folder / "env" / "bin" / "python"
+    subprocess.run([*pip, "--python", str(own), "install", "--no-deps", str(wheel)], check=True)
+    (site,) = (folder / "env").glob("lib/python*/site-packages")
+    # Behind its own packages come those of this environment, without its link to the checkout: the line of
+    # a .pth adds a folder, and the .pth files in that folder are not read.
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "env"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the environment's programs lie elsewhere")
+class TestWheel:
+    @staticmethod
+    def run(installed: Path, cwd: Path, *words: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HGAD_DATA")}
+        env |= {"HGAD_CACHE": str(cwd / ".cache")}
+        command = [str(installed / "bin" / words[0]), *words[1:]]
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_it_holds_the_library_the_book_s_code_and_the_parameters(self, installed: Path) -> None:
+        (site,) = installed.glob("lib/python*/site-packages")
+        shipped = {path.relative_to(site / "hgadlib").as_posix() for path in site.glob("hgadlib/params/**/*")}
+        ours = {f"params/{path.relative_to(ROOT / 'params').as_posix()}" for path in ROOT.glob("params/**/*")}
+        assert shipped == ours
+        assert (site / "hgadbook" / "__init__.py").is_file()
+        assert (site / "hgadlib" / "__init__.pyi").is_file(), "the face reads its names there"
+
+    def test_the_demo_trains_for_an_epoch_from_an_empty_directory(
+        self, installed: Path, tmp_path: Path
+    ) -> None:
+        code = "import hgadlib; print(hgadlib.__file__, hgadlib.load_config(dataset='demo').train.epochs)"
+        place, epochs = self.run(installed, tmp_path, "python", "-c", code).split()
+        assert Path(place).is_relative_to(installed) and int(epochs) > 0
+        small = "overrides: {image_size: 64, features.pyramid: null, flow.layers: 2, score.map_size: 64}"
+        said = self.run(
+            installed, tmp_path, "hgad", "-p", "dataset", "demo", "-p", "epochs", "1", "-y", small
+        )
+        run = tmp_path / "runs" / "demo" / "hgad" / "seed0"
+        assert said.splitlines()[-1] == str(run)
+        assert json.loads((run / "metrics.json").read_text())["mean"]["image_auroc"] > 0
+        # The same names work for who does not want a command.
+        assert "experiment" in self.run(installed, tmp_path, "hgad", "grid", "list", "ablations")

@@ -16,6 +16,7 @@ from hgadlib.config import (
     Config,
     config_from_dict,
     load_config,
+    params_dir,
     project_dir,
     read_params,
     run_dir,
@@ -216,7 +217,7 @@ def load_grid(name: str, folder: Path | None = None, **changes: Any) -> Grid:
         InputError: No such file, an unknown key, or a list that is missing or empty.
     """
     source = f"params/grids/{name}.yaml"
-    values = read_params(name, folder or project_dir() / "params" / "grids")
+    values = read_params(name, folder or params_dir() / "grids")
     if surplus := [key for key in values if key not in _KEYS]:
         raise InputError(f"{source}: expected the keys {', '.join(_KEYS)}, found {', '.join(surplus)}")
     values |= {key: value for key, value in changes.items() if value is not None}
