@@ -1,148 +1,21 @@
-r"""Image and pixel AUROC, AP, F1-max and AUPRO: exact, ties included, in one pass over the maps.
+r"""Image and pixel AUROC, AP, F1-max and AUPRO: exact, ties included.
 
-A score is higher where something is more anomalous.
-
-* float16 maps: there are 65,536 bit patterns, so counting them is exact, and nothing but the counts is
-  kept. `PixelMetrics` takes maps batch by batch; the split into batches changes no bit of the result.
-* float32 and float64 maps: the normal scores are sorted once. Nothing is rounded in silence: a caller who
-  wants to stream rounds with ``maps.astype(np.float16)``.
-
-A metric without meaning (one class only) is None, never a number.
+A score is higher where something is more anomalous. A metric without meaning (one class only) is None, never
+a number. Images are few, and scikit-learn ranks them. Pixels are many, so their maps are float16, which has
+65,536 bit patterns: counting these is exact, and nothing but the counts is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from hgadlib.errors import InputError
-
-PATTERNS = 1 << 16  # bit patterns of float16
-# +infinity and +NaN are the patterns from the first up to the second, -infinity and -NaN from the third on.
-_INFINITY, _NEGATIVE_ZERO, _NEGATIVE_INFINITY = 0x7C00, 0x8000, 0xFC00
-# The patterns of the finite values from the largest down; -0 is counted as 0.
-_DESCENDING = np.concatenate(
-    [np.arange(_INFINITY - 1, -1, -1), np.arange(_NEGATIVE_ZERO + 1, _NEGATIVE_INFINITY)]
-)
-
-# Diagonal neighbours belong together (8-connectivity): thin oblique scratches stay one region. It is also
-# what the evaluation code of MVTec AD's authors does, so our AUPRO is comparable with published ones.
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
-
-
-class Ranking(NamedTuple):
-    """How anomalous and normal scores interleave; V distinct anomalous scores, from the largest down.
-
-    Attributes:
-        anomalous: Anomalous ones that have this score, (V,) int64, at least 1.
-        normal_above: Normal ones with a larger score, (V,) int64.
-        normal_tied: Normal ones with exactly this score, (V,) int64.
-        regions: Sum over the anomalous ones of 1 / (size of their region), (V,) float64.
-        n_normal: All normal ones.
-    """
-
-    anomalous: NDArray[np.int64]
-    normal_above: NDArray[np.int64]
-    normal_tied: NDArray[np.int64]
-    regions: NDArray[np.float64]
-    n_normal: int
-
-
-def rank_sorted(normal: NDArray, anomalous: NDArray, weights: NDArray | None = None) -> Ranking:
-    """Rank scores by sorting; `normal` is sorted in place.
-
-    Args:
-        normal: Finite scores of normal ones, (n,) of any real type.
-        anomalous: Finite scores of anomalous ones, (m,) of the same type.
-        weights: 1 / (size of its region) for each anomalous one, (m,); None for images.
-    """
-    values, inverse = np.unique(anomalous, return_inverse=True)
-    normal.sort()
-    below = np.searchsorted(normal, values, side="left")
-    up_to = np.searchsorted(normal, values, side="right")
-    counts = np.bincount(inverse, minlength=len(values))
-    # Without regions each anomalous one stands for itself.
-    weights = np.ones(len(anomalous)) if weights is None else weights
-    regions = np.bincount(inverse, weights, len(values)).astype(np.float64, copy=False)
-    return Ranking(
-        counts[::-1], (len(normal) - up_to)[::-1], (up_to - below)[::-1], regions[::-1], len(normal)
-    )
-
-
-def rank_counts(scores: NDArray, anomalous: NDArray, regions: NDArray) -> Ranking:
-    """Rank finite float16 scores from sums per bit pattern.
-
-    Args:
-        scores: Number of all scores, (65536,) int64.
-        anomalous: Number of anomalous scores, (65536,) int64.
-        regions: Sum of 1 / (size of its region) over the anomalous ones, (65536,) float64.
-    """
-
-    def descend(counts: NDArray) -> NDArray:
-        ordered = counts[_DESCENDING]
-        ordered[_INFINITY - 1] += counts[_NEGATIVE_ZERO]
-        return ordered
-
-    anomalous = descend(anomalous)
-    tied = descend(scores) - anomalous
-    up_to = np.cumsum(tied)
-    seen = anomalous > 0
-    return Ranking(anomalous[seen], (up_to - tied)[seen], tied[seen], descend(regions)[seen], int(up_to[-1]))
-
-
-def region_weights(mask: NDArray) -> NDArray[np.float64]:
-    """1 / (size of its region) for each anomalous pixel of a mask (H, W), in row-major order."""
-    labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
-    region = labels[mask]
-    return 1.0 / np.bincount(region)[region]
-
-
-def any_non_finite(scores: NDArray) -> bool:
-    """Tell from counts per bit pattern, (65536,), whether a NaN or an infinity was counted."""
-    return bool(scores[_INFINITY:_NEGATIVE_ZERO].any() or scores[_NEGATIVE_INFINITY:].any())
-
-
-def auroc(r: Ranking) -> float:
-    """Probability that an anomalous score exceeds a normal one; a tie counts one half."""
-    outranked = (r.n_normal - r.normal_above - 0.5 * r.normal_tied) / r.n_normal
-    return float(r.anomalous @ outranked / r.anomalous.sum())
-
-
-def average_precision(r: Ranking) -> float:
-    r"""Sum of precision times gained recall, :math:`\sum_i (R_i - R_{i-1}) P_i`, without interpolation."""
-    found = np.cumsum(r.anomalous)
-    precision = found / (found + r.normal_above + r.normal_tied)
-    return float(r.anomalous @ precision / found[-1])
-
-
-def f1_max(r: Ranking) -> float:
-    """Largest F1 over all thresholds; it lies at an anomalous score, since others only add false alarms."""
-    found = np.cumsum(r.anomalous)
-    flagged = found + r.normal_above + r.normal_tied
-    return float(np.max(2 * found / (flagged + found[-1])))
-
-
-def aupro(r: Ranking, fpr_limit: float) -> float:
-    """Area under the per-region overlap against the false-positive rate up to the limit, over the limit."""
-    overlap = np.cumsum(r.regions)
-    # The last sum is the number of regions; dividing by it keeps rounding within [0, 1].
-    overlap = np.concatenate([[0.0], overlap / overlap[-1]])
-    # Two corners per score: flat over the normal scores above it, then a slope over those tied with it.
-    corners = np.stack([r.normal_above, r.normal_above + r.normal_tied], axis=1).ravel() / r.n_normal
-    x = np.concatenate([[0.0], corners, [1.0]])
-    y = np.repeat(overlap, 2)
-    # The first corner at or past the limit: where the curve steps up just there, the step is left out.
-    cut = int(np.searchsorted(x, fpr_limit))
-    share = (fpr_limit - x[cut - 1]) / (x[cut] - x[cut - 1])
-    x = np.append(x[:cut], fpr_limit) / fpr_limit
-    y = np.append(y[:cut], y[cut - 1] + share * (y[cut] - y[cut - 1]))
-    return min(1.0, float(np.diff(x) @ (y[1:] + y[:-1]) / 2))
-
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
@@ -150,152 +23,19 @@ FPR_LIMIT = 0.3
 
 Metrics = dict[str, float | None]
 
+_PATTERNS = 1 << 16  # bit patterns of float16
+# +infinity and +NaN are the patterns from the first up to the second, -infinity and -NaN from the third on.
+_INFINITY, _NEGATIVE_ZERO, _NEGATIVE_INFINITY = 0x7C00, 0x8000, 0xFC00
+# The patterns of the finite values from the largest down; -0 is counted as 0.
+_DESCENDING = np.concatenate(
+    [np.arange(_INFINITY - 1, -1, -1), np.arange(_NEGATIVE_ZERO + 1, _NEGATIVE_INFINITY)]
+)
 # Pixels counted at once: bincount makes an int64 copy of them (2 MB), which still fits in a cache.
 _CHUNK = 1 << 18
 
-
-def _check_limit(fpr_limit: float) -> float:
-    if not 0 < fpr_limit <= 1:
-        raise InputError(f"expected fpr_limit in (0, 1], found {fpr_limit}; AUPRO is usually taken up to 0.3")
-    return float(fpr_limit)
-
-
-def _check_maps(maps: ArrayLike, masks: ArrayLike) -> tuple[NDArray, NDArray]:
-    maps, masks = np.asarray(maps), np.asarray(masks)
-    if maps.ndim != 3 or maps.shape != masks.shape:
-        raise InputError(
-            f"expected maps and masks of one shape (N, H, W), found {maps.shape} and {masks.shape}; "
-            "resize the masks to the maps without smoothing"
-        )
-    if masks.dtype != np.bool_:
-        raise InputError(f"expected bool masks, found {masks.dtype}; pass masks > 0")
-    if maps.dtype not in (np.float16, np.float32, np.float64):
-        raise InputError(f"expected float16, float32 or float64 maps, found {maps.dtype}; convert them first")
-    return maps, masks
-
-
-def _reject_non_finite(maps: NDArray) -> None:
-    bad = [i for i, anomaly_map in enumerate(maps) if not np.isfinite(anomaly_map).all()]
-    if bad:
-        raise InputError(
-            f"expected finite scores, found NaN or infinity in {len(bad)} of {len(maps)} maps, first in map "
-            f"{bad[0]} of this batch; look for NaN weights, or for scores beyond float16's 65504"
-        )
-
-
-def _pixel_metrics(r: Ranking, fpr_limit: float) -> Metrics:
-    if r.n_normal == 0 or len(r.anomalous) == 0:
-        return dict.fromkeys(PIXEL_METRICS)
-    values = (auroc(r), average_precision(r), f1_max(r), aupro(r, fpr_limit))
-    return dict(zip(PIXEL_METRICS, values, strict=True))
-
-
-@dataclass
-class PixelMetrics:
-    """Pixel metrics of float16 maps that arrive batch by batch, in 1.5 MB however many there are.
-
-    Attributes:
-        fpr_limit: False-positive rate, in (0, 1], up to which AUPRO is taken.
-
-    Raises:
-        InputError: fpr_limit lies outside (0, 1].
-
-    Example:
-        >>> metrics = PixelMetrics(fpr_limit=0.3)
-        >>> mask = np.array([[[True, False], [False, False]]])
-        >>> metrics.update(np.where(mask, 2, 1).astype(np.float16), mask)
-        >>> metrics.compute()
-        {'pixel_auroc': 1.0, 'pixel_ap': 1.0, 'pixel_f1max': 1.0, 'aupro': 1.0}
-    """
-
-    fpr_limit: float = FPR_LIMIT
-
-    def __post_init__(self) -> None:
-        """Start with empty counts."""
-        _check_limit(self.fpr_limit)
-        self._scores = np.zeros(PATTERNS, np.int64)
-        self._anomalous = np.zeros(PATTERNS, np.int64)
-        self._regions = np.zeros(PATTERNS, np.float64)
-
-    def update(self, maps: ArrayLike, masks: ArrayLike) -> None:
-        """Count the scores of some maps.
-
-        Args:
-            maps: Anomaly maps, (B, H, W) float16; H and W may differ between calls.
-            masks: True where anomalous, (B, H, W) bool.
-
-        Raises:
-            InputError: Shapes differ, maps are not float16, masks are not bool, or a score is not finite;
-                nothing of the batch is then counted.
-        """
-        maps, masks = _check_maps(maps, masks)
-        if maps.dtype != np.float16:
-            raise InputError(
-                f"expected float16 maps, found {maps.dtype}; round them with maps.astype(np.float16), "
-                "or pass all at once to pixel_metrics"
-            )
-        counts = np.zeros(PATTERNS, np.int64)
-        step = max(1, _CHUNK // max(1, maps[0].size)) if len(maps) else 1
-        for start in range(0, len(maps), step):
-            counts += np.bincount(_bits(maps[start : start + step]), minlength=PATTERNS)
-        if any_non_finite(counts):
-            _reject_non_finite(maps)
-        self._scores += counts
-        for anomaly_map, mask in zip(maps, masks, strict=True):
-            if mask.any():
-                bits = _bits(anomaly_map[mask])
-                # One image after another, so that the order of additions is the same in any split.
-                np.add.at(self._anomalous, bits, 1)
-                np.add.at(self._regions, bits, region_weights(mask))
-
-    def compute(self) -> Metrics:
-        """Return the metrics named in PIXEL_METRICS; all None unless both kinds of pixel were seen."""
-        return _pixel_metrics(self._ranking(), self.fpr_limit)
-
-    def aupro(self, fpr_limit: float) -> float | None:
-        """Return AUPRO up to another limit, from the same counts."""
-        return _pixel_metrics(self._ranking(), _check_limit(fpr_limit))["aupro"]
-
-    def _ranking(self) -> Ranking:
-        return rank_counts(self._scores, self._anomalous, self._regions)
-
-
-def _bits(values: NDArray) -> NDArray[np.uint16]:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint16)
-
-
-def pixel_metrics(maps: ArrayLike, masks: ArrayLike, *, fpr_limit: float = FPR_LIMIT) -> Metrics:
-    """Return pixel AUROC, AP, F1-max and AUPRO over all pixels of all maps.
-
-    AUPRO averages, over the 8-connected regions of all masks, the share of a region that lies at or above
-    a threshold, and integrates that against the false-positive rate over the normal pixels of all images.
-    Between two thresholds the curve is straight, and it is cut exactly at the limit.
-
-    Args:
-        maps: Anomaly maps, (N, H, W) float16 (counted), float32 or float64 (sorted, one copy).
-        masks: True where anomalous, (N, H, W) bool.
-        fpr_limit: False-positive rate, in (0, 1], up to which AUPRO is taken.
-
-    Returns:
-        The metrics named in PIXEL_METRICS, each in [0, 1], or None for all unless there are both
-        anomalous and normal pixels.
-
-    Raises:
-        InputError: A wrong shape, type or limit, or a score that is not finite.
-
-    Source: paper Sec. 4.1; AUPRO as defined with MVTec AD (Bergmann et al., 2021).
-    """
-    maps, masks = _check_maps(maps, masks)
-    if maps.dtype == np.float16:
-        metrics = PixelMetrics(fpr_limit)
-        metrics.update(maps, masks)
-        return metrics.compute()
-    _check_limit(fpr_limit)
-    _reject_non_finite(maps)
-    weights = [region_weights(mask) for mask in masks if mask.any()]
-    if not weights:
-        return dict.fromkeys(PIXEL_METRICS)
-    return _pixel_metrics(rank_sorted(maps[~masks], maps[masks], np.concatenate(weights)), fpr_limit)
+# Diagonal neighbours belong together (8-connectivity): thin oblique scratches stay one region. It is also
+# what the evaluation code of MVTec AD's authors does, so our AUPRO is comparable with published ones.
+_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> Metrics:
@@ -332,9 +72,94 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> Metrics:
         )
     if labels.all() or not labels.any():
         return dict.fromkeys(IMAGE_METRICS)
-    r = rank_sorted(scores[~labels], scores[labels])
-    values = (auroc(r), average_precision(r), f1_max(r))
-    return dict(zip(IMAGE_METRICS, values, strict=True))
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    values = (roc_auc_score(labels, scores), average_precision_score(labels, scores), f1.max())
+    return {name: float(value) for name, value in zip(IMAGE_METRICS, values, strict=True)}
+
+
+class PixelMetrics:
+    """Pixel AUROC, AP, F1-max and AUPRO of maps that arrive batch by batch, in 1.5 MB however many there are.
+
+    AUPRO averages, over the 8-connected regions of all masks, the share of a region that lies at or above
+    a threshold, and integrates that against the false-positive rate over the normal pixels of all images.
+    Between two thresholds the curve is straight, and it is cut exactly at the limit.
+
+    Args:
+        fpr_limit: False-positive rate, in (0, 1], up to which AUPRO is taken.
+
+    Raises:
+        InputError: fpr_limit lies outside (0, 1].
+
+    Source: paper Sec. 4.1; AUPRO as defined with MVTec AD (Bergmann et al., 2021).
+
+    Example:
+        >>> metrics = PixelMetrics(fpr_limit=0.3)
+        >>> mask = np.array([[[True, False], [False, False]]])
+        >>> metrics.update(np.where(mask, 2, 1).astype(np.float16), mask)
+        >>> metrics.compute()
+        {'pixel_auroc': 1.0, 'pixel_ap': 1.0, 'pixel_f1max': 1.0, 'aupro': 1.0}
+    """
+
+    def __init__(self, fpr_limit: float = FPR_LIMIT) -> None:
+        if not 0 < fpr_limit <= 1:
+            raise InputError(
+                f"expected fpr_limit in (0, 1], found {fpr_limit}; AUPRO is usually taken up to 0.3"
+            )
+        self.fpr_limit = float(fpr_limit)
+        self._scores = np.zeros(_PATTERNS, np.int64)
+        self._anomalous = np.zeros(_PATTERNS, np.int64)
+        self._regions = np.zeros(_PATTERNS, np.float64)
+
+    def update(self, maps: ArrayLike, masks: ArrayLike) -> None:
+        """Count the scores of some maps; the split into batches changes no bit of the result.
+
+        Args:
+            maps: Anomaly maps, (B, H, W) float16; H and W may differ between calls.
+            masks: True where anomalous, (B, H, W) bool.
+
+        Raises:
+            InputError: Shapes differ, maps are not float16, masks are not bool, or a score is not finite;
+                nothing of the batch is then counted.
+        """
+        maps, masks = np.asarray(maps), np.asarray(masks)
+        if maps.ndim != 3 or maps.shape != masks.shape:
+            raise InputError(
+                f"expected maps and masks of one shape (N, H, W), found {maps.shape} and {masks.shape}; "
+                "resize the masks to the maps without smoothing"
+            )
+        if masks.dtype != np.bool_:
+            raise InputError(f"expected bool masks, found {masks.dtype}; pass masks > 0")
+        if maps.dtype != np.float16:
+            raise InputError(
+                f"expected float16 maps, found {maps.dtype}; round them with maps.astype(np.float16)"
+            )
+        counts = np.zeros(_PATTERNS, np.int64)
+        step = max(1, _CHUNK // max(1, maps[0].size)) if len(maps) else 1
+        for start in range(0, len(maps), step):
+            counts += np.bincount(_bits(maps[start : start + step]), minlength=_PATTERNS)
+        if counts[_INFINITY:_NEGATIVE_ZERO].any() or counts[_NEGATIVE_INFINITY:].any():
+            bad = [i for i, anomaly_map in enumerate(maps) if not np.isfinite(anomaly_map).all()]
+            raise InputError(
+                f"expected finite scores, found NaN or infinity in {len(bad)} of {len(maps)} maps, first in "
+                f"map {bad[0]} of this batch; look for NaN weights, or for scores beyond float16's 65504"
+            )
+        self._scores += counts
+        for anomaly_map, mask in zip(maps, masks, strict=True):
+            if mask.any():
+                bits = _bits(anomaly_map[mask])
+                region = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)[0][mask]
+                # One image after another, so that the order of additions is the same in any split.
+                np.add.at(self._anomalous, bits, 1)
+                np.add.at(self._regions, bits, 1.0 / np.bincount(region)[region])
+
+    def compute(self) -> Metrics:
+        """Return the metrics named in PIXEL_METRICS; all None unless both kinds of pixel were seen."""
+        ranks = _ranks(self._scores, self._anomalous, self._regions)
+        if ranks.n_normal == 0 or len(ranks.anomalous) == 0:
+            return dict.fromkeys(PIXEL_METRICS)
+        values = (_auroc(ranks), _average_precision(ranks), _f1_max(ranks), _aupro(ranks, self.fpr_limit))
+        return dict(zip(PIXEL_METRICS, values, strict=True))
 
 
 def mean_metrics(per_class: Mapping[str, Mapping[str, float | None]]) -> Metrics:
@@ -364,3 +189,77 @@ def mean_metrics(per_class: Mapping[str, Mapping[str, float | None]]) -> Metrics
             )
         means[name] = float(np.mean(values)) if values else None
     return means
+
+
+class _Ranks(NamedTuple):
+    """How anomalous and normal scores interleave; V distinct anomalous scores, from the largest down.
+
+    Attributes:
+        anomalous: Anomalous ones that have this score, (V,) int64, at least 1.
+        normal_above: Normal ones with a larger score, (V,) int64.
+        normal_tied: Normal ones with exactly this score, (V,) int64.
+        regions: Sum over the anomalous ones of 1 / (size of their region), (V,) float64.
+        n_normal: All normal ones.
+    """
+
+    anomalous: NDArray[np.int64]
+    normal_above: NDArray[np.int64]
+    normal_tied: NDArray[np.int64]
+    regions: NDArray[np.float64]
+    n_normal: int
+
+
+def _ranks(scores: NDArray, anomalous: NDArray, regions: NDArray) -> _Ranks:
+    """Rank finite scores from sums per bit pattern (65536,): of all, of the anomalous, of their regions."""
+
+    def descend(sums: NDArray) -> NDArray:
+        ordered = sums[_DESCENDING]
+        ordered[_INFINITY - 1] += sums[_NEGATIVE_ZERO]
+        return ordered
+
+    anomalous = descend(anomalous)
+    tied = descend(scores) - anomalous
+    up_to = np.cumsum(tied)
+    seen = anomalous > 0
+    return _Ranks(anomalous[seen], (up_to - tied)[seen], tied[seen], descend(regions)[seen], int(up_to[-1]))
+
+
+def _auroc(r: _Ranks) -> float:
+    """Probability that an anomalous score exceeds a normal one; a tie counts one half."""
+    outranked = (r.n_normal - r.normal_above - 0.5 * r.normal_tied) / r.n_normal
+    return float(r.anomalous @ outranked / r.anomalous.sum())
+
+
+def _average_precision(r: _Ranks) -> float:
+    r"""Sum of precision times gained recall, :math:`\sum_i (R_i - R_{i-1}) P_i`, without interpolation."""
+    found = np.cumsum(r.anomalous)
+    precision = found / (found + r.normal_above + r.normal_tied)
+    return float(r.anomalous @ precision / found[-1])
+
+
+def _f1_max(r: _Ranks) -> float:
+    """Largest F1 over all thresholds; it lies at an anomalous score, since others only add false alarms."""
+    found = np.cumsum(r.anomalous)
+    flagged = found + r.normal_above + r.normal_tied
+    return float(np.max(2 * found / (flagged + found[-1])))
+
+
+def _aupro(r: _Ranks, fpr_limit: float) -> float:
+    """Area under the per-region overlap against the false-positive rate up to the limit, over the limit."""
+    overlap = np.cumsum(r.regions)
+    # The last sum is the number of regions; dividing by it keeps rounding within [0, 1].
+    overlap = np.concatenate([[0.0], overlap / overlap[-1]])
+    # Two corners per score: flat over the normal scores above it, then a slope over those tied with it.
+    corners = np.stack([r.normal_above, r.normal_above + r.normal_tied], axis=1).ravel() / r.n_normal
+    x = np.concatenate([[0.0], corners, [1.0]])
+    y = np.repeat(overlap, 2)
+    # The first corner at or past the limit: where the curve steps up just there, the step is left out.
+    cut = int(np.searchsorted(x, fpr_limit))
+    share = (fpr_limit - x[cut - 1]) / (x[cut] - x[cut - 1])
+    x = np.append(x[:cut], fpr_limit) / fpr_limit
+    y = np.append(y[:cut], y[cut - 1] + share * (y[cut] - y[cut - 1]))
+    return min(1.0, float(np.diff(x) @ (y[1:] + y[:-1]) / 2))
+
+
+def _bits(values: NDArray) -> NDArray[np.uint16]:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint16)
