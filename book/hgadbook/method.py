@@ -1,10 +1,9 @@
-"""Figures of the two-dimensional toy: fields over the plane, forces, paths of centres, a bent grid."""
+"""The method in two dimensions: toys of three classes, fits of prior and flow, their numbers and figures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.patheffects as effects
@@ -18,12 +17,14 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from hgadlib.errors import InputError
 from hgadlib.figures.theme import class_colors
 from hgadlib.flow import FeatureFlow
 from hgadlib.losses import hgad_losses, mutual_information_loss
 from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture, center_logits
 from hgadlib.scoring import LevelValues, anomaly_maps, image_scores, inductive, transductive
+
+Extent = tuple[float, float, float, float]
+"""A part of the plane: left, right, bottom, top."""
 
 
 def toy_latents(n: int = 60, *, spread: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -46,12 +47,8 @@ def toy_latents(n: int = 60, *, spread: float = 0.5, seed: int = 0) -> tuple[Ten
 def toy_features(n: int = 400, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw features of three classes on bent, unequal clusters: no Gaussian among them.
 
-    Args:
-        n: Points a class.
-        seed: Of the draw.
-
     Returns:
-        Features, (3, n, 2); class indices (3,).
+        Features, (3, n, 2), a class as an image of n positions; class indices (3,).
     """
     generator = torch.Generator().manual_seed(seed)
     angle = math.pi * torch.rand(3, n, generator=generator)
@@ -62,21 +59,13 @@ def toy_features(n: int = 400, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.stack([arc[0], lower, narrow]), torch.arange(3)
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """What a fit passed through: entry t is the state after t steps.
-
-    Attributes:
-        centers: Main centres, (steps + 1, K, D).
-        intra_centers: All centres, (steps + 1, K, M, D).
-        weights: Class weights p(y), (steps + 1, K).
-        losses: The total, (steps,).
-    """
-
-    centers: Tensor
-    intra_centers: Tensor
-    weights: Tensor
-    losses: Tensor
+def plane(extent: Extent, n: int) -> Tensor:
+    """Lay n by n points over a part of the plane: (n * n, 2), row by row from the bottom."""
+    left, right, bottom, top = extent
+    rows, columns = torch.meshgrid(
+        torch.linspace(bottom, top, n), torch.linspace(left, right, n), indexing="ij"
+    )
+    return torch.stack([columns, rows], -1).flatten(0, 1)
 
 
 def fit_prior(
@@ -87,7 +76,7 @@ def fit_prior(
     steps: int = 300,
     lr: float = 0.05,
     **weights: Any,
-) -> Trajectory:
+) -> Tensor:
     """Move a prior's centres under the losses, latents held fixed: as if the flow did not learn.
 
     Args:
@@ -97,23 +86,19 @@ def fit_prior(
         steps: Of Adam.
         lr: Its rate.
         **weights: See :func:`hgadlib.losses.hgad_losses`.
+
+    Returns:
+        Centres after 0, 1, ... steps, (steps + 1, K, M, D), the main one of a class first.
     """
     optimiser = torch.optim.Adam([p for p in prior.parameters() if p.requires_grad], lr=lr)
     log_det = torch.zeros(z.shape[:2])
-    centers, intra, class_weights, losses = [], [], [], []
-    for step in range(steps + 1):
-        with torch.no_grad():
-            centers.append(prior.centers.clone())
-            intra.append(prior.intra_centers().clone())
-            class_weights.append(prior.log_weights.exp())
-        if step < steps:
-            total = hgad_losses(z, log_det, class_idx, prior, **weights)["total"]
-            optimiser.zero_grad()
-            total.backward()
-            optimiser.step()
-            losses.append(total.detach())
-    states = (torch.stack(part) for part in (centers, intra, class_weights, losses))
-    return Trajectory(*states)
+    path = [prior.intra_centers().detach()]
+    for _ in range(steps):
+        optimiser.zero_grad()
+        hgad_losses(z, log_det, class_idx, prior, **weights)["total"].backward()
+        optimiser.step()
+        path.append(prior.intra_centers().detach())
+    return torch.stack(path)
 
 
 def fit_flow(
@@ -163,64 +148,34 @@ def fit_flow(
     return flow, history
 
 
-def plane(extent: tuple[float, float, float, float], n: int) -> Tensor:
-    """Lay a grid of points over a part of the plane.
-
-    Args:
-        extent: Left, right, bottom, top.
-        n: Points along each axis.
-
-    Returns:
-        (n * n, 2), row by row from the bottom.
-    """
-    left, right, bottom, top = extent
-    rows, columns = torch.meshgrid(
-        torch.linspace(bottom, top, n), torch.linspace(left, right, n), indexing="ij"
-    )
-    return torch.stack([columns, rows], -1).flatten(0, 1)
-
-
 def pull(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Give the direction in which a loss moves latents: minus its gradient.
-
-    Args:
-        loss: Latents (B, N, D) to losses (B, N).
-        z: (B, N, D).
-
-    Returns:
-        (B, N, D), in nats per unit of z.
-    """
+    """Compute where a loss moves latents (B, N, D): minus its gradient, in nats per unit of z."""
     z = z.detach().requires_grad_()
     return -torch.autograd.grad(loss(z).sum(), z)[0]
 
 
-def offset_share(dim: int, delta_std: float, *, n_centers: int = 10, n: int = 512, seed: int = 0) -> float:
-    """Give the share of latents around a main centre that its offset centres take, before any training.
+def offset_shares(dims: Sequence[int], delta_stds: Sequence[float]) -> pd.DataFrame:
+    """Compute the share of latents around a main centre that its offset centres take before any training.
 
     Args:
-        dim: D.
-        delta_std: Standard deviation of the initial offsets.
-        n_centers: M, the main centre included.
-        n: Latents, drawn from N(main centre, I).
-        seed: Of the draw.
+        dims: Numbers of channels D, a row each.
+        delta_stds: Standard deviations of the initial offsets, a column each.
 
     Returns:
-        Mean responsibility of all centres but the main one; (M - 1) / M where they count equally.
+        Mean responsibility of nine offset centres for latents from N(main centre, I); 0.9 where all ten
+        centres count equally.
     """
-    torch.manual_seed(seed)
-    prior = HierarchicalGaussianMixture(1, n_centers, dim, delta_std=delta_std)
-    with torch.no_grad():
-        z = prior.centers + torch.randn(n, dim)
-        responsibilities = center_logits(z - prior.centers, prior.intra_centers()[0] - prior.centers).softmax(
-            -1
-        )
-    return 1 - responsibilities[:, 0].mean().item()
-
-
-def offset_shares(dims: Sequence[int], delta_stds: Sequence[float]) -> pd.DataFrame:
-    """Tabulate :func:`offset_share` for M = 10: a row a number of channels, a column a length of offsets."""
-    columns = {f"$\\sigma$ = {std:g}": [offset_share(dim, std) for dim in dims] for std in delta_stds}
+    columns = {f"$\\sigma$ = {std:g}": [_offset_share(dim, std) for dim in dims] for std in delta_stds}
     return pd.DataFrame(columns, index=pd.Index(dims, name="channels D"))
+
+
+@torch.no_grad()
+def _offset_share(dim: int, delta_std: float) -> float:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(1, 10, dim, delta_std=delta_std)
+    z = prior.centers + torch.randn(512, dim)
+    logits = center_logits(z - prior.centers, prior.intra_centers()[0] - prior.centers)
+    return 1 - logits.softmax(-1)[:, 0].mean().item()
 
 
 def eq8_by_weight(distances: Sequence[float], *, n: int = 60) -> pd.DataFrame:
@@ -244,10 +199,10 @@ def eq8_by_weight(distances: Sequence[float], *, n: int = 60) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def level_values(
+def toy_values(
     flow: FeatureFlow, prior: HierarchicalGaussianMixture, x: Tensor, class_idx: Tensor, grid: tuple[int, int]
 ) -> LevelValues:
-    """Give a toy flow's log-likelihoods per dimension and negative entropies, laid out as one level.
+    """Compute a toy flow's log-likelihoods per dimension and negative entropies, laid out as one level.
 
     Args:
         flow: A toy flow.
@@ -262,14 +217,7 @@ def level_values(
 
 
 def scores_in_company(*, seed: int = 0) -> pd.DataFrame:
-    """Score one random image in three test sets, with both normalisations.
-
-    Args:
-        seed: Of the images.
-
-    Returns:
-        A row a set; columns "inductive" (constants stored beforehand) and "transductive".
-    """
+    """Score one random image in three test sets, a row each, with both normalisations."""
     generator = torch.Generator().manual_seed(seed)
     log_prob, neg_entropy = -torch.rand(2, 5, 8, 8, generator=generator)
     log_prob[4] += 1.5  # one image is far more normal than the others
@@ -286,136 +234,106 @@ def scores_in_company(*, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("score of the same image")
 
 
-_HALO = [effects.withStroke(linewidth=3, foreground="white")]
+def _colors(n: int) -> dict[str, str]:
+    return class_colors([f"class {'ABCDEFGHIJ'[k]}" for k in range(n)])
 
 
-def _names(n: int) -> list[str]:
-    return [f"class {'ABCDEFGHIJ'[k]}" for k in range(n)]
+def _dress(ax: Axes, title: str, axis_labels: tuple[str, str] = ("$z_1$", "$z_2$")) -> None:
+    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
+    ax.set_title(title, loc="left")
+
+
+def _cross(ax: Axes, point: np.ndarray, color: str, *, hollow: bool = False) -> None:
+    """Mark a class's main centre."""
+    edge, width = (color, 1.6) if hollow else ("black", 1.0)
+    face = "white" if hollow else color
+    ax.scatter(*point, s=120, marker="X", color=face, edgecolors=edge, linewidths=width, zorder=5)
 
 
 def class_points(
     points: ArrayLike,
     *,
+    ax: Axes,
     centers: ArrayLike | None = None,
     axis_labels: tuple[str, str] = ("$z_1$", "$z_2$"),
     title: str = "",
     legend: bool = False,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw the points of each class in its colour, and its centres as crosses.
+) -> None:
+    """Draw the points of each class in its colour, and its centres: the main one a cross, the others dots.
 
     Args:
         points: A class a row, (K, N, 2).
-        centers: Main centres (K, 2), or all (K, M, 2): the main one first, the others as smaller dots.
+        ax: Where to draw.
+        centers: (K, M, 2), the main one first.
         axis_labels: Of the two axes; the toy has no units.
         title: Of the panel.
         legend: Name the classes.
-        ax: Where to draw; a new figure if not given.
-
-    Raises:
-        InputError: The points are not two-dimensional, or not a class a row.
     """
     points = np.asarray(points, dtype=float)
-    if points.ndim != 3 or points.shape[-1] != 2:
-        raise InputError(f"expected points (K, N, 2), a class a row, found {points.shape}")
-    ax = plt.subplots(figsize=(3.4, 3.0))[1] if ax is None else ax
-    names = _names(len(points))
-    colors = class_colors(names)
-    for name, mine in zip(names, points, strict=True):
-        ax.scatter(mine[:, 0], mine[:, 1], s=7, color=colors[name], alpha=0.5, linewidths=0, label=name)
+    colors = _colors(len(points))
+    for (name, color), own in zip(colors.items(), points, strict=True):
+        ax.scatter(*own.T, s=7, color=color, alpha=0.5, linewidths=0, label=name)
     if centers is not None:
-        groups = np.asarray(centers, dtype=float).reshape(len(points), -1, 2)
-        for name, group in zip(names, groups, strict=True):
-            ax.scatter(
-                group[1:, 0],
-                group[1:, 1],
-                s=45,
-                color=colors[name],
-                edgecolors="black",
-                linewidths=1,
-                zorder=3,
-            )
-            ax.scatter(
-                group[0, 0],
-                group[0, 1],
-                s=110,
-                marker="X",
-                color=colors[name],
-                edgecolors="black",
-                linewidths=1,
-                zorder=4,
-            )
-    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
-    ax.set_title(title, loc="left")
+        for color, (main, *others) in zip(colors.values(), np.asarray(centers, dtype=float), strict=True):
+            for other in others:
+                ax.scatter(*other, s=45, color=color, edgecolors="black", linewidths=1, zorder=3)
+            _cross(ax, main, color)
+    _dress(ax, title, axis_labels)
     if legend:
         for handle in ax.legend(markerscale=2, handletextpad=0.2, loc="best").legend_handles:
             if handle is not None:
                 handle.set_alpha(1)
-    return ax
 
 
 def plane_map(
     values: ArrayLike,
-    extent: tuple[float, float, float, float],
+    extent: Extent,
     *,
+    ax: Axes,
     label: str,
+    limits: tuple[float, float],
     title: str = "",
-    limits: tuple[float, float] | None = None,
     cmap: str = "viridis",
-    axis_labels: tuple[str, str] = ("$x_1$", "$x_2$"),
-    ax: Axes | None = None,
-) -> Axes:
+) -> None:
     """Draw a quantity over a part of the plane as colours, with its scale.
 
     Args:
         values: (n, n), the first row at the bottom.
-        extent: Left, right, bottom, top.
+        extent: Of the plane's part.
+        ax: Where to draw.
         label: Of the colour scale, with its unit.
+        limits: Values at the ends of the scale.
         title: Of the panel.
-        limits: Values at the ends of the scale; their range if not given.
         cmap: Colour map.
-        axis_labels: Of the two axes.
-        ax: Where to draw; a new figure if not given.
     """
-    ax = plt.subplots(figsize=(3.6, 3.0))[1] if ax is None else ax
-    low, high = limits or (None, None)
     image = ax.imshow(
         np.asarray(values, dtype=float),
         extent=extent,
         origin="lower",
         aspect="auto",
         cmap=cmap,
-        vmin=low,
-        vmax=high,
+        vmin=limits[0],
+        vmax=limits[1],
         interpolation="nearest",  # a level of few positions is not to look smooth
     )
     ax.figure.colorbar(image, ax=ax, label=label, pad=0.02)
-    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
-    ax.set_title(title, loc="left")
-    return ax
+    _dress(ax, title, ("$x_1$", "$x_2$"))
 
 
 def force_field(
-    points: ArrayLike,
-    forces: ArrayLike,
-    centers: ArrayLike,
-    *,
-    title: str = "",
-    own: int | None = None,
-    ax: Axes | None = None,
-) -> Axes:
+    points: ArrayLike, forces: ArrayLike, centers: ArrayLike, *, ax: Axes, title: str, own: int | None = None
+) -> None:
     """Draw the direction in which a loss pulls latents, as arrows; the stronger the darker.
 
     Args:
         points: (N, 2).
         forces: (N, 2), nats per unit.
         centers: Class centres, (K, 2).
+        ax: Where to draw.
         title: Of the panel.
         own: The class whose latents these are; the other centres are then drawn hollow.
-        ax: Where to draw; a new figure if not given.
     """
     points, forces, centers = (np.asarray(a, dtype=float) for a in (points, forces, centers))
-    ax = plt.subplots(figsize=(3.4, 3.0))[1] if ax is None else ax
     strength = np.linalg.norm(forces, axis=1)
     # Arrows of one length show directions; weak forces fade instead of shrinking to dots.
     direction = forces / np.maximum(strength, 1e-12)[:, None]
@@ -423,87 +341,63 @@ def force_field(
     ax.quiver(
         *points.T, *direction.T, shade, cmap="Greys", clim=(-0.12, 1), scale=24, width=0.006, headwidth=4
     )
-    names = _names(len(centers))
-    colors = class_colors(names)
-    for k, (name, center) in enumerate(zip(names, centers, strict=True)):
-        hollow = own is not None and k != own
-        ax.scatter(
-            center[0], center[1], s=130, marker="X", color="white" if hollow else colors[name], zorder=4,
-            edgecolors=colors[name] if hollow else "black", linewidths=1.6 if hollow else 1,
-        )  # fmt: skip
-    ax.set(xlabel="$z_1$", ylabel="$z_2$")
-    ax.set_title(title, loc="left")
-    return ax
+    for k, (color, center) in enumerate(zip(_colors(len(centers)).values(), centers, strict=True)):
+        _cross(ax, center, color, hollow=own not in (None, k))
+    _dress(ax, title)
 
 
-def center_paths(points: ArrayLike, paths: ArrayLike, *, title: str = "", ax: Axes | None = None) -> Axes:
+def center_paths(points: ArrayLike, paths: ArrayLike, *, ax: Axes, title: str) -> None:
     """Draw where centres went during a fit: a ring at the start, a line, a cross at the end.
 
     Args:
         points: Latents, a class a row, (K, N, 2).
-        paths: Centres over time, (T, K, 2) or (T, K, M, 2).
+        paths: Centres over time, (T, K, M, 2).
+        ax: Where to draw.
         title: Of the panel.
-        ax: Where to draw; a new figure if not given.
     """
-    ax = class_points(points, title=title, ax=ax)
+    class_points(points, title=title, ax=ax)
+    halo = [effects.withStroke(linewidth=3, foreground="white")]
     steps = np.asarray(paths, dtype=float)
-    steps = steps.reshape(len(steps), steps.shape[1], -1, 2)
-    names = _names(steps.shape[1])
-    colors = class_colors(names)
-    for k, name in enumerate(names):
+    for k, color in enumerate(_colors(steps.shape[1]).values()):
         for path in steps[:, k].transpose(1, 0, 2):
-            ax.plot(*path.T, color=colors[name], linewidth=1.8, zorder=3, path_effects=_HALO)
-            ax.scatter(
-                path[0, 0], path[0, 1], s=35, color="white", edgecolors=colors[name], linewidths=1.5, zorder=4
-            )
-            ax.scatter(
-                path[-1, 0], path[-1, 1], s=110, marker="X", color=colors[name], edgecolors="black", zorder=5
-            )
-    return ax
+            ax.plot(*path.T, color=color, linewidth=1.8, zorder=3, path_effects=halo)
+            ax.scatter(*path[0], s=35, color="white", edgecolors=color, linewidths=1.5, zorder=4)
+            _cross(ax, path[-1], color)
 
 
 def bent_grid(
     lines: ArrayLike,
-    values: ArrayLike,
+    log_det: ArrayLike,
     *,
-    title: str = "",
+    ax: Axes,
+    title: str,
     axis_labels: tuple[str, str] = ("$z_1$", "$z_2$"),
-    limits: tuple[float, float] = (-1.5, 1.5),
     scale: bool = False,
-    ax: Axes | None = None,
-) -> Axes:
+) -> None:
     """Draw the lines of a grid after a map has bent them, coloured by its log-determinant.
 
     Args:
         lines: Points along lines, (L, T, 2).
-        values: Log |det J| at the points, (L, T), nats.
+        log_det: Log |det J| at the points, (L, T), nats; colours end at 1.5.
+        ax: Where to draw.
         title: Of the panel.
         axis_labels: Of the two axes.
-        limits: Values at the ends of the colour scale.
         scale: Show the colour scale beside the panel.
-        ax: Where to draw; a new figure if not given.
     """
-    lines, values = np.asarray(lines, dtype=float), np.asarray(values, dtype=float)
-    ax = plt.subplots(figsize=(3.4, 3.0))[1] if ax is None else ax
+    lines, values = np.asarray(lines, dtype=float), np.asarray(log_det, dtype=float)
     pieces = np.stack([lines[:, :-1], lines[:, 1:]], axis=2).reshape(-1, 2, 2)
     collection = LineCollection(list(pieces), cmap="coolwarm", linewidths=1.1)
     collection.set_array(((values[:, :-1] + values[:, 1:]) / 2).ravel())
-    collection.set_clim(*limits)
+    collection.set_clim(-1.5, 1.5)
     ax.add_collection(collection)
+    ax.autoscale()
     if scale:
         ax.figure.colorbar(collection, ax=ax, label=r"$\log|\det J|$ (nats)", pad=0.02)
-    ax.autoscale()
-    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
-    ax.set_title(title, loc="left")
-    return ax
+    _dress(ax, title, axis_labels)
 
 
 def squares(images: Mapping[str, ArrayLike]) -> Figure:
-    """Draw small square maps of values from 0 to 1 side by side, on one scale.
-
-    Args:
-        images: Maps (H, W) by title.
-    """
+    """Draw square maps (H, W) of values from 0 to 1 side by side, by title, on one scale."""
     figure, axes = plt.subplots(1, len(images), figsize=(2.6 * len(images) + 0.8, 2.6), squeeze=False)
     for ax, (title, image) in zip(axes[0], images.items(), strict=True):
         shown = ax.imshow(np.asarray(image, dtype=float), cmap="inferno", vmin=0, vmax=1)
@@ -511,11 +405,3 @@ def squares(images: Mapping[str, ArrayLike]) -> Figure:
         ax.set_title(title, loc="left")
     figure.colorbar(shown, ax=axes[0].tolist(), pad=0.02, label="normality, or score")
     return figure
-
-
-def share_axes(axes: Sequence[Axes]) -> None:
-    """Give panels the same limits, so that they compare."""
-    xs, ys = ([getattr(ax, f"get_{a}lim")() for ax in axes] for a in "xy")
-    for ax in axes:
-        ax.set_xlim(min(x[0] for x in xs), max(x[1] for x in xs))
-        ax.set_ylim(min(y[0] for y in ys), max(y[1] for y in ys))
