@@ -269,7 +269,7 @@ def test_partial_set_warns_and_names_what_is_missing(tmp_path: Path, monkeypatch
     assert "bottle: train 2 of 3, test normal 1 of 2; missing: bottle/test/good/000.png, " in text
     assert "bottle/train/good/002.png; cable: " in text
     assert "cable: test anomalous 1 of 2" in text
-    assert any("1 mask(s) whose image is missing: hole/000_mask.png" in note for note in dataset.notes)
+    assert any("image is missing: ground_truth/hole/000_mask.png" in note for note in dataset.notes)
 
 
 # ELPV

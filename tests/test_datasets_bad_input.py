@@ -166,8 +166,10 @@ def test_truncated_pixels_are_found_when_not_strict(root: Path) -> None:
 
 
 def test_all_zero_mask_of_a_normal_image_is_harmless(root: Path) -> None:
+    before = load_dataset("folder", root=root)
     trees.mask(root / "bottle" / "ground_truth" / "good" / "000_mask.png", value=0)
-    assert all(r.mask_path is None for r in load_dataset("folder", root=root).test if not r.is_anomalous)
+    after = load_dataset("folder", root=root)
+    assert after.records == before.records and after.notes == before.notes
 
 
 def test_anomalous_image_without_mask_is_allowed(root: Path) -> None:
@@ -302,6 +304,12 @@ def test_class_of_a_published_set_in_test_only(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cable" / "train")
     with pytest.raises(InputError, match="class 'cable' is in test but not in train"):
         load_dataset("mvtec", root=tmp_path)
+
+
+def test_mask_for_a_normal_image_of_mvtec3d(tmp_path: Path) -> None:
+    trees.mask(trees.mvtec3d(tmp_path) / "tire" / "test" / "good" / "gt" / "000.png")
+    with pytest.raises(InputError, match=r"gt/000.png: a mask for a normal image marks a defect"):
+        load_dataset("mvtec3d", root=tmp_path)
 
 
 def test_empty_class_of_mvtec3d(tmp_path: Path) -> None:

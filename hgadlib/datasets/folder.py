@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from hgadlib.datasets.images import read_mask
-from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, ImageRecord
+from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, ImageRecord, Split
 from hgadlib.datasets.scan import Findings, check_unique_names, is_image, list_folder, list_images, some
 from hgadlib.errors import InputError
 
@@ -52,7 +52,13 @@ def read_tree(root: Path, findings: Findings) -> list[ImageRecord]:
 
 
 def read_class(
-    folder: Path, class_name: str, findings: Findings, *, good: tuple[str, ...] = (GOOD,)
+    folder: Path,
+    class_name: str,
+    findings: Findings,
+    *,
+    good: str = GOOD,
+    photos: str = "",
+    masks: str = "ground_truth/{kind}",
 ) -> list[ImageRecord]:
     """Read one class of the MVTec layout.
 
@@ -60,7 +66,9 @@ def read_class(
         folder: The class's folder.
         class_name: Its name in the records.
         findings: Takes up what is bad or worth a note.
-        good: Names that the folder of normal images may have.
+        good: Name of the folders of normal images.
+        photos: Folder of the images below that of their kind, where there is one.
+        masks: Folder of a kind's masks below the class's.
 
     Returns:
         Records, train before test, test by defect type and name.
@@ -68,89 +76,80 @@ def read_class(
     Raises:
         InputError: Under strict, for a class without normal images and for whatever is bad in it.
     """
-    train = folder / "train"
+    train, test, truth = folder / "train", folder / "test", folder / "ground_truth"
+    place = Path("train", good, photos).as_posix()
     if not train.is_dir():
-        if (folder / "test").is_dir():
-            findings.bad(
-                folder, f"class {class_name!r} has a test folder but no train/{good[0]} to learn from"
-            )
+        if test.is_dir():
+            findings.bad(folder, f"class {class_name!r} has a test folder but no train/{good} to learn from")
         else:
             findings.bad(folder, f"not a class: {EXPECTED}; move the folder elsewhere")
         return []
     records: list[ImageRecord] = []
-    for kind in list_folder(train, findings)[0]:
-        if kind.name in good:
-            found = list_images(kind, findings)
-            records += [ImageRecord(path, class_name, "train", False, GOOD) for path in found]
+    kinds, files = list_folder(train, findings)
+    for kind in kinds:
+        if kind.name == good:
+            records += _records(_images(kind / photos, findings), class_name, "train", GOOD)
         else:
-            findings.bad(kind, f"training images must be normal: expected train/{good[0]} only")
+            findings.bad(kind, f"training images must be normal: expected train/{good} only")
     if not records:
-        loose = sum(is_image(path) for path in list_folder(train, findings)[1])
-        hint = f"; {loose} image(s) lie in train itself, move them to train/{good[0]}" if loose else ""
-        findings.bad(train, f"class {class_name!r} is empty: expected images in train/{good[0]}{hint}")
+        loose = sum(map(is_image, files))
+        hint = f"; {loose} image(s) lie in train itself, move them to {place}" if loose else ""
+        findings.bad(train, f"class {class_name!r} is empty: expected images in {place}{hint}")
         return []
-    if (folder / "test").is_dir():
-        records += _read_test(folder, class_name, findings, good)
-    else:
+    if not test.is_dir():
         findings.note(f"class {class_name!r} has no test images")
-    return records
-
-
-def _read_test(folder: Path, class_name: str, findings: Findings, good: tuple[str, ...]) -> list[ImageRecord]:
-    """Read test images with their masks."""
-    truth = folder / "ground_truth"
-    truth_folders = {path.name: path for path in list_folder(truth, findings)[0]} if truth.is_dir() else {}
-    kinds, files = list_folder(folder / "test", findings)
+        return records
+    kinds, files = list_folder(test, findings)
     for path in filter(is_image, files):
         findings.bad(
             path, "expected test images in folders named after their defect (test/good for normal ones)"
         )
-    records: list[ImageRecord] = []
     unused: list[Path] = []
     for kind in kinds:
-        images = list_images(kind, findings)
-        masks = list_images(truth_folders[kind.name], findings) if kind.name in truth_folders else []
-        if kind.name in good:
-            _refuse_masks_of_normal_images(masks, findings)
-            records += [ImageRecord(path, class_name, "test", False, GOOD) for path in images]
-            continue
-        pairs, left = match_masks(images, masks, findings)
-        records += [ImageRecord(path, class_name, "test", True, kind.name, mask) for path, mask in pairs]
-        unused += left
-    for name in sorted(set(truth_folders) - {kind.name for kind in kinds}):
-        unused += list_images(truth_folders[name], findings)
-    if unused:
-        findings.note(
-            f"class {class_name!r}: {len(unused)} mask(s) whose image is missing: "
-            + some([f"{path.parent.name}/{path.name}" for path in unused])
-        )
-    anomalous = [record for record in records if record.is_anomalous]
-    bare = Counter(record.defect_type for record in anomalous if record.mask_path is None)
-    if bare:
-        kinds_text = ", ".join(f"{name} {count}" for name, count in sorted(bare.items()))
-        findings.note(
-            f"class {class_name!r}: {bare.total()} of {len(anomalous)} anomalous images have no mask "
-            f"({kinds_text})"
-        )
+        images = _images(kind / photos, findings)
+        marks = _images(folder / masks.format(kind=kind.name), findings)
+        if kind.name == good:
+            _refuse_masks_of_normal_images(marks, findings)
+            records += _records(images, class_name, "test", GOOD)
+        else:
+            pairs, left = _match_masks(images, marks, findings)
+            records += [ImageRecord(path, class_name, "test", True, kind.name, mask) for path, mask in pairs]
+            unused += left
+    known = {kind.name for kind in kinds}
+    for path in list_folder(truth, findings)[0] if truth.is_dir() else []:
+        unused += list_images(path, findings) if path.name not in known else []
+    _note_masks(folder, class_name, records, unused, findings)
     return records
 
 
-def match_masks(
+def _images(folder: Path, findings: Findings) -> list[Path]:
+    return list_images(folder, findings) if folder.is_dir() else []
+
+
+def _records(paths: list[Path], class_name: str, split: Split, defect_type: str) -> list[ImageRecord]:
+    """Make records of images that show no defect as far as anybody knows."""
+    return [ImageRecord(path, class_name, split, False, defect_type) for path in paths]
+
+
+def _note_masks(
+    folder: Path, class_name: str, records: list[ImageRecord], unused: list[Path], findings: Findings
+) -> None:
+    """Note masks without an image, and anomalous images without a mask."""
+    if unused:
+        names = some([path.relative_to(folder).as_posix() for path in unused])
+        findings.note(f"class {class_name!r}: {len(unused)} mask(s) whose image is missing: {names}")
+    anomalous = [record for record in records if record.is_anomalous]
+    bare = Counter(record.defect_type for record in anomalous if record.mask_path is None)
+    if bare:
+        kinds = ", ".join(f"{name} {count}" for name, count in sorted(bare.items()))
+        counts = f"{bare.total()} of {len(anomalous)} anomalous images have no mask"
+        findings.note(f"class {class_name!r}: {counts} ({kinds})")
+
+
+def _match_masks(
     images: list[Path], masks: list[Path], findings: Findings
 ) -> tuple[list[tuple[Path, Path | None]], list[Path]]:
-    """Find the mask of each image by name: NAME_mask.EXT or NAME.EXT, any image suffix.
-
-    Args:
-        images: Anomalous images of one folder.
-        masks: Masks of the matching folder, maybe none.
-        findings: Takes up names that could mean two things.
-
-    Returns:
-        Pairs of image and mask (or None), and the masks that no image has.
-
-    Raises:
-        InputError: Under strict, two images or two masks answer to one name.
-    """
+    """Pair each image with its mask by name, NAME_mask.EXT or NAME.EXT; return also the masks left over."""
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for mask in masks:
         by_stem[mask.stem].append(mask)
@@ -190,19 +189,19 @@ def _read_flat(root: Path, folders: list[Path], files: list[Path], findings: Fin
     if classes and loose:
         findings.bad(loose[0], f"images beside class folders: {EXPECTED}; move them into a class's folder")
     records: list[ImageRecord] = []
+    for folder in classes:
+        images = list_images(folder, findings)
+        if not images:
+            findings.bad(folder, f"class {folder.name!r} is empty; {EXPECTED}")
+        records += _records(images, folder.name, "train", GOOD)
+    names = [folder.name for folder in classes]
     if not classes:
         if not loose:
             raise InputError(f"{root}: no images found; {EXPECTED}")
-        classes = [root.resolve()]
-        records = [ImageRecord(path, classes[0].name, "train", False, GOOD) for path in loose]
-    else:
-        for folder in classes:
-            images = list_images(folder, findings)
-            if not images:
-                findings.bad(folder, f"class {folder.name!r} is empty; {EXPECTED}")
-            records += [ImageRecord(path, folder.name, "train", False, GOOD) for path in images]
+        names = [root.resolve().name]
+        records = _records(loose, names[0], "train", GOOD)
     if any(folder.name == SCORE for folder in folders):
-        records += _read_score(root / SCORE, [folder.name for folder in classes], findings)
+        records += _read_score(root / SCORE, names, findings)
     return records
 
 
@@ -211,14 +210,12 @@ def _read_score(folder: Path, classes: list[str], findings: Findings) -> list[Im
     inner, files = list_folder(folder, findings)
     only = classes[0] if len(classes) == 1 else UNKNOWN_CLASS
     loose = [path for path in files if is_image(path)]
-    records = [ImageRecord(path, only, "test", False, UNLABELLED) for path in loose]
+    records = _records(loose, only, "test", UNLABELLED)
     if loose and only == UNKNOWN_CLASS:
         findings.note(f"{len(loose)} image(s) to score have no class folder; assign them by their features")
     for kind in inner:
-        if kind.name not in classes:
+        if kind.name in classes:
+            records += _records(list_images(kind, findings), kind.name, "test", UNLABELLED)
+        else:
             findings.bad(kind, f"class {kind.name!r} has test images but no training image")
-            continue
-        records += [
-            ImageRecord(path, kind.name, "test", False, UNLABELLED) for path in list_images(kind, findings)
-        ]
     return records
