@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trees
+from filelock import FileLock
 
 from hgadlib.__main__ import main
 from hgadlib.datasets import load_dataset
@@ -300,13 +301,14 @@ def test_kill_while_unpacking_leaves_no_dataset(
 
 
 def test_two_fetches_at_once(tmp_path: Path, server: type[Handler]) -> None:
-    fcntl = pytest.importorskip("fcntl")
     store = tmp_path / "data" / ".downloads"
     store.mkdir(parents=True)
-    with (store / "mvtec.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another fetch of this dataset is running"):
-            get(tmp_path)
+    with (
+        FileLock(store / "mvtec.lock"),
+        pytest.raises(InputError, match="another fetch of this dataset is running"),
+    ):
+        get(tmp_path)
+    assert server.ranges == []
 
 
 # Unpacking
