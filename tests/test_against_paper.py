@@ -1,4 +1,4 @@
-"""The paper's table beside ours: which runs count for a row, means, intervals, verdicts, live rows."""
+"""The paper's table beside ours: which runs count for a row, means, intervals, verdicts, rows trained here."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pytest
+from small import folder_config, image_folder
 
-from hgadbook import ablations as against_paper
-from hgadbook import ablations as live
 from hgadbook.ablations import (
+    Criterion,
     compare,
+    comparison_table,
     half_width,
-    judge,
     load_ablation,
-    measure,
-    paired,
-    sets_of_images,
+    runs_to_train,
+    show_departures,
+    show_points,
+    show_summary,
+    show_switches,
+    train,
     verdict,
 )
-from hgadbook.paper import comparison_points, comparison_table, findings_table
-from hgadbook.results import findings, leads, method_runs, summarise
+from hgadbook.results import all_claims, claims_table, leads, mean_over_seeds, method_runs
 from hgadlib.errors import InputError
 from hgadlib.runs.ledger import image_title, problems
 
@@ -79,13 +81,15 @@ def test_rows_are_the_papers_in_its_order_and_own_points_are_named_by_their_weig
     lambdas = load_ablation("table3d")
     assert list(lambdas.labels.values())[:3] == ["(1, 1)", "(1, 5)", "(1, 10)"]
     assert (lambdas.reference, load_ablation("table3c").reference) == ("tab3d_1_10", "tab3c_both")
-    assert against_paper.switches(load_ablation("table3b"))["M = 3"] == "prior.n_centers = 3"
-    assert "features.backbone" in against_paper.beside_paper(HIERARCHY).index
+    switches: Any = show_switches(load_ablation("table3b"))
+    assert switches.data.loc["M = 3", ""] == "prior.n_centers = 3"
+    departures: Any = show_departures(HIERARCHY)
+    assert "features.backbone" in departures.data.index
 
 
 def test_table_says_paper_ours_difference_and_names_the_runs(records: list[dict[str, Any]]) -> None:
-    runs = measure(HIERARCHY, records)
-    table: Any = compare(HIERARCHY, runs, "demo").set_index(["experiment", "metric"])
+    comparison = compare(HIERARCHY, records)
+    table: Any = comparison.tables["demo"].set_index(["experiment", "metric"])
     row = table.loc["tab3a_sgc", "image_auroc"]
     assert row["paper"] == 89.0 and row["ours"] == pytest.approx(72.0) and row["seeds"] == 3
     assert row["difference"] == pytest.approx(-17.0)
@@ -93,7 +97,7 @@ def test_table_says_paper_ours_difference_and_names_the_runs(records: list[dict[
     assert row["half_width"] == pytest.approx(4.3027 * 2 / math.sqrt(3), rel=1e-4)
     assert row["records"] == [found["record"] for found in records[:3]]
     assert table.loc["tab3a_fmc", "image_auroc"]["seeds"] == 0
-    styler: Any = comparison_table(table.reset_index(), "demo")
+    styler: Any = comparison_table(comparison, "demo")
     shown = styler.data
     assert shown.loc["FMC", ("image AUROC (%)", "ours")] == "not measured"
     assert shown.loc["FMC + Intra", ("image AUROC (%)", "paper")] == "unreadable"
@@ -103,23 +107,22 @@ def test_table_says_paper_ours_difference_and_names_the_runs(records: list[dict[
 def test_sets_of_images_stay_apart_and_without_masks_there_is_no_pixel_column(
     records: list[dict[str, Any]],
 ) -> None:
-    runs = measure(HIERARCHY, records)
-    assert sets_of_images(HIERARCHY, runs) == ["demo", "elpv", "boards"]
-    styler: Any = comparison_table(compare(HIERARCHY, runs, "elpv"), "elpv")
-    shown = styler.data
-    assert {head for head, _ in shown.columns} == {"image AUROC (%)", ""}
+    comparison = compare(HIERARCHY, records)
+    assert list(comparison.tables) == list(comparison.claims) == ["demo", "elpv", "boards"]
+    assert set(comparison.claims["elpv"]["metric"]) == {"image_auroc"}
+    styler: Any = comparison_table(comparison, "elpv")
+    assert {head for head, _ in styler.data.columns} == {"image AUROC (%)", ""}
     # Other images under the same name are another set.
     other = copy.deepcopy(records[0])
     other["data"]["digest"] = "0" * 64
-    both = set(measure(HIERARCHY, [*records, other])["images"])
+    both = compare(HIERARCHY, [*records, other]).tables
     assert "demo (00000000)" in both and "demo" not in both
-    assert sets_of_images(HIERARCHY, measure(HIERARCHY, [])) == ["demo", "elpv"]
+    assert list(compare(HIERARCHY, []).tables) == ["demo", "elpv"]
 
 
 def test_criteria_come_out_of_the_same_record(records: list[dict[str, Any]]) -> None:
-    def ours(table: str, experiment: str, criterion: str = "own") -> float:
-        ablation = load_ablation(table)
-        found: Any = compare(ablation, measure(ablation, records, criterion=criterion), "demo")
+    def ours(table: str, experiment: str, criterion: Criterion = "own") -> float:
+        found: Any = compare(load_ablation(table), records, criterion=criterion).tables["demo"]
         return float(found.set_index(["experiment", "metric"]).loc[(experiment, "image_auroc"), "ours"])
 
     assert ours("table3a", "tab3a_full") == pytest.approx(77.333, abs=1e-3)
@@ -130,20 +133,23 @@ def test_criteria_come_out_of_the_same_record(records: list[dict[str, Any]]) -> 
     assert ours("table3b", "tab3b_10") == pytest.approx(77.333, abs=1e-3)
 
 
-def test_orderings_are_judged_seed_by_seed(records: list[dict[str, Any]]) -> None:
-    runs = measure(HIERARCHY, records)
-    assert list(paired(runs, "demo", "image_auroc", "tab3a_full", "tab3a_sgc")) == pytest.approx([5, 5, 6])
-    judged: Any = judge(HIERARCHY, runs, "demo").set_index(["claim", "metric"])
-    row = judged.loc["ICG + MIM + Intra over SGC", "image_auroc"]
+def test_orderings_are_judged_seed_by_seed(
+    records: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A seed that one row alone has says nothing of their difference.
+    comparison = compare(HIERARCHY, [*records, record("tab3a_full", 3, 0.1)])
+    claims: Any = comparison.claims["demo"].set_index(["claim", "metric"])
+    row = claims.loc["ICG + MIM + Intra over SGC", "image_auroc"]
     assert (row["verdict"], row["agree"], row["seeds"]) == ("seen", 3, 3)
-    assert row["paper"] == pytest.approx(8.7)
-    assert judged.loc["FMC over SGC", "image_auroc"]["verdict"] == "not measured"
+    assert row["paper"] == pytest.approx(8.7) and row["ours"] == pytest.approx(16 / 3)
+    assert row["half_width"] == pytest.approx(half_width([5, 5, 6]))
+    assert claims.loc["FMC over SGC", "image_auroc"]["verdict"] == "not measured"
     # The table's row cannot be read: what the sentence states.
-    assert judged.loc["FMC + Intra over FMC", "image_auroc"]["paper"] == 1.6
-    assert set(judge(HIERARCHY, runs, "elpv")["metric"]) == {"image_auroc"}
-    said = against_paper.tally(judged.reset_index(), "demo")
-    assert "2 seen" in said and "9 not measured" in said
-    assert "none of the 11" in against_paper.tally(judge(HIERARCHY, runs, "nowhere"), "nowhere")
+    assert claims.loc["FMC + Intra over FMC", "image_auroc"]["paper"] == 1.6
+    show_summary(comparison)
+    said = capsys.readouterr().out
+    assert "demo: of 11 orderings that the paper claims: 9 not measured, 2 seen." in said
+    assert "elpv: none of the 6 orderings was measured." in said
 
 
 @pytest.mark.parametrize(
@@ -162,25 +168,19 @@ def test_verdicts(differences: list[float], expected: str) -> None:
 
 
 def test_figure_has_every_run_and_the_papers_number(records: list[dict[str, Any]]) -> None:
-    runs = measure(HIERARCHY, records)
-    tables = {images: compare(HIERARCHY, runs, images) for images in ("demo", "elpv")}
-    figure = comparison_points(tables, runs)
-    demo = figure.axes[0]
-    assert demo.get_xlabel() == "AUROC (%)" and len(figure.axes) == 2
+    comparison = compare(HIERARCHY, records)
+    demo = show_points(comparison).axes[0]
+    assert demo.get_xlabel() == "AUROC (%)" and len(demo.figure.axes) == 3
     points: list[Any] = [line.get_xdata() for line in demo.lines if line.get_marker() == "o"]
     drawn = sorted(float(x) for some in points for x in some)
-    assert drawn == pytest.approx(sorted(runs[runs["images"] == "demo"]["value"]))
+    assert drawn == pytest.approx(sorted(comparison.runs.query("images == 'demo'")["value"]))
     plt.close("all")
-    with pytest.raises(InputError, match="found none"):
-        comparison_points({}, runs)
 
 
-def test_live_rows_are_those_that_lack_and_wrong_ones_are_refused(records: list[dict[str, Any]]) -> None:
+def test_rows_to_train_are_those_that_lack_and_wrong_ones_are_refused(records: list[dict[str, Any]]) -> None:
     def chosen(rows: Any, table: str = "table3a", seed: int = 0) -> list[str]:
-        ablation = load_ablation(table)
-        return [
-            c.experiment for c in live.choose_rows(ablation, records, dataset="demo", seed=seed, rows=rows)
-        ]
+        configs = runs_to_train(load_ablation(table), records, rows, dataset="demo", seed=seed)
+        return [config.experiment for config in configs]
 
     assert chosen([]) == []
     assert chosen("missing") == ["tab3a_fmc", "tab3a_icg", "tab3a_icg_mim", "tab3a_fmc_intra"]
@@ -193,12 +193,25 @@ def test_live_rows_are_those_that_lack_and_wrong_ones_are_refused(records: list[
         chosen("all")
 
 
+def test_a_run_made_here_has_a_record_named_by_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HGAD_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "folder" / "tab3a_full" / "seed0"
+    config = folder_config(image_folder(tmp_path / "images"), run, data={"image_size": 32})
+    made = train(config)
+    assert made["record"] == "run here: folder/tab3a_full/seed0" and problems(made)[1:] == []
+    assert made["config_digest"] == config.digest and made["epochs"] == 2
+    # A second time it is loaded.
+    assert train(config)["timing"] == made["timing"]
+
+
 def test_hgad_and_the_single_gaussian_under_equal_settings(records: list[dict[str, Any]]) -> None:
     runs = method_runs(records)
     found = leads(runs).to_dict("records")
     assert [line["images"] for line in found] == ["demo"]
     assert found[0]["differences"] == pytest.approx([5, 5, 6]) and found[0]["method"] == "HGAD, lambda2 = 10"
-    means = summarise(runs[runs["class"] == "mean"]).set_index(["images", "method"])
+    means = mean_over_seeds(runs[runs["class"] == "mean"]).set_index(["images", "method"])
     assert means.loc[("demo", "single Gaussian"), "image_auroc"] == "72.0 ± 5.0"
     assert means.loc[("elpv", "HGAD, lambda2 = 10"), "pixel_auroc"] == "–"
     longer = copy.deepcopy(records[0])
@@ -206,19 +219,19 @@ def test_hgad_and_the_single_gaussian_under_equal_settings(records: list[dict[st
     assert method_runs([*records, longer])["settings"].nunique() == 2
 
 
-def test_findings_hold_every_claim_of_all_tables_against_the_ledger(records: list[dict[str, Any]]) -> None:
-    found = findings(records)
+def test_every_claim_of_all_tables_is_held_against_the_ledger(records: list[dict[str, Any]]) -> None:
+    found = all_claims(records)
     assert set(found["table"]) == {"3a", "3b", "3c", "3d", "3e"}
     whole: Any = found[found["claim"] == "ICG + MIM + Intra over SGC"].set_index(["images", "metric"])
     line = whole.loc[("demo", "image_auroc")]
     assert (line["verdict"], line["seeds"], line["ours"]) == ("seen", 3, pytest.approx(16 / 3))
     assert whole.loc[("elpv", "image_auroc"), "verdict"] == "not measured"
-    plain = findings(records, criterion="likelihood")
+    plain = all_claims(records, criterion="likelihood")
     assert set(plain["table"]) == {"3a", "3b", "3d", "3e"}
     # Ten points more of HGAD's, none of the single Gaussian's.
     lead = plain[(plain["claim"] == "ICG + MIM + Intra over SGC") & (plain["images"] == "demo")]
     assert list(lead["ours"]) == pytest.approx([46 / 3] * 2)
-    styler: Any = findings_table(found, name="f")
+    styler: Any = claims_table(found, caption="", name="f")
     shown = styler.data
     assert shown.loc["3a: ICG + MIM + Intra over SGC", "demo"] == "+5.3 ± 1.4, seen"
     assert shown.loc["3a: FMC over SGC", "demo"] == "not measured"
@@ -233,7 +246,7 @@ def test_a_record_is_checked_against_itself(records: list[dict[str, Any]]) -> No
         ({"config": {**good["config"], "seed": 9}}, "not that of its digest"),
         ({"record": "demo-x"}, "not named by its digests"),
         ({"config": {**good["config"], "surplus": 1}}, "does not resolve"),
-        ({"per_class": {"a": {"image_auroc": 1.2, "pixel_auroc": None}}}, "no share"),
+        ({"per_class": {"a": {"image_auroc": 1.2, "pixel_auroc": None}}}, "not a share"),
     ):
         assert any(message in said for said in problems({**good, **change})), message
 

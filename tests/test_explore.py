@@ -164,7 +164,8 @@ def test_a_finished_run_of_other_images_is_refused(done: Done, tmp_path: Path) -
 def test_without_a_finished_run_a_small_one_takes_no_run_s_place(
     done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "experiments").mkdir(parents=True)
+    (tmp_path / "params" / "demo.yaml").write_text("dataset: demo\n")
     monkeypatch.chdir(tmp_path)
     config = folder_config(done.root, None, epochs=1)
     assert open_explorer(config, progress=False).source.endswith("a small run")

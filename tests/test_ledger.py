@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,10 @@ import pandas as pd
 import pytest
 
 from hgadlib.__main__ import main
-from hgadlib.config import config_from_dict
+from hgadlib.config import config_from_dict, training_key
 from hgadlib.errors import InputError
 from hgadlib.runs.directory import RunDirectory
-from hgadlib.runs.ledger import add, curves, find_records, overlaps, read_ledger, read_records
+from hgadlib.runs.ledger import add, curves, group_records, overlaps, read_ledger, read_records
 
 
 def finished(path: Path, seed: int = 0) -> Path:
@@ -72,18 +75,34 @@ def test_committed_records_name_no_path_of_a_machine() -> None:
         )
 
 
-def test_runs_are_found_by_what_they_trained(tmp_path: Path) -> None:
+def test_runs_that_trained_the_same_are_one_group(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger"
     for seed in (1, 0):
         add(finished(tmp_path / f"run{seed}", seed=seed), ledger)
     records = read_records(ledger)
     wanted = config_from_dict({"dataset": "demo", "experiment": "another", "score": {"criterion": "both"}})
-    assert [record["seed"] for record in find_records(records, wanted)] == [0, 1]
-    assert find_records(records, config_from_dict({"dataset": "demo", "loss": {"lambda2": 7}})) == []
+    groups = group_records(records)
+    assert [record["seed"] for record in groups[training_key(wanted, seed=False)]] == [0, 1]
+    assert len(groups) == 1
+    assert [record["seed"] for record in group_records(records, seed=True)[training_key(wanted)]] == [0]
     # A record that an older version wrote lacks what was added since: the default.
     for record in records:
         del record["config"]["train"]["gradient_clip"]
-    assert len(find_records(records, wanted)) == 2
+    assert list(group_records(records)) == list(groups)
+
+
+def test_committed_records_keep_their_digests_and_training_keys() -> None:
+    """Else a change of the configuration's code would make strangers of the runs so far."""
+    keys, count = hashlib.sha256(), 0
+    for file in sorted((Path(__file__).parents[1] / "results" / "runs").glob("*.json")):
+        record = json.loads(file.read_text())
+        config = config_from_dict(record["config"])
+        assert config.digest == record["config_digest"], file.name
+        if record["environment"]["started"] < "2026-11-26":  # later ones are not in the sum below
+            keys.update(training_key(config).encode())
+            count += 1
+    assert count == 123
+    assert keys.hexdigest() == "1a18ce3d32ea04cea757a8fcbc2d5b65b2db2b81321a35975a49adf4f6f354f1"
 
 
 def test_curves_keep_evaluated_epochs_and_thin_the_others() -> None:
@@ -103,3 +122,15 @@ def test_overlap_of_normal_and_anomalous(tmp_path: Path) -> None:
     np.savez(tmp_path / "scores.npz", log_likelihood_counts=counts, classes=np.array(["a", "b"]))
     assert overlaps(tmp_path / "scores.npz") == {"a": [0.5], "b": [None]}
     assert overlaps(tmp_path / "missing.npz") == {}
+
+
+@pytest.mark.parametrize("command", [["--help"], ["runs", "list"], ["grid", "list", "ablations"]])
+def test_light_commands_need_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys; from hgadlib.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code, *command], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout, run.stderr

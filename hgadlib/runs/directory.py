@@ -26,40 +26,24 @@ SCHEMA = 1
 
 
 def read_config(path: Path) -> Config:
-    """Read a run's configuration.
-
-    Raises:
-        InputError: No config.yaml there, or one that this version does not understand.
-    """
+    """Read a run's configuration; an InputError if there is none, or none that this version understands."""
     file = _existing(path, "config.yaml", "name the folder of a run")
     return config_from_dict(read_params("config", path), source=str(file))
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Read a finished run's metrics.json.
-
-    Raises:
-        InputError: The run is not finished.
-    """
+    """Read a run's metrics.json; an InputError if the run is not finished."""
     file = _existing(path, "metrics.json", "run it to its end first")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def read_history(path: Path) -> pd.DataFrame:
-    """Read a run's history.csv, a row per epoch.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Read a run's history.csv, a row per epoch; an InputError if there is none."""
     return pd.read_csv(_existing(path, "history.csv", "train first"))
 
 
 def read_coupling(path: Path) -> pd.DataFrame:
-    """Read a run's coupling.csv, a row per evaluated epoch, level, block and group of positions.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Read a run's coupling.csv, a row per evaluated epoch, level, block and group of positions."""
     return pd.read_csv(_existing(path, "coupling.csv", "train with train.evaluate_every above 0"))
 
 
@@ -102,7 +86,7 @@ class RunDirectory:
         run = cls(run_dir(config), config)
         if run.complete:
             return run
-        if config.run_dir is not None and (why := run._another()):
+        if config.run_dir is not None and (why := run.another()):
             raise run._refusal(why)
         files = run.path.iterdir() if run.path.is_dir() else []
         if run._stored_config() is None and any(not file.name.startswith(".") for file in files):
@@ -116,6 +100,25 @@ class RunDirectory:
     def complete(self) -> bool:
         """Whether the record is whole."""
         return self._stored_config() == self.config.digest and (self.path / "metrics.json").is_file()
+
+    def another(self, data: Mapping[str, Any] | None = None) -> str:
+        """Describe how the run that lies here differs from this one; empty if it is this one, or none.
+
+        Args:
+            data: What identifies this run's images; None to compare the configurations alone.
+        """
+        stored, seen = self._stored_config(), self._stored_data()
+        if stored is None:
+            return ""
+        if stored != self.config.digest:
+            try:
+                other = read_config(self.path)
+            except InputError as error:
+                return f"this version cannot read it: {error}"
+            return "it differs in " + ", ".join(_differences(other.identity(), self.config.identity()))
+        if data is None or seen in (None, data["digest"]):  # None: killed between the first two files
+            return ""
+        return f"its images differ, now {data['train']} train, {data['test']} test"
 
     @property
     def checkpoint(self) -> Path:
@@ -136,7 +139,7 @@ class RunDirectory:
         Raises:
             InputError: A directory named by run_dir holds another run.
         """
-        why = self._another(data)
+        why = self.another(data)
         if self._started or (self.complete and not why):
             return
         if why and self.config.run_dir is not None:
@@ -193,21 +196,6 @@ class RunDirectory:
         self.checkpoint.unlink(missing_ok=True)
         self._release()
         return content
-
-    def _another(self, data: Mapping[str, Any] | None = None) -> str:
-        """Describe in what the run that lies here differs; empty if it is this one, or there is none."""
-        stored, seen = self._stored_config(), self._stored_data()
-        if stored is None:
-            return ""
-        if stored != self.config.digest:
-            try:
-                other = read_config(self.path)
-            except InputError as error:
-                return f"this version cannot read it: {error}"
-            return "it differs in " + ", ".join(_differences(other.identity(), self.config.identity()))
-        if data is None or seen in (None, data["digest"]):  # None: killed between the first two files
-            return ""
-        return f"its images differ, now {data['train']} train, {data['test']} test"
 
     def _refusal(self, why: str) -> InputError:
         return InputError(

@@ -2,156 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
-from hgadlib.config import (
-    Config,
-    config_from_dict,
-    load_config,
-    params_dir,
-    project_dir,
-    read_params,
-    run_dir,
-    training_key,
-)
+from hgadlib.config import Config, load_config, params_dir, project_dir, read_params, run_dir, training_key
 from hgadlib.errors import InputError
 from hgadlib.files import write_atomically
-from hgadlib.runs.directory import read_config
+from hgadlib.runs.directory import RunDirectory, read_metrics
+from hgadlib.runs.ledger import group_records
 
 State = Literal["recorded", "whole", "unfinished", "stale", "missing"]
 """Of a run: its record is in the ledger; or its directory is whole, was begun, holds another
 configuration's or other images' run, or is not there."""
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
-
-
-def run_states(
-    grid: Grid, records: Sequence[dict[str, Any]], *, fresh: bool = False
-) -> list[tuple[Config, State]]:
-    """Say of every distinct run of a grid how far it is, by its configuration, never by a file's time.
-
-    Args:
-        grid: Which runs.
-        records: The ledger.
-        fresh: True counts a run only if it lies in its directory here; its record must be of that run.
-
-    Raises:
-        InputError: A setting is wrong, or a folder of images is not there.
-    """
-    by_training = _by_training(records)
-    return [
-        (config, _state(config, by_training.get(training_key(config), []), fresh))
-        for config in grid.distinct()
-    ]
-
-
-def summary(grid: Grid, records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Average the seeds of every experiment of a grid, each under its own way of scoring.
-
-    Returns:
-        A row per dataset and experiment: the seeds that are recorded, mean and sample standard deviation of
-        each metric over them (NaN where not measured), and the records by name.
-    """
-    by_training = _by_training(records)
-    rows = []
-    for dataset in grid.datasets:
-        for experiment in grid.experiments:
-            configs = [grid.config(dataset, experiment, seed) for seed in grid.seeds]
-            found = {
-                config.seed: matching[-1]
-                for config in configs
-                if (matching := _of_same_images(config, by_training.get(training_key(config), [])))
-            }
-            row: dict[str, Any] = {"dataset": dataset, "experiment": experiment}
-            row |= {"seeds": " ".join(map(str, found)) or "none", "protocol": _protocol(configs[0])}
-            means = [_mean(record, row["protocol"]) for record in found.values()]
-            for metric in METRICS:
-                values = [mean[metric] for mean in means if mean.get(metric) is not None]
-                row[metric] = np.mean(values) if values else np.nan
-                row[f"{metric}_std"] = np.std(values, ddof=1) if len(values) > 1 else np.nan
-            rows.append(row | {"records": " ".join(record["record"] for record in found.values())})
-    return pd.DataFrame(rows)
-
-
-def _by_training(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        found.setdefault(training_key(config_from_dict(record["config"])), []).append(record)
-    return found
-
-
-def _state(config: Config, records: Sequence[dict[str, Any]], fresh: bool) -> State:
-    path = run_dir(config)
-    records = _of_same_images(config, records)
-    if not fresh and records:
-        return "recorded"
-    if not (path / "config.yaml").is_file():
-        return "missing"
-    try:
-        same = read_config(path).digest == config.digest
-    except InputError:  # of another version of this library
-        same = False
-    data = path / "data.json"
-    if same and data.is_file() and (images := _images(config.dataset, config.data.root, config.data.classes)):
-        same = json.loads(data.read_text(encoding="utf-8"))["digest"] == images
-    if not same:
-        return "stale"
-    metrics = path / "metrics.json"
-    if not metrics.is_file():
-        return "unfinished"
-    # No two runs take the same time: with these figures a record is of this very run.
-    timing = json.loads(metrics.read_text(encoding="utf-8"))["timing"]
-    return "recorded" if any(record["timing"] == timing for record in records) else "whole"
-
-
-def _of_same_images(config: Config, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out records of other images under the same name, which any folder may be."""
-    if config.dataset != "folder" or not records:
-        return list(records)
-    images = _images(config.dataset, config.data.root, config.data.classes)
-    return [record for record in records if record["data"]["digest"] == images]
-
-
-@cache
-def _images(dataset: str, root: str | None, classes: str) -> str | None:
-    """Digest of a folder's images; None where the dataset's name says it all, or classes are yet unknown."""
-    if dataset != "folder" or classes != "folders":
-        return None
-    # Torch and timm take seconds to import, and most grids do not need them here.
-    from hgadlib.datasets import load_dataset
-    from hgadlib.runs.inputs import identify
-
-    return identify(load_dataset(dataset, root=root))["digest"]
-
-
-def _protocol(config: Config) -> str:
-    criterion = "likelihood" if config.prior.kind == "single" else config.score.criterion
-    return f"{config.score.normalisation}/{criterion}"
-
-
-def _mean(record: Mapping[str, Any], protocol: str) -> Mapping[str, Any]:
-    own = record["protocol"]
-    if protocol == f"{own['normalisation']}/{own['criterion']}":
-        return record["mean"]
-    return record["other_protocols"].get(protocol, {})
-
-
-def write_summary(grid: Grid, table: pd.DataFrame) -> str:
-    file = project_dir() / "runs" / "tables" / f"{grid.name}.csv"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, table.to_csv(index=False, float_format="%.6f"))
-    shown = table.drop(columns="records").to_string(index=False, na_rep="-", float_format="{:.4f}".format)
-    return f"{shown}\nThe table, with the record behind each row: {file.relative_to(project_dir())}"
-
-
 _KEYS = ("datasets", "experiments", "seeds", "overrides")
 
 
@@ -176,7 +45,7 @@ class Grid:
     data_root: str | None = None
 
     def parameters(self, dataset: str, experiment: str, seed: int) -> dict[str, Any]:
-        """Give the notebook parameters of one run, as papermill takes them."""
+        """Return the notebook parameters of one run, as papermill takes them."""
         given: dict[str, Any] = {"dataset": dataset, "experiment": experiment, "seed": seed}
         if self.data_root is not None:
             given["data_root"] = self.data_root
@@ -210,7 +79,7 @@ def load_grid(name: str, folder: Path | None = None, **changes: Any) -> Grid:
 
     Args:
         name: Of the file.
-        folder: Where the file lies; None for the project's params/grids.
+        folder: Where the file lies; None for params/grids.
         **changes: Fields to replace, such as ``datasets=["folder"], data_root=PATH``.
 
     Raises:
@@ -227,3 +96,92 @@ def load_grid(name: str, folder: Path | None = None, **changes: Any) -> Grid:
             raise InputError(f"{source}: expected a list of {key}, found {found!r}")
         values[key] = tuple(found)
     return Grid(name=name, **values)
+
+
+Records = Mapping[str, Sequence[dict[str, Any]]]
+
+
+def run_states(
+    grid: Grid, records: Sequence[dict[str, Any]], *, fresh: bool = False
+) -> list[tuple[Config, State]]:
+    """Find out of every distinct run of a grid how far it is, by its configuration, never by a file's time.
+
+    Args:
+        grid: Which runs.
+        records: The ledger.
+        fresh: True counts a run only if it lies in its directory here; its record must be of that run.
+
+    Raises:
+        InputError: A setting is wrong, or a folder of images is not there.
+    """
+    groups = group_records(records, seed=True)
+    return [(config, _state(config, _records_of(config, groups), fresh)) for config in grid.distinct()]
+
+
+def _state(config: Config, records: Sequence[dict[str, Any]], fresh: bool) -> State:
+    if records and not fresh:
+        return "recorded"
+    run = RunDirectory(run_dir(config), config)
+    if not (run.path / "config.yaml").is_file():
+        return "missing"
+    if run.another(_images(config.dataset, config.data.root, config.data.classes)):
+        return "stale"
+    if not run.complete:
+        return "unfinished"
+    # No two runs take the same time: with these figures a record is of this very run.
+    timing = read_metrics(run.path)["timing"]
+    return "recorded" if any(record["timing"] == timing for record in records) else "whole"
+
+
+def _records_of(config: Config, groups: Records) -> Sequence[dict[str, Any]]:
+    """Find a run's records, without those of other images under the same name, which any folder may be."""
+    records = groups.get(training_key(config), [])
+    if config.dataset != "folder" or not records:
+        return records
+    images = _images(config.dataset, config.data.root, config.data.classes)
+    return [record for record in records if images and record["data"]["digest"] == images["digest"]]
+
+
+@cache
+def _images(dataset: str, root: str | None, classes: str) -> dict[str, Any] | None:
+    """Identify a folder's images; None where the dataset's name says it all, or classes are yet unknown."""
+    if dataset != "folder" or classes != "folders":
+        return None
+    # Torch and timm take seconds to import, and most grids do not need them here.
+    from hgadlib.datasets import load_dataset
+    from hgadlib.runs.inputs import identify
+
+    return identify(load_dataset(dataset, root=root))
+
+
+def summary(grid: Grid, records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Average the seeds of every experiment of a grid, each under its own way of scoring.
+
+    Returns:
+        A row per dataset and experiment: the seeds that are recorded, mean and sample standard deviation of
+        each metric over them (NaN where not measured), and the records by name.
+    """
+    groups = group_records(records, seed=True)
+    rows = []
+    for dataset in grid.datasets:
+        for experiment in grid.experiments:
+            configs = [grid.config(dataset, experiment, seed) for seed in grid.seeds]
+            found = {c.seed: own[-1] for c in configs if (own := _records_of(c, groups))}
+            protocol = configs[0].protocol
+            row: dict[str, Any] = {"dataset": dataset, "experiment": experiment}
+            row |= {"seeds": " ".join(map(str, found)) or "none", "protocol": protocol}
+            means = [record["other_protocols"].get(protocol, {}) for record in found.values()]
+            for metric in METRICS:
+                values = pd.Series([mean.get(metric) for mean in means], dtype=float)
+                row |= {metric: values.mean(), f"{metric}_std": values.std()}
+            rows.append(row | {"records": " ".join(record["record"] for record in found.values())})
+    return pd.DataFrame(rows)
+
+
+def write_summary(grid: Grid, table: pd.DataFrame) -> str:
+    """Write runs/tables/NAME.csv; return the table as text."""
+    file = project_dir() / "runs" / "tables" / f"{grid.name}.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, table.to_csv(index=False, float_format="%.6f"))
+    shown = table.drop(columns="records").to_string(index=False, na_rep="-", float_format="{:.4f}".format)
+    return f"{shown}\nThe table, with the record behind each row: {file.relative_to(project_dir())}"

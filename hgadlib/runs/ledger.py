@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hgadlib.config import Config, config_from_dict, project_dir, training_key
+from hgadlib.config import config_from_dict, project_dir, training_key
 from hgadlib.errors import InputError
-from hgadlib.evaluation.likelihoods import histogram_overlap
 from hgadlib.files import write_atomically
 from hgadlib.runs.directory import read_config, read_coupling, read_history, read_metrics
 
-# Rows of a history that a record keeps at most, and significant digits of its numbers.
-_CURVE_ROWS, _CURVE_DIGITS = 60, 5
-# Evaluated epochs that it keeps of the couplings' coefficients, and significant digits.
-_COUPLING_EPOCHS, _COUPLING_DIGITS = 8, 4
+# Rows of a history that a record keeps at most, and evaluated epochs of the couplings' coefficients.
+_CURVE_ROWS, _COUPLING_EPOCHS = 60, 8
 _KEPT = ("schema", "dataset", "experiment", "seed", "protocol", "mean", "per_class", "best_epoch", "timing")
 
 
 def record_of(run: Path, note: str = "") -> dict[str, Any]:
-    """Put together the record of a whole run: figures, configuration, images, hardware; no path of a machine.
+    """Return the record of a finished run: figures, configuration, images, hardware; no path of a machine.
 
     Args:
         run: The run's directory.
         note: What a reader must know beside it, such as which images a folder held.
 
     Raises:
-        InputError: The run is not whole.
+        InputError: The run is not finished.
     """
-    metrics, config = read_metrics(run), read_config(run)
-    data = json.loads((run / "data.json").read_text(encoding="utf-8"))
-    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    history = read_history(run)
+    metrics, config, history = read_metrics(run), read_config(run), read_history(run)
     return {
         **{key: metrics[key] for key in _KEPT},
         "note": note,
@@ -50,25 +44,24 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
         "coupling": coupling(read_coupling(run)) if (run / "coupling.csv").is_file() else {},
         "config_digest": config.digest,
         "config": config.identity(),
-        "data": data,
-        "environment": environment,
+        "data": json.loads((run / "data.json").read_text(encoding="utf-8")),
+        "environment": json.loads((run / "environment.json").read_text(encoding="utf-8")),
     }
 
 
-def curves(history: pd.DataFrame) -> dict[str, list[float | None]]:
+def curves(history: pd.DataFrame) -> dict[str, list[Any]]:
     """Thin a run's history to what a figure needs: evenly spread epochs, and every one that was evaluated.
 
     Args:
-        history: A row an epoch.
+        history: A row per epoch.
 
     Returns:
         Columns by name, in the order of the epochs; None where a column has no value there.
     """
-    tested = [name for name in history.columns if name.startswith("test_")]
-    keep = history[tested].notna().any(axis=1).to_numpy(copy=True)
-    keep[np.unique(np.linspace(0, len(history) - 1, _CURVE_ROWS).round().astype(int))] = True
+    keep = history.filter(regex="^test_").notna().any(axis=1).to_numpy(copy=True)
+    keep[_spread(len(history), _CURVE_ROWS)] = True
     kept = history[keep].drop(columns=["seconds", "images_per_s", "lr"], errors="ignore")
-    return {name: _rounded(kept[name], _CURVE_DIGITS) for name in kept.columns}
+    return {str(name): _rounded(kept[name], 5) for name in kept}
 
 
 def coupling(table: pd.DataFrame) -> dict[str, list[Any]]:
@@ -81,13 +74,14 @@ def coupling(table: pd.DataFrame) -> dict[str, list[Any]]:
         Columns by name; None where a share has no meaning.
     """
     epochs = np.unique(table["epoch"])
-    chosen = np.unique(np.linspace(0, len(epochs) - 1, _COUPLING_EPOCHS).round().astype(int))
-    kept = table[table["epoch"].isin(epochs[chosen])]
-    plain = ("epoch", "level", "layer", "group")
-    return {
-        str(name): kept[name].tolist() if name in plain else _rounded(kept[name], _COUPLING_DIGITS)
-        for name in kept.columns
-    }
+    kept = table[table["epoch"].isin(epochs[_spread(len(epochs), _COUPLING_EPOCHS)])]
+    exact = ("epoch", "level", "layer", "group")
+    return {str(name): kept[name].tolist() if name in exact else _rounded(kept[name], 4) for name in kept}
+
+
+def _spread(n: int, k: int) -> np.ndarray:
+    """Choose k of n indices, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, k).round().astype(int))
 
 
 def _rounded(values: pd.Series, digits: int) -> list[float | None]:
@@ -96,13 +90,15 @@ def _rounded(values: pd.Series, digits: int) -> list[float | None]:
 
 def overlaps(scores: Path) -> dict[str, list[float | None]]:
     """Compute what normal and anomalous log-likelihoods have in common: by class, one number a level."""
+    # Torch takes seconds to import, and whoever reads the ledger does not need it.
+    from hgadlib.evaluation.likelihoods import histogram_overlap
+
     if not scores.is_file():
         return {}
     with np.load(scores) as arrays:
-        counts, names = arrays["log_likelihood_counts"], [str(name) for name in arrays["classes"]]
+        names, counts = arrays["classes"], arrays["log_likelihood_counts"]
     return {
-        name: [histogram_overlap(*counts[k, level]) for level in range(counts.shape[1])]
-        for k, name in enumerate(names)
+        str(name): [histogram_overlap(*pair) for pair in own] for name, own in zip(names, counts, strict=True)
     }
 
 
@@ -118,15 +114,18 @@ def add(run: Path, folder: Path, note: str = "") -> Path:
         The record's file; the same run, added again, gives the same file.
 
     Raises:
-        InputError: The run is not whole.
+        InputError: The run is not finished.
     """
     record = record_of(run, note)
-    name = f"{record['dataset']}-{record['experiment']}-seed{record['seed']}"
-    digests = f"{record['config_digest'][:8]}-{record['data']['digest'][:8]}"
+    name = f"{record['dataset']}-{record['experiment']}-seed{record['seed']}{_digests(record)}"
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}-{digests}.json"
+    file = folder / f"{name}.json"
     write_atomically(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return file
+
+
+def _digests(record: Mapping[str, Any]) -> str:
+    return f"-{record['config_digest'][:8]}-{record['data']['digest'][:8]}"
 
 
 def read_records(folder: Path | None = None) -> list[dict[str, Any]]:
@@ -142,33 +141,39 @@ def read_records(folder: Path | None = None) -> list[dict[str, Any]]:
     ]
 
 
-def find_records(records: Sequence[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
-    """Find the runs that trained as a configuration says, whatever their seed.
+def read_ledger(folder: Path) -> pd.DataFrame:
+    """List the ledger: a row per run, with its mean metrics, sorted by name."""
+    return pd.DataFrame(
+        {
+            **{key: record[key] for key in ("dataset", "experiment", "seed", "epochs")},
+            **record["mean"],
+            "train_s": record["timing"]["train_s"],
+            **{key: record["environment"][key] for key in ("device", "commit")},
+            "record": record["record"],
+        }
+        for record in read_records(folder)
+    )
+
+
+def group_records(
+    records: Iterable[Mapping[str, Any]], *, seed: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Group runs that trained the same.
 
     Args:
         records: What :func:`read_records` gave; a setting that a record is too old to name has its default.
-        config: Its experiment's name, its seed and its way of scoring play no part.
+        seed: True to tell runs of different seeds apart.
 
     Returns:
-        The records, by seed.
-    """
-    return group_records(records).get(training_key(config, seed=False), [])
-
-
-def group_records(records: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Group runs that trained the same but for their seed.
-
-    Returns:
-        By :func:`hgadlib.config.training_key` without the seed; each group by images, then seed.
+        By :func:`hgadlib.config.training_key`; each group by images, then seed.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        key = training_key(config_from_dict(record["config"]), seed=False)
+        key = training_key(config_from_dict(record["config"]), seed=seed)
         groups.setdefault(key, []).append(dict(record))
-    return {
-        key: sorted(found, key=lambda record: (record["data"]["digest"], record["seed"]))
-        for key, found in groups.items()
-    }
+    for found in groups.values():
+        found.sort(key=lambda record: (record["data"]["digest"], record["seed"]))
+    return groups
 
 
 def image_title(record: Mapping[str, Any]) -> str:
@@ -187,7 +192,7 @@ def problems(record: Mapping[str, Any]) -> list[str]:
 
     Returns:
         What is wrong, a sentence each: its configuration does not resolve, a digest is not that of the
-        configuration or not in the file's name, a metric is no share, a mean is not that of the classes.
+        configuration or not in the file's name, a metric is not a share, a mean is not that of the classes.
     """
     found = []
     try:
@@ -197,26 +202,12 @@ def problems(record: Mapping[str, Any]) -> list[str]:
     text = json.dumps(record["config"], sort_keys=True)
     if hashlib.sha256(text.encode()).hexdigest() != record["config_digest"]:
         found.append("its configuration is not that of its digest")
-    name = str(record["record"])
-    if not name.endswith(f"-{record['config_digest'][:8]}-{record['data']['digest'][:8]}"):
+    if not str(record["record"]).endswith(_digests(record)):
         found.append("its file is not named by its digests")
     for metric, mean in record["mean"].items():
         values = [values[metric] for values in record["per_class"].values() if values[metric] is not None]
         if any(not 0 <= value <= 1 for value in values):
-            found.append(f"{metric} is no share")
+            found.append(f"{metric} is not a share from 0 to 1")
         if (mean is None) != (not values) or (values and abs(np.mean(values) - mean) > 1e-9):
             found.append(f"{metric}: the mean is not that of the classes")
     return found
-
-
-def read_ledger(folder: Path) -> pd.DataFrame:
-    """List the ledger: a row per run, with its mean metrics, sorted by name."""
-    rows = []
-    for record in read_records(folder):
-        row = {key: record[key] for key in ("dataset", "experiment", "seed", "epochs")}
-        row |= record["mean"] | {
-            "train_s": record["timing"]["train_s"],
-            "device": record["environment"]["device"],
-        }
-        rows.append(row | {"commit": record["environment"]["commit"], "record": record["record"]})
-    return pd.DataFrame(rows)
