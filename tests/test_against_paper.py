@@ -1,4 +1,4 @@
-"""The paper's table beside ours: which runs count for a row, means, intervals, verdicts, rows trained here."""
+"""The paper's table beside ours: which runs count for a row, means, intervals, verdicts, rows to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's table beside what was measured here: paper | ours | difference | runs, out of the ledger.
+"""Tab. 3a to 3e beside what was measured here: paper | ours | difference | runs, and the paper's claims.
 
 Values are AUROC in percent, differences percentage points. An interval is the 95 % interval of Student's t
 over the seeds of one set of images; it exists from two seeds on. It says how far the mean over other seeds
@@ -7,85 +7,34 @@ may fall, not how far another test set may: all seeds have the same images.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from pandas.io.formats.style import Styler
 from scipy import stats
 
-from hgadbook import paper
+from hgadbook.paper import METRICS, number_text, read_table, records_cell, value_of
 from hgadlib.config import Config, load_config, training_key
 from hgadlib.errors import InputError
+from hgadlib.figures.tables import METRIC_LABELS, fact_table, styled
+from hgadlib.figures.theme import PALETTE, panel_grid
 from hgadlib.runs.directory import RunDirectory
 from hgadlib.runs.experiment import finish_run, train_model
 from hgadlib.runs.grid import Grid, load_grid
 from hgadlib.runs.inputs import prepare
-from hgadlib.runs.ledger import group_records, image_title, record_of
+from hgadlib.runs.ledger import group_records, image_title, read_records, record_of
 
-
-def choose_rows(
-    ablation: Ablation,
-    records: Sequence[Mapping[str, Any]],
-    *,
-    dataset: str,
-    seed: int,
-    rows: Sequence[str] | str,
-) -> list[Config]:
-    """Resolve which runs to train.
-
-    Args:
-        ablation: The table's rows.
-        records: The ledger's.
-        dataset: A file of params/.
-        seed: Of the runs.
-        rows: Experiments; "missing" for those of which the ledger has no run of this dataset and seed.
-
-    Returns:
-        The configurations, rows that train the same once. A row that another table shares has the directory
-        of the grid's first such experiment, where the grid's run lies.
-
-    Raises:
-        InputError: A row that the table does not have.
-    """
-    if isinstance(rows, str) and rows != "missing":
-        raise InputError(f"parameter rows: expected a list of experiments or missing, found {rows!r}")
-    names = list(ablation.labels) if rows == "missing" else list(rows)
-    if surplus := [name for name in names if name not in ablation.labels]:
-        raise InputError(
-            f"parameter rows: expected some of {', '.join(ablation.labels)}, found {', '.join(surplus)}"
-        )
-    groups = group_records(records)
-    chosen: dict[str, Config] = {}
-    for name in names:
-        config = ablation.config(dataset, name, seed)
-        there = groups.get(training_key(config, seed=False), ())
-        if rows == "missing" and any(record["seed"] == seed for record in there):
-            continue
-        key = training_key(config)
-        shared = (ablation.config(dataset, other, seed) for other in ablation.grid.experiments)
-        chosen.setdefault(key, next((other for other in shared if training_key(other) == key), config))
-    return list(chosen.values())
-
-
-def train_rows(configs: Sequence[Config]) -> list[dict[str, Any]]:
-    """Train, or load, each run and give its record, as the ledger would hold it.
-
-    Returns:
-        Records; each is named by its run directory, since it is not committed.
-    """
-    found = []
-    for config in configs:
-        run = RunDirectory.open(config)
-        inputs = prepare(config)
-        finish_run(config, inputs, train_model(config, inputs, run), run)
-        name = f"{run.path.parent.parent.name}/{run.path.parent.name}/{run.path.name}"
-        found.append(record_of(run.path) | {"record": f"run here: {name}"})
-    return found
-
-
-METRICS = paper.METRICS
+Criterion = Literal["own", "likelihood"]
+"""By what rows are scored: each by its own criterion (the paper's product, unless the row is about it), or
+all by the likelihood alone."""
+_SCORED = {"own": "scored as in the paper", "likelihood": "all by the likelihood alone"}
+_COLORS = {"image_auroc": PALETTE[2], "pixel_auroc": PALETTE[4]}
 
 
 @dataclass(frozen=True)
@@ -104,10 +53,6 @@ class Ablation:
     labels: Mapping[str, str]
     reference: str
 
-    def config(self, dataset: str, experiment: str, seed: int = 0) -> Config:
-        """Resolve the configuration of one row."""
-        return self.grid.config(dataset, experiment, seed)
-
 
 def load_ablation(table: str, grid: str = "ablations", *, data_root: str | None = None) -> Ablation:
     """Find the rows of one of the tables 3a to 3e in a grid.
@@ -120,104 +65,183 @@ def load_ablation(table: str, grid: str = "ablations", *, data_root: str | None 
     Raises:
         InputError: No such table or grid, or the grid has no row of it.
     """
-    printed = paper.read_table(table)
+    printed = read_table(table)
     found = load_grid(grid, data_root=data_root)
     prefix = table.replace("table", "tab") + "_"
-    experiments = [name for name in found.experiments if name.startswith(prefix)]
-    if not experiments:
+    configs = {
+        name: found.config(found.datasets[0], name, 0)
+        for name in found.experiments
+        if name.startswith(prefix)
+    }
+    if not configs:
         raise InputError(
             f"grid {grid}: expected experiments named {prefix}*, found {', '.join(found.experiments)}"
         )
-    names = dict(zip(printed["experiment"], printed["row"], strict=True)) if "experiment" in printed else {}
-    if set(experiments) <= set(names):
-        experiments = [name for name in names if name in experiments]
-    labels = {name: names.get(name) or _own_label(found, name) for name in experiments}
+    # A row that the paper's text does not let us read is named by its lambda1 and lambda2.
+    own = {name: f"({c.loss.lambda1:g}, {c.loss.lambda2:g})" for name, c in configs.items()}
+    names = dict(zip(printed["experiment"], printed["row"], strict=True))
+    order = [name for name in names if name in configs] if set(configs) <= set(names) else list(configs)
     whole = training_key(found.config(found.datasets[0], "tab3a_full", 0))
-    same = [n for n in experiments if training_key(found.config(found.datasets[0], n, 0)) == whole]
+    same = [name for name in order if training_key(configs[name]) == whole]
     # All rows of Tab. 3c train the same; the one scored as the paper scores is the reference.
-    scored = [n for n in same if found.config(found.datasets[0], n, 0).score.criterion == "both"]
-    return Ablation(table, found, labels, (scored or same or experiments)[0])
+    scored = [name for name in same if configs[name].score.criterion == "both"]
+    return Ablation(table, found, {n: names.get(n, own[n]) for n in order}, (scored or same or order)[0])
 
 
-def measure(
-    ablation: Ablation, records: Sequence[Mapping[str, Any]], *, criterion: str = "own"
-) -> pd.DataFrame:
-    """Collect what the ledger has of a table's rows: a line per run and metric.
+def runs_to_train(
+    ablation: Ablation,
+    records: Iterable[Mapping[str, Any]],
+    rows: Sequence[str] | str,
+    *,
+    dataset: str,
+    seed: int,
+) -> list[Config]:
+    """List the runs of some rows on one dataset with one seed.
 
     Args:
         ablation: The table's rows.
-        records: The ledger's; a run counts for every row that trains the same.
-        criterion: Which scores: "own" for the row's (the paper's product, unless the row is about it), or
-            likelihood, entropy or both. Normalisation is inductive. A single Gaussian has the likelihood
-            alone.
+        records: The ledger's.
+        rows: Experiments; "missing" for those of which the ledger has no run of this dataset and seed.
+        dataset: A file of params/.
+        seed: Of the runs.
 
     Returns:
-        Columns experiment, row, images, data (digest), seed, metric, value (percent, NaN without masks),
-        record.
+        The configurations, rows that train the same once. A row that another table shares has the directory
+        of the grid's first such experiment, where the grid's run lies.
+
+    Raises:
+        InputError: A row that the table does not have.
     """
-    groups = group_records(records)
-    titles = image_titles(records)
+    if isinstance(rows, str) and rows != "missing":
+        raise InputError(f"parameter rows: expected a list of experiments or missing, found {rows!r}")
+    names = list(ablation.labels) if rows == "missing" else list(rows)
+    if surplus := [name for name in names if name not in ablation.labels]:
+        raise InputError(
+            f"parameter rows: expected some of {', '.join(ablation.labels)}, found {', '.join(surplus)}"
+        )
+    if not names:
+        return []
+    configs = {name: ablation.grid.config(dataset, name, seed) for name in ablation.grid.experiments}
+    first = {training_key(config): config for config in reversed(configs.values())}
+    if rows == "missing":
+        recorded = {
+            key for key, found in group_records(records).items() if seed in {r["seed"] for r in found}
+        }
+        names = [name for name in names if training_key(configs[name], seed=False) not in recorded]
+    return [first[key] for key in dict.fromkeys(training_key(configs[name]) for name in names)]
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train, or load, a run; return its record as the ledger would hold it, named by the run's directory."""
+    run = RunDirectory.open(config)
+    inputs = prepare(config)
+    finish_run(config, inputs, train_model(config, inputs, run), run)
+    return record_of(run.path) | {"record": f"run here: {'/'.join(run.path.parts[-3:])}"}
+
+
+def collect_records(
+    ablation: Ablation, rows: Sequence[str] | str, *, dataset: str, seed: int
+) -> list[dict[str, Any]]:
+    """Read the ledger, and train what is asked for, see :func:`runs_to_train`."""
+    records = read_records()
+    return [*records, *map(train, runs_to_train(ablation, records, rows, dataset=dataset, seed=seed))]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of the paper beside the runs of its rows, for each set of images.
+
+    Attributes:
+        ablation: The table's rows.
+        criterion: By what they are scored.
+        runs: A line per run and metric: experiment, row, images, seed, metric, value (percent, NaN without
+            masks), record. A run counts for every row that trains the same.
+        tables: By set of images a line per row and metric: experiment, row, metric, paper, status, ours,
+            half_width, difference (ours minus the paper, on other images and features), seeds, records
+            (names). Rows of the paper that name no experiment come last.
+        claims: By set of images a line per ordering that the paper claims: claim, metric, paper (points by
+            which the better row leads there), ours (mean over the seeds), half_width, seeds, agree (seeds of
+            the claimed sign), verdict, source.
+        notes: How each set of images is split.
+    """
+
+    ablation: Ablation
+    criterion: Criterion
+    runs: pd.DataFrame
+    tables: Mapping[str, pd.DataFrame]
+    claims: Mapping[str, pd.DataFrame]
+    notes: Mapping[str, str]
+
+
+def compare(
+    ablation: Ablation, records: Sequence[Mapping[str, Any]], *, criterion: Criterion = "own"
+) -> Comparison:
+    """Set a table of the paper beside what the ledger has, with inductive normalisation.
+
+    Args:
+        ablation: The table's rows.
+        records: The ledger's.
+        criterion: By what rows are scored.
+
+    Returns:
+        The grid's datasets, run or not, then whatever else was run.
+    """
+    runs = _runs(ablation, records, criterion)
+    found = {title: title.split(" (")[0] for title in dict.fromkeys(runs["images"])}
+    datasets = ablation.grid.datasets
+    order = [title for title, dataset in found.items() if dataset in datasets]
+    order += [dataset for dataset in datasets if dataset not in found.values()]
+    order += [title for title in found if title not in order]
+    parts = {images: runs[runs["images"] == images] for images in order}
+    return Comparison(
+        ablation,
+        criterion,
+        runs,
+        {images: _beside_paper(ablation, part) for images, part in parts.items()},
+        {images: _claims(ablation, part) for images, part in parts.items()},
+        image_notes(records),
+    )
+
+
+def _runs(ablation: Ablation, records: Sequence[Mapping[str, Any]], criterion: Criterion) -> pd.DataFrame:
+    groups, titles = group_records(records), image_titles(records)
     datasets = dict.fromkeys([*ablation.grid.datasets, *(str(r["dataset"]) for r in records)])
     lines = []
     for dataset in datasets:
         for experiment, label in ablation.labels.items():
-            config = ablation.config(dataset, experiment)
-            name = config.score.criterion if criterion == "own" else criterion
-            protocol = f"inductive/{'likelihood' if config.prior.kind == 'single' else name}"
+            config = ablation.grid.config(dataset, experiment, 0)
+            name = config.criterion if criterion == "own" else criterion
             for record in groups.get(training_key(config, seed=False), ()):
-                mean = record["other_protocols"].get(protocol, {})
+                mean = record["other_protocols"].get(f"inductive/{name}", {})
+                images, seed = titles[record["data"]["digest"]], record["seed"]
                 for metric in METRICS:
-                    lines.append(
-                        {
-                            "experiment": experiment,
-                            "row": label,
-                            "images": titles[record["data"]["digest"]],
-                            "data": record["data"]["digest"],
-                            "seed": record["seed"],
-                            "metric": metric,
-                            "value": percent(mean.get(metric)),
-                            "record": record["record"],
-                        }
-                    )
-    columns = ["experiment", "row", "images", "data", "seed", "metric", "value", "record"]
+                    value = percent(mean.get(metric))
+                    lines.append((experiment, label, images, seed, metric, value, record["record"]))
+    columns = ["experiment", "row", "images", "seed", "metric", "value", "record"]
     return pd.DataFrame(lines, columns=columns).astype({"value": float})
 
 
-def compare(ablation: Ablation, runs: pd.DataFrame, images: str) -> pd.DataFrame:
-    """Set the paper's rows beside the runs on one set of images.
-
-    Args:
-        ablation: The table's rows.
-        runs: What :func:`measure` gave.
-        images: The set's title.
-
-    Returns:
-        A line per row and metric: experiment, row, metric, paper, status, ours, half_width, difference (ours
-        minus the paper, on other images and features), seeds, records (names). Rows of the paper that name no
-        experiment come last.
-    """
-    printed = paper.read_table(ablation.table)
-    mine = runs[runs["images"] == images]
-    rows = dict(ablation.labels)
+def _beside_paper(ablation: Ablation, runs: pd.DataFrame) -> pd.DataFrame:
+    printed = read_table(ablation.table)
+    cells = {(line["row"], line["metric"]): line for line in printed.to_dict("records")}
     others = printed[printed["experiment"] == ""]["row"]
     lines = []
-    for experiment, row in [*rows.items(), *(("", row) for row in dict.fromkeys(others))]:
+    for experiment, row in [*ablation.labels.items(), *(("", row) for row in dict.fromkeys(others))]:
         for metric in METRICS:
-            there = printed[(printed["row"] == row) & (printed["metric"] == metric)]
-            value = float(there["value"].iloc[0]) if len(there) else np.nan
-            status = str(there["status"].iloc[0]) if len(there) else "unreadable"
-            own = mine[(mine["experiment"] == experiment) & (mine["metric"] == metric)]
+            cell = cells.get((row, metric), {"value": np.nan, "status": "unreadable"})
+            own = runs[(runs["experiment"] == experiment) & (runs["metric"] == metric)]
             by_seed = own.groupby("seed")["value"].mean()
+            ours = by_seed.mean() if len(by_seed) else np.nan
             lines.append(
                 {
                     "experiment": experiment,
                     "row": row,
                     "metric": metric,
-                    "paper": value,
-                    "status": status,
-                    "ours": by_seed.mean() if len(by_seed) else np.nan,
+                    "paper": float(cell["value"]),
+                    "status": str(cell["status"]),
+                    "ours": ours,
                     "half_width": half_width(by_seed),
-                    "difference": by_seed.mean() - value if len(by_seed) else np.nan,
+                    "difference": ours - float(cell["value"]),
                     "seeds": len(by_seed),
                     "records": list(own["record"]),
                 }
@@ -225,63 +249,42 @@ def compare(ablation: Ablation, runs: pd.DataFrame, images: str) -> pd.DataFrame
     return pd.DataFrame(lines)
 
 
-def judge(ablation: Ablation, runs: pd.DataFrame, images: str) -> pd.DataFrame:
-    """Hold each ordering that the paper claims in this table against the runs on one set of images.
-
-    The two rows are compared seed by seed, since runs of one seed share the order of the images and the
-    initial flow.
-
-    Returns:
-        A line per claim and metric: claim, metric, paper (points by which the better row leads there), ours
-        (mean over the seeds), half_width, seeds, agree (seeds of the claimed sign), verdict, source.
-    """
-    claims = paper.read_claims()
+def _claims(ablation: Ablation, runs: pd.DataFrame) -> pd.DataFrame:
+    """Compare the two rows of each claim seed by seed: these share the order of images and initial flow."""
+    claims = read_table("claims")
     claims = claims[claims["better"].str.startswith(ablation.table + "/")]
-    mine = runs[runs["images"] == images]
-    if len(mine):
+    measured = runs.dropna(subset=["value"])
+    if len(runs):
         # Images without masks have nothing to say of pixels.
-        claims = claims[claims["metric"].isin(mine.dropna(subset=["value"])["metric"])]
+        claims = claims[claims["metric"].isin(measured["metric"])]
     lines = []
     for claim in claims.to_dict("records"):
-        better, worse = (claim[side].split("/")[-1] for side in ("better", "worse"))
-        gain = paper.value_of(claim["better"], claim["metric"]) - paper.value_of(
-            claim["worse"], claim["metric"]
-        )
-        stated = claim["stated"] if np.isnan(gain) else gain
-        found = paired(runs, images, claim["metric"], better, worse)
+        metric, sides = claim["metric"], [claim["better"], claim["worse"]]
+        paper = value_of(sides[0], metric) - value_of(sides[1], metric)
+        better, worse = (side.split("/")[-1] for side in sides)
+        found = measured[measured["metric"] == metric]
+        by_seed = found.pivot_table(index="seed", columns="experiment", values="value")
+        by_seed = by_seed.reindex(columns=[better, worse])
+        leads = (by_seed[better] - by_seed[worse]).dropna()
         lines.append(
             {
                 "claim": f"{ablation.labels.get(better, better)} over {ablation.labels.get(worse, worse)}",
-                "metric": claim["metric"],
-                "paper": stated,
-                "ours": found.mean() if len(found) else np.nan,
-                "half_width": half_width(found),
-                "seeds": len(found),
-                "agree": int((found > 0).sum()),
-                "verdict": verdict(found),
+                "metric": metric,
+                # Where the table cannot be read, what a sentence says.
+                "paper": claim["stated"] if np.isnan(paper) else paper,
+                "ours": leads.mean() if len(leads) else np.nan,
+                "half_width": half_width(leads),
+                "seeds": len(leads),
+                "agree": int((leads > 0).sum()),
+                "verdict": verdict(leads),
                 "source": claim["source"],
             }
         )
     return pd.DataFrame(lines)
 
 
-def paired(runs: pd.DataFrame, images: str, metric: str, one: str, other: str) -> pd.Series:
-    """Subtract two rows seed by seed.
-
-    Returns:
-        Points by which ``one`` leads, by seed; only seeds that both rows have.
-    """
-    mine = runs[(runs["images"] == images) & (runs["metric"] == metric)].dropna(subset=["value"])
-    by_seed = mine.groupby(["experiment", "seed"])["value"].mean()
-    sides = [
-        by_seed[name] if name in by_seed.index.get_level_values(0) else pd.Series(dtype=float)
-        for name in (one, other)
-    ]
-    return (sides[0] - sides[1]).dropna()
-
-
 def verdict(differences: Sequence[float] | pd.Series) -> str:
-    """Say whether a claimed lead was seen.
+    """Tell whether a claimed lead was seen.
 
     Returns:
         "seen" or "opposite" if the 95 % interval over two or more seeds leaves out 0; "undecided" if it holds
@@ -302,7 +305,7 @@ def verdict(differences: Sequence[float] | pd.Series) -> str:
 
 
 def half_width(values: Sequence[float] | pd.Series | np.ndarray) -> float:
-    r"""Give half the 95 % interval of a mean, :math:`t_{0.975, n-1}\, s / \sqrt n`.
+    r"""Compute half the 95 % interval of a mean, :math:`t_{0.975, n-1}\, s / \sqrt n`.
 
     Args:
         values: One a seed; their scatter is taken as normal.
@@ -319,43 +322,9 @@ def half_width(values: Sequence[float] | pd.Series | np.ndarray) -> float:
     return float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
 
 
-def tally(judged: pd.DataFrame, images: str) -> str:
-    """Count the verdicts in one sentence."""
-    if (judged["verdict"] == "not measured").all():
-        return f"{images}: none of the {len(judged)} orderings was measured."
-    counts = judged["verdict"].value_counts()
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return f"{images}: of {len(judged)} orderings that the paper claims: {said}."
-
-
-def switches(ablation: Ablation) -> dict[str, str]:
-    """Tell what each row sets otherwise than the whole method."""
-    dataset = ablation.grid.datasets[0]
-    whole = _settings(ablation.config(dataset, ablation.reference))
-    rows = {}
-    for experiment, label in ablation.labels.items():
-        mine = _settings(ablation.config(dataset, experiment))
-        # One Gaussian for all classes has one loss; its weights play no part.
-        parts = [k for k in mine if not (mine["prior.kind"] == "single" and k.startswith("loss."))]
-        changed = [f"{key} = {_short(mine[key])}" for key in parts if mine[key] != whole[key]]
-        rows[label] = ", ".join(changed) or "the whole method"
-    return rows
-
-
-def beside_paper(ablation: Ablation) -> pd.DataFrame:
-    """List the settings in which the grid's runs differ from the paper's text: setting, paper, here."""
-    given = _settings(load_config(dataset="mvtec", experiment="paper"))
-    mine = {name: _settings(ablation.config(name, ablation.reference)) for name in ablation.grid.datasets}
-    lines = []
-    for key, value in given.items():
-        here = {name: found[key] for name, found in mine.items()}
-        if any(found != value for found in here.values()):
-            same = len(set(map(str, here.values()))) == 1
-            shown = (
-                str(next(iter(here.values()))) if same else ", ".join(f"{v} ({n})" for n, v in here.items())
-            )
-            lines.append({"setting": key, "the paper's text": str(value), "here": shown})
-    return pd.DataFrame(lines).set_index("setting")
+def percent(value: float | None) -> float:
+    """Turn a share into percent; NaN for None."""
+    return float("nan") if value is None else 100 * value
 
 
 def image_titles(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -365,34 +334,48 @@ def image_titles(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {d: f"{t} ({d[:8]})" if names.count(t) > 1 else t for d, t in titles.items()}
 
 
-def image_notes(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Tell of each set of images how it is split, and what its records note, by title."""
-    found = list(records)
-    titles = image_titles(found)
-    notes = {}
-    for record in found:
+def image_notes(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Tell of each set of images how it is split, or what its records note, by title."""
+    titles, notes = image_titles(records), {}
+    for record in records:
         counts, classes = record["counts"], len(record["data"]["classes"])
         text = (
             f"{classes} classes, {counts['train']} training images, tested on {counts['test_normal']} normal "
+            f"and {counts['test_anomalous']} anomalous ones"
         )
-        text += f"and {counts['test_anomalous']} anomalous ones"
         if record["dataset"] == "folder":
             text = str(record.get("note", "")).partition(":")[2].strip() or text
         notes[titles[record["data"]["digest"]]] = text
     return notes
 
 
-def sets_of_images(ablation: Ablation, runs: pd.DataFrame) -> list[str]:
-    """List the titles to show: the grid's datasets, run or not, then whatever else was run."""
-    found = list(dict.fromkeys(runs["images"]))
-    missing = [name for name in ablation.grid.datasets if not any(t.split(" (")[0] == name for t in found)]
-    first = [t for t in found if t.split(" (")[0] in ablation.grid.datasets]
-    return [*first, *missing, *(t for t in found if t not in first)]
+def show_switches(ablation: Ablation) -> Styler:
+    """Show what each row sets differently from the whole method."""
+    dataset = ablation.grid.datasets[0]
+    rows = {name: _settings(ablation.grid.config(dataset, name, 0)) for name in ablation.labels}
+    whole, facts = rows[ablation.reference], {}
+    for name, row in rows.items():
+        changed = [
+            f"{key} = {f'{value:g}' if isinstance(value, float) else value}"
+            for key, value in row.items()
+            # One Gaussian for all classes has one loss; its weights play no part.
+            if value != whole[key] and not (row["prior.kind"] == "single" and key.startswith("loss."))
+        ]
+        facts[ablation.labels[name]] = ", ".join(changed) or "the whole method"
+    return fact_table(facts)
 
 
-def percent(value: float | None) -> float:
-    """Turn a share into percent; NaN for None."""
-    return float("nan") if value is None else 100 * value
+def show_departures(ablation: Ablation) -> Styler:
+    """Show the settings in which the grid's runs differ from the paper's text: setting, paper, here."""
+    grid, lines = ablation.grid, {}
+    here = {name: _settings(grid.config(name, ablation.reference, 0)) for name in grid.datasets}
+    for key, value in _settings(load_config(dataset="mvtec", experiment="paper")).items():
+        if any(found[key] != value for found in here.values()):
+            texts = {name: str(found[key]) for name, found in here.items()}
+            one = len(set(texts.values())) == 1
+            text = ", ".join(set(texts.values()) if one else (f"{t} ({n})" for n, t in texts.items()))
+            lines[key] = {"the paper's text": str(value), "here": text}
+    return styled(pd.DataFrame.from_dict(lines, orient="index").rename_axis("setting"), name="settings")
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -406,11 +389,125 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def show_tables(comparison: Comparison) -> None:
+    """Show the paper's table beside ours for each set of images, its split in the first ones' captions."""
+    from IPython.display import display
+
+    own = comparison.criterion == "own"
+    for images in comparison.tables:
+        note = comparison.notes.get(images, "") if own else ""
+        display(comparison_table(comparison, images, note=note, name="compared" if own else "plain"))
 
 
-def _own_label(grid: Grid, experiment: str) -> str:
-    """Name a row that the paper's text does not let us read: by its lambda1 and lambda2."""
-    loss = grid.config(grid.datasets[0], experiment, 0).loss
-    return f"({loss.lambda1:g}, {loss.lambda2:g})"
+def comparison_table(
+    comparison: Comparison, images: str, *, note: str = "", name: str = "compared"
+) -> Styler:
+    """Set out paper | ours | difference | runs for one set of images, a row per row of the paper's table.
+
+    Args:
+        comparison: With a table of these images.
+        images: Their title.
+        note: What else the caption says, such as the split.
+        name: A short identifier, other for each kind of table of a page.
+
+    Returns:
+        A table for display; ``.data`` holds its texts.
+    """
+    compared = comparison.tables[images]
+    cells: dict[tuple[str, str], list[str]] = {}
+    for metric, part in compared.groupby("metric", sort=False):
+        if part["seeds"].sum() and part["ours"].isna().all():
+            continue  # a set without masks
+        head, rows = f"{METRIC_LABELS[str(metric)]} (%)", part.to_dict("records")
+        cells[head, "paper"] = [
+            str(row["status"]) if np.isnan(row["paper"]) else number_text(row["paper"]) for row in rows
+        ]
+        cells[head, "ours"] = [
+            number_text(row["ours"], row["half_width"]) if row["seeds"] else "not measured" for row in rows
+        ]
+        cells[head, "difference"] = [number_text(row["difference"], sign="+") for row in rows]
+    runs = compared.groupby("row", sort=False)["records"].first()
+    cells["", "runs"] = [records_cell(records) for records in runs]
+    table = pd.DataFrame(dict(enumerate(cells.values())), index=pd.Index(runs.index, name=None))
+    table.columns = pd.MultiIndex.from_tuples(list(cells))
+    caption = f"<b>{html.escape(images)}</b>" + (f". {html.escape(note)}" if note else "")
+    whole = comparison.ablation.labels[comparison.ablation.reference]
+    return styled(table, name=f"{name}-{images}", caption=caption, emphasise=[whole])
+
+
+def show_points(comparison: Comparison, *, columns: int = 3) -> Figure:
+    """Draw each run as a point, the mean over seeds with its interval, and the paper's number, row by row.
+
+    Args:
+        comparison: Sets of images without runs are left out, unless there is no other.
+        columns: Panels in a row.
+    """
+    tables, runs = comparison.tables, comparison.runs
+    shown = [title for title, part in tables.items() if part["seeds"].sum()] or [*tables][:1]
+    labels = list(comparison.ablation.labels.values())
+    figure, panels = panel_grid(len(shown), columns, 3.3, 1.1 + 0.42 * len(labels), sharey=True)
+    for ax, title in zip(panels, shown, strict=True):
+        for row in tables[title].sort_values("metric", kind="stable").to_dict("records"):
+            if row["row"] not in labels:
+                continue
+            color = _COLORS[row["metric"]]
+            y = labels.index(row["row"]) + (-0.16 if row["metric"] == "image_auroc" else 0.16)
+            own = runs[(runs["images"] == title) & (runs["metric"] == row["metric"])]
+            points = own[own["experiment"] == row["experiment"]]["value"]
+            ax.plot(points, np.full(len(points), y), "o", color=color, markersize=4, alpha=0.6)
+            if row["seeds"] > 1 and not np.isnan(row["ours"]):
+                ends = [row["ours"] - row["half_width"], row["ours"] + row["half_width"]]
+                ax.plot(ends, [y, y], "-", color=color, linewidth=1.2)
+                ax.plot(row["ours"], y, "|", color=color, markersize=9)
+            ax.plot(row["paper"], y, "D", color=color, markersize=5, fillstyle="none")
+        ax.set_title(title, loc="left")
+        ax.set_xlabel("AUROC (%)")
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.grid(axis="x", color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
+    marks = [
+        Line2D([], [], color=color, marker="o", linestyle="none", label=METRIC_LABELS[metric])
+        for metric, color in _COLORS.items()
+    ]
+    marks += [
+        Line2D([], [], color="0.3", marker="o", markersize=4, linestyle="none", alpha=0.6, label="one run"),
+        Line2D([], [], color="0.3", marker="|", markersize=9, linestyle="-", label="mean, 95 % interval"),
+        Line2D([], [], color="0.3", marker="D", fillstyle="none", linestyle="none", label="paper, MVTec AD"),
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=min(5, 2 * len(shown) + 1))
+    return figure
+
+
+def show_claims(comparison: Comparison) -> None:
+    """Show for each set of images the orderings that the paper claims, and what the runs say of them."""
+    from IPython.display import display
+
+    for images, claims in comparison.claims.items():
+        rows = claims.to_dict("records")
+        table = pd.DataFrame(
+            {
+                "AUROC": [str(row["metric"]).split("_")[0] for row in rows],
+                "paper": [number_text(row["paper"], sign="+") for row in rows],
+                "ours": [number_text(row["ours"], row["half_width"], sign="+") for row in rows],
+                "seeds": [f"{row['agree']} of {row['seeds']}" if row["seeds"] else "–" for row in rows],
+                "verdict": [str(row["verdict"]) for row in rows],
+            },
+            index=pd.Index([str(row["claim"]) for row in rows], name=None),
+        )
+        name = "claims" if comparison.criterion == "own" else "plain-claims"
+        caption = f"<b>{html.escape(images)}</b>, percentage points"
+        display(styled(table, name=f"{name}-{images}", caption=caption))
+
+
+def show_summary(*comparisons: Comparison) -> None:
+    """Print how many of the paper's orderings were seen on each set of images."""
+    for comparison in comparisons:
+        for images, claims in comparison.claims.items():
+            text = f"{_SCORED[comparison.criterion]}: {images}: "
+            counts = claims["verdict"].value_counts()
+            if set(counts.index) == {"not measured"}:
+                print(f"{text}none of the {len(claims)} orderings was measured.")
+            else:
+                said = ", ".join(f"{count} {name}" for name, count in counts.items())
+                print(f"{text}of {len(claims)} orderings that the paper claims: {said}.")

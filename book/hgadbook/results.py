@@ -6,43 +6,27 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
-from hgadbook.ablations import (
-    half_width,
-    image_titles,
-    judge,
-    load_ablation,
-    measure,
-    percent,
-    sets_of_images,
-)
+from hgadbook.ablations import Criterion, compare, half_width, image_titles, load_ablation, percent
+from hgadbook.paper import number_text
 from hgadlib.config import config_from_dict
+from hgadlib.figures.tables import styled
 
 # Experiments that are whole methods; the others are rows of an ablation.
 _METHODS = (
-    "hgad",
-    "sec32_hgad",
-    "tab3a_full",
-    "tab3a_sgc",
-    "sec32_single",
-    "sec32_single_whiten",
-    "sec32_fastflow",
-    "paper",
-    "released",
-)
+    "hgad", "sec32_hgad", "tab3a_full", "tab3a_sgc", "sec32_single", "sec32_single_whiten", "sec32_fastflow",
+    "paper", "released",
+)  # fmt: skip
+# Settings in which methods may differ and still be compared: beside these, the sections prior and loss.
+_OWN_SETTINGS = (
+    ("flow", "kind"), ("flow", "hidden_ratio"), ("train", "first_stage"), ("train", "evaluate_every"),
+    ("train", "entropy_in_first_stage"), ("score", "criterion"), ("score", "normalisation"),
+)  # fmt: skip
 _COLUMNS = [
-    "images",
-    "settings",
-    "method",
-    "seed",
-    "class",
-    "image_auroc",
-    "pixel_auroc",
-    "criterion",
-    "record",
-]
+    "images", "settings", "method", "seed", "class", "image_auroc", "pixel_auroc", "criterion", "record",
+]  # fmt: skip
 
 
 def method_runs(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -56,28 +40,26 @@ def method_runs(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         is none), criterion (of the record's headline), record.
     """
     found = [record for record in records if record["experiment"] in _METHODS]
-    titles = image_titles(found)
-    names = _setting_names(found)
-    lines = []
-    for record in found:
-        for name, values in {**record["per_class"], "mean": record["mean"]}.items():
-            lines.append(
-                {
-                    "images": titles[record["data"]["digest"]],
-                    "settings": names[_shared(record)],
-                    "method": method_name(record),
-                    "seed": record["seed"],
-                    "class": name,
-                    "image_auroc": percent(values["image_auroc"]),
-                    "pixel_auroc": percent(values["pixel_auroc"]),
-                    "criterion": record["protocol"]["criterion"],
-                    "record": record["record"],
-                }
-            )
-    return pd.DataFrame(lines, columns=_COLUMNS).astype({"image_auroc": float, "pixel_auroc": float})
+    titles, settings = image_titles(found), _settings(found)
+    lines = [
+        {
+            "images": titles[record["data"]["digest"]],
+            "settings": shared,
+            "method": _method(record),
+            "seed": record["seed"],
+            "class": name,
+            "image_auroc": percent(values["image_auroc"]),
+            "pixel_auroc": percent(values["pixel_auroc"]),
+            "criterion": record["protocol"]["criterion"],
+            "record": record["record"],
+        }
+        for record, shared in zip(found, settings, strict=True)
+        for name, values in {**record["per_class"], "mean": record["mean"]}.items()
+    ]
+    return pd.DataFrame(lines, columns=_COLUMNS)
 
 
-def method_name(record: Mapping[str, Any]) -> str:
+def _method(record: Mapping[str, Any]) -> str:
     """Name a run's method by what it trained."""
     config = config_from_dict(record["config"])
     if config.prior.kind == "single":
@@ -86,106 +68,103 @@ def method_name(record: Mapping[str, Any]) -> str:
     return f"HGAD, lambda2 = {config.loss.lambda2:g}"
 
 
-def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+def _settings(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name what runs share by what a reader asks first; numbered where that is not enough."""
+    found: dict[str, dict[str, str]] = {}  # by name, then by all that is shared
+    names = []
+    for record in records:
+        config = config_from_dict(record["config"])
+        sizes = config.features.pyramid or (config.data.image_size,)
+        name = f"{' + '.join(map(str, sizes))} px, {config.flow.layers} layers, {config.train.epochs} epochs"
+        if config.flow.normalise != "whiten":
+            name += f", features {config.flow.normalise}"
+        values = config.identity()
+        for key in ("dataset", "experiment", "seed", "prior", "loss"):
+            del values[key]
+        for section, key in _OWN_SETTINGS:
+            del values[section][key]
+        same = found.setdefault(name, {})
+        number = f" [{len(same) + 1}]" if same else ""
+        names.append(same.setdefault(json.dumps(values, sort_keys=True), name + number))
+    return names
+
+
+def mean_over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """Average over seeds.
 
     Args:
         runs: Lines of :func:`method_runs`.
 
     Returns:
-        A line per images, settings, method and class, in order of appearance: texts "image" and "pixel"
-        (percent, ± half the 95 % interval over the seeds), the criterion and the records.
+        A line per images, settings, method and class, in order of appearance: texts "image_auroc" and
+        "pixel_auroc" (percent, ± half the 95 % interval over the seeds), the criterion and the records.
     """
     keys = ["images", "settings", "method", "class"]
     lines = []
     for names, part in runs.groupby(keys, sort=False):
         line = dict(zip(keys, names, strict=True))
         for metric in ("image_auroc", "pixel_auroc"):
-            line[metric] = _text(part.groupby("seed")[metric].mean())
+            by_seed = part.groupby("seed")[metric].mean()
+            line[metric] = number_text(by_seed.mean(), half_width(by_seed))
         lines.append(line | {"criterion": part["criterion"].iloc[0], "records": list(part["record"])})
     return pd.DataFrame(lines, columns=[*keys, "image_auroc", "pixel_auroc", "criterion", "records"])
 
 
-def leads(runs: pd.DataFrame, metric: str = "image_auroc") -> pd.DataFrame:
-    """Subtract the single Gaussian from HGAD seed by seed, for the means over the classes.
+def leads(runs: pd.DataFrame) -> pd.DataFrame:
+    """Subtract the single Gaussian's image AUROC from HGAD's seed by seed, for the means over the classes.
 
     Returns:
-        A line per images, settings and HGAD method that has a partner: difference by seed (a list).
+        A line per images, settings and HGAD method that has a partner: differences by seed (a list).
     """
     lines = []
     means = runs[runs["class"] == "mean"]
     for (images, settings), part in means.groupby(["images", "settings"], sort=False):
-        by = part.groupby(["method", "seed"])[metric].mean().unstack("seed")
-        for method in by.index:
-            if method.startswith("HGAD") and "single Gaussian" in by.index:
-                difference = (by.loc[method] - by.loc["single Gaussian"]).dropna()
-                lines.append(
-                    {
-                        "images": images,
-                        "settings": settings,
-                        "method": method,
-                        "differences": list(difference),
-                    }
-                )
+        by = part.pivot_table(index="seed", columns="method", values="image_auroc")
+        for method in by.columns:
+            if method.startswith("HGAD") and "single Gaussian" in by:
+                differences = list((by[method] - by["single Gaussian"]).dropna())
+                lines.append((images, settings, method, differences))
     return pd.DataFrame(lines, columns=["images", "settings", "method", "differences"])
 
 
-def findings(
-    records: Sequence[Mapping[str, Any]], *, criterion: str = "own", grid: str = "ablations"
+def all_claims(
+    records: Sequence[Mapping[str, Any]], *, criterion: Criterion = "own", grid: str = "ablations"
 ) -> pd.DataFrame:
     """Hold every ordering that the paper claims in Tab. 3a to 3e against the ledger, on every set of images.
 
     Args:
         records: The ledger's.
-        criterion: As in :func:`hgadbook.ablations.measure`. By another than "own" Tab. 3c, which is about
-            the criterion, is left out.
+        criterion: By the likelihood, Tab. 3c is left out, which is about the criterion.
         grid: A file of params/grids.
 
     Returns:
-        Lines of :func:`hgadbook.ablations.judge` behind two columns, table and images.
+        The lines of :attr:`hgadbook.ablations.Comparison.claims` behind two columns, table and images.
     """
-    parts = []
+    parts: dict[tuple[str, str], pd.DataFrame] = {}
     for letter in "abcde" if criterion == "own" else "abde":
-        ablation = load_ablation(f"table3{letter}", grid)
-        runs = measure(ablation, records, criterion=criterion)
-        for images in sets_of_images(ablation, runs):
-            judged = judge(ablation, runs, images)
-            judged.insert(0, "images", images)
-            judged.insert(0, "table", f"3{letter}")
-            parts.append(judged)
-    return pd.concat(parts, ignore_index=True)
+        compared = compare(load_ablation(f"table3{letter}", grid), records, criterion=criterion)
+        parts |= {(f"3{letter}", images): claims for images, claims in compared.claims.items()}
+    return pd.concat(parts, names=["table", "images"]).reset_index(["table", "images"]).reset_index(drop=True)
 
 
-def _text(values: pd.Series) -> str:
-    if values.isna().all():
-        return "–"
-    width = half_width(values)
-    return f"{values.mean():.1f}" if np.isnan(width) else f"{values.mean():.1f} ± {width:.1f}"
+def claims_table(claims: pd.DataFrame, *, caption: str, name: str) -> Styler:
+    """Set out every ordering that the paper claims of image AUROC, with what each set of images says of it.
 
+    Args:
+        claims: Of :func:`all_claims`.
+        caption: Above the table.
+        name: A short identifier, other for each table of a page.
 
-def _shared(record: Mapping[str, Any]) -> str:
-    """Give a text that is equal for runs that differ in prior, losses, kind of flow and seed alone."""
-    values = config_from_dict(record["config"]).identity()
-    for key in ("dataset", "experiment", "seed", "prior", "loss"):
-        del values[key]
-    for section, key in (
-        ("flow", "kind"), ("flow", "hidden_ratio"), ("train", "first_stage"), ("train", "evaluate_every"),
-        ("train", "entropy_in_first_stage"), ("score", "criterion"), ("score", "normalisation"),
-    ):  # fmt: skip
-        del values[section][key]
-    return json.dumps(values, sort_keys=True)
-
-
-def _setting_names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Name groups of settings by what a reader asks first; numbered where that is not enough."""
-    names: dict[str, str] = {}
-    for record in records:
-        key, config = _shared(record), config_from_dict(record["config"])
-        sizes = config.features.pyramid or (config.data.image_size,)
-        name = f"{' + '.join(map(str, sizes))} px, {config.flow.layers} layers, {config.train.epochs} epochs"
-        if config.flow.normalise != "whiten":
-            name += f", features {config.flow.normalise}"
-        if key not in names:
-            same = sum(found.split(" [")[0] == name and other != key for other, found in names.items())
-            names[key] = f"{name} [{same + 1}]" if same else name
-    return names
+    Returns:
+        A table for display, percentage points; ``.data`` holds its texts.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for line in claims[claims["metric"] == "image_auroc"].to_dict("records"):
+        paper = {"paper": number_text(line["paper"], sign="+")}
+        row = rows.setdefault(f"{line['table']}: {line['claim']}", paper)
+        # Of one run, the sign says all that there is to say.
+        word = "one run" if line["seeds"] == 1 else line["verdict"]
+        value = f"{number_text(line['ours'], line['half_width'], sign='+')}, {word}"
+        row[line["images"]] = value if line["seeds"] else "not measured"
+    table = pd.DataFrame.from_dict(rows, orient="index").fillna("not measured")
+    return styled(table, name=name, caption=caption)
