@@ -14,9 +14,8 @@ import yaml
 from harness import emit, environment
 
 from hgadlib.config import load_config, project_dir
-from hgadlib.evaluation.evaluate import level_values
-from hgadlib.runs.experiment import build_model, evaluate_protocol, headline
-from hgadlib.runs.inputs import class_masks, prepare
+from hgadlib.runs.experiment import build_model, evaluate_model
+from hgadlib.runs.inputs import prepare
 from hgadlib.training import fit
 
 NAME = "float16"
@@ -35,9 +34,7 @@ def run(args: argparse.Namespace, seed: int, dtype: str) -> dict[str, float | No
         model, inputs.train, inputs.train_classes, train=config.train, loss=config.loss, seed=seed,
         progress=False,
     )  # fmt: skip
-    values = level_values(model, inputs.test, inputs.test_classes)
-    protocol = headline(config)
-    return evaluate_protocol(config, inputs, model, values, class_masks(config, inputs), protocol).mean
+    return evaluate_model(config, inputs, model, all_protocols=False).evaluation.mean
 
 
 def main() -> None:

@@ -19,9 +19,8 @@ import torch
 from harness import emit, environment, interleave, peak_memory, speedup
 from peer import PublishedBackbone, PublishedFlow, image_batches, predict
 
-from hgadlib.evaluation.predict import predict_batches
 from hgadlib.features.backbone import flatten_maps
-from hgadlib.runs.experiment import build_model
+from hgadlib.runs.experiment import build_model, predict_files
 from hgadlib.runs.inputs import Inputs
 from hgadlib.scoring import anomaly_maps
 from hgadlib.training import calibrate
@@ -59,7 +58,7 @@ class Bench:
         parts = [
             part
             for start in range(0, len(self.records), size)
-            for part in predict_batches(
+            for part in predict_files(
                 self.config, self.inputs, self.model, self.records[start : start + size]
             )
         ]

@@ -39,7 +39,7 @@ from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, class_
 from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_config
-from hgadlib.runs.experiment import finish_run, headline, train_model
+from hgadlib.runs.experiment import finish_run, train_model
 from hgadlib.runs.inputs import Inputs, image_name, prepare
 from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores
 
@@ -487,7 +487,7 @@ class Explorer:
     def images(self, class_name: str) -> list[tuple[str, int]]:
         """List a class's test images: name and index, the highest score under the run's criterion first."""
         members = self._members(class_name)
-        order = np.argsort(-self.class_scores(class_name, headline(self.config).criterion), kind="stable")
+        order = np.argsort(-self.class_scores(class_name, self.config.criterion), kind="stable")
         test = self.inputs.dataset.test
         return [(f"{test[i].defect_type}/{test[i].path.name}", int(i)) for i in members[order]]
 
@@ -497,7 +497,7 @@ class Explorer:
 
     def first(self) -> State:
         """Give the state to begin with: the run's criterion, the first class's most anomalous image."""
-        name, criterion = self.classes[0], headline(self.config).criterion
+        name, criterion = self.classes[0], self.config.criterion
         index = self.images(name)[0][1]
         return State(name, index, criterion, self.threshold(name, criterion), self.projections[0])
 

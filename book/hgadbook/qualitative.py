@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from hgadlib.config import Config
 from hgadlib.errors import InputError
 from hgadlib.figures.maps import outline_mask
-from hgadlib.runs.gallery import gallery_of
+from hgadlib.runs.gallery import gallery
 from hgadlib.runs.inputs import Inputs
 from hgadlib.runs.record import Result
 
@@ -221,7 +221,7 @@ def compare_maps(
     Returns:
         What the figure needs, of these images alone.
     """
-    drawn = {name: gallery_of(config, inputs, result, chosen) for name, (config, result) in models.items()}
+    drawn = {name: gallery(config, inputs, result, chosen) for name, (config, result) in models.items()}
     config, result = next(iter(models.values()))
     own = next(iter(drawn.values()))
     maps = {name: found["maps"] for name, found in drawn.items()}
@@ -231,7 +231,7 @@ def compare_maps(
         "maps": maps,
         # The score in a title is one model's.
         "titles": [title.partition("\n")[0].replace(", ", "\n") for title in own["titles"]],
-        "normal": None if normal is None else gallery_of(config, inputs, result, normal)["images"],
+        "normal": None if normal is None else gallery(config, inputs, result, normal)["images"],
         "limits": {
             name: (limits or {}).get(name, (float(found.min()), float(found.max())))
             for name, found in maps.items()

@@ -31,7 +31,7 @@ class Protocol:
 
     @property
     def name(self) -> str:
-        """Say it in one word, as records hold it."""
+        """Its name in records: "inductive/likelihood", say."""
         return f"{self.normalisation}/{self.criterion}"
 
 
@@ -54,12 +54,12 @@ class Evaluation:
     constants: dict[str, Normalisation]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the metrics as metrics.json holds them."""
+        """Return the metrics as metrics.json holds them."""
         return {"mean": self.mean, "per_class": self.per_class}
 
 
 def level_values(model: HGAD, features: Features, class_idx: np.ndarray) -> LevelValues:
-    """Run all images through the flows; what stays is small: two numbers a position, on the host."""
+    """Compute all images' level values: two numbers a position, kept on the host."""
     labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
     parts = []
     for index, batch in features.batches(torch.arange(len(labels)).split(_BATCH), model.device):
@@ -73,7 +73,7 @@ def level_values(model: HGAD, features: Features, class_idx: np.ndarray) -> Leve
 def class_normalisation(
     model: HGAD, values: LevelValues, k: int, normalisation: str, map_size: int
 ) -> Normalisation:
-    """Give the constants for one class: stored ones, or those of its test images."""
+    """Look up the stored constants of one class, or take those of its test images."""
     if normalisation == "transductive":
         return transductive(values, map_size)
     stored = model.normalisation(torch.tensor([k], device=model.device))
@@ -109,7 +109,6 @@ def evaluate(
     score: ScoreConfig,
     protocol: Protocol,
     labelled: np.ndarray | None = None,
-    fpr_limit: float = 0.3,
 ) -> Evaluation:
     """Compute every metric of a test set under one protocol.
 
@@ -124,7 +123,6 @@ def evaluate(
         protocol: Normalisation and criterion.
         labelled: False where nobody said whether an image is anomalous, (N,); it gets a score, but counts
             in no metric. None where all are labelled.
-        fpr_limit: Of AUPRO.
 
     Returns:
         Metrics and image scores.
@@ -144,7 +142,7 @@ def evaluate(
         mine = values[torch.from_numpy(members)]
         constants[name] = class_normalisation(model, mine, k, protocol.normalisation, score.map_size)
         truth = masks.get(k) if masks is not None else None
-        pixels = PixelMetrics(fpr_limit=fpr_limit)
+        pixels = PixelMetrics()
         for index, maps in map_batches(mine, constants[name], score, protocol.criterion):
             scores[members[index]] = image_scores(maps).numpy()
             if truth is not None:

@@ -1,16 +1,128 @@
-"""How much of two distributions lies in common, for histograms of normal and anomalous log-likelihoods."""
+"""Normal against anomalous log-likelihoods: histograms of positions, and how much two of them share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from torch import Tensor
 
 from hgadlib.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BINS = 120
+
+Histograms = dict[str, tuple[np.ndarray, np.ndarray]]
+"""(edges, counts) by class name."""
+
+
+def anomalous_positions(
+    class_idx: np.ndarray, labels: np.ndarray, masks: Mapping[int, np.ndarray], grid: Sequence[int]
+) -> Tensor:
+    """Mark the anomalous positions: those whose cell the mask touches; without masks, all of the image.
+
+    Args:
+        class_idx: (N,).
+        labels: True where an image is known to be anomalous, (N,) bool.
+        masks: By class index, those of the class's images in their order, (n_k, S, S) bool.
+        grid: (H, W) of the level.
+
+    Returns:
+        (N, H, W) bool.
+    """
+    # Torch takes seconds to import, and the ledger has histograms alone.
+    import torch
+    import torch.nn.functional as F
+
+    touched = torch.from_numpy(labels)[:, None, None].expand(-1, *grid).clone()
+    for k, own in masks.items():
+        pooled = F.adaptive_max_pool2d(torch.from_numpy(own)[:, None].float(), (grid[0], grid[1]))
+        touched[torch.from_numpy(class_idx == k)] &= pooled[:, 0].bool()
+    return touched
+
+
+def _groups(
+    log_prob: Sequence[Tensor],
+    class_idx: np.ndarray,
+    labels: np.ndarray,
+    labelled: np.ndarray,
+    masks: Mapping[int, np.ndarray],
+    n_classes: int,
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield level, class, and the log-likelihoods of its normal and of its anomalous positions."""
+    for level, values in enumerate(log_prob):
+        touched = anomalous_positions(class_idx, labels & labelled, masks, values.shape[1:])
+        for k in range(n_classes):
+            members = np.flatnonzero((class_idx == k) & labelled)
+            own, where = values[members], touched[members]
+            yield level, k, own[~where], own[where]
+
+
+def log_likelihood_counts(
+    log_prob: Sequence[Tensor],
+    class_idx: np.ndarray,
+    labels: np.ndarray,
+    labelled: np.ndarray,
+    masks: Mapping[int, np.ndarray],
+    n_classes: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Histogram the positions' log-likelihoods, normal against anomalous.
+
+    Args:
+        log_prob: One (N, H, W) a level.
+        class_idx: (N,).
+        labels: True where an image is anomalous, (N,) bool.
+        labelled: False where nobody said, (N,) bool; such an image counts in neither histogram.
+        masks: As :func:`anomalous_positions` takes them.
+        n_classes: K.
+
+    Returns:
+        Bin edges per level, (L, bins + 1), and counts, (K, L, 2, bins).
+    """
+    edges = np.zeros((len(log_prob), _BINS + 1))
+    lows = []
+    for level, values in enumerate(log_prob):
+        # Few positions fall far below the rest; they go into the first bin.
+        lows.append(float(np.quantile(values.numpy(), 0.001).astype(np.float32)))
+        edges[level] = np.linspace(lows[level], max(float(values.max()), lows[level] + 1e-6), _BINS + 1)
+    counts = np.zeros((n_classes, len(log_prob), 2, _BINS), np.int64)
+    for level, k, *groups in _groups(log_prob, class_idx, labels, labelled, masks, n_classes):
+        for state, found in enumerate(groups):
+            counts[k, level, state] = np.histogram(found.clamp_min(lows[level]).numpy(), edges[level])[0]
+    return edges, counts
+
+
+def likelihood_columns(
+    log_prob: Sequence[Tensor],
+    class_idx: np.ndarray,
+    labels: np.ndarray,
+    labelled: np.ndarray,
+    masks: Mapping[int, np.ndarray],
+    n_classes: int,
+) -> dict[str, float]:
+    """Sum up normal and anomalous log-likelihoods in a few numbers, means over classes and levels.
+
+    Args are those of :func:`log_likelihood_counts`.
+
+    Returns:
+        ``test_overlap``, the share that the two histograms of a class have in common, and the mean
+        log-likelihoods ``test_log_prob_normal`` and ``test_log_prob_anomalous``, as the scores have them
+        (nats, or nats per dimension); without classes that have both kinds, none of them.
+
+    Source: paper Fig. 2.
+    """
+    args = (log_prob, class_idx, labels, labelled, masks, n_classes)
+    _, counts = log_likelihood_counts(*args)
+    found = [
+        (overlap, float(normal.double().mean()), float(anomalous.double().mean()))
+        for level, k, normal, anomalous in _groups(*args)
+        if (overlap := histogram_overlap(*counts[k, level])) is not None
+    ]
+    names = ("test_overlap", "test_log_prob_normal", "test_log_prob_anomalous")
+    return {name: float(np.mean(of)) for name, of in zip(names, zip(*found, strict=True), strict=False)}
 
 
 def histogram_overlap(a: ArrayLike, b: ArrayLike) -> float | None:
@@ -39,22 +151,23 @@ def histogram_overlap(a: ArrayLike, b: ArrayLike) -> float | None:
     return float(np.minimum(a / a.sum(), b / b.sum()).sum())
 
 
-def anomalous_positions(
-    class_idx: np.ndarray, labels: np.ndarray, masks: Mapping[int, np.ndarray], grid: Sequence[int]
-) -> Tensor:
-    """Mark the anomalous positions: those whose cell the mask touches; without masks, all of the image.
+def class_overlaps(scores: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """Compute the overlap of each class on every level from the arrays of a run's scores.npz."""
+    counts = scores["log_likelihood_counts"]
+    return {
+        str(name): [histogram_overlap(*pair) for pair in counts[k]]
+        for k, name in enumerate(scores["classes"])
+    }
+
+
+def stored_histograms(scores: Mapping[str, np.ndarray], level: int = -1) -> tuple[Histograms, Histograms]:
+    """Take one level's histograms, of normal and of anomalous positions, out of a run's scores.npz.
 
     Args:
-        class_idx: (N,).
-        labels: True where an image is known to be anomalous, (N,) bool.
-        masks: By class index, those of the class's images in their order, (n_k, S, S) bool.
-        grid: (H, W) of the level.
-
-    Returns:
-        (N, H, W) bool.
+        scores: Its arrays.
+        level: Which level; the deepest by default.
     """
-    touched = torch.from_numpy(labels)[:, None, None].expand(-1, *grid).clone()
-    for k, own in masks.items():
-        pooled = F.adaptive_max_pool2d(torch.from_numpy(own)[:, None].float(), (grid[0], grid[1]))
-        touched[torch.from_numpy(class_idx == k)] &= pooled[:, 0].bool()
-    return touched
+    edges, counts = scores["log_likelihood_edges"][level], scores["log_likelihood_counts"][:, level]
+    names = [str(name) for name in scores["classes"]]
+    normal, anomalous = ({n: (edges, counts[k, s]) for k, n in enumerate(names)} for s in (0, 1))
+    return normal, anomalous

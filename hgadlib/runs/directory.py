@@ -39,7 +39,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def read_history(path: Path) -> pd.DataFrame:
     """Read a run's history.csv, a row per epoch; an InputError if there is none."""
-    return pd.read_csv(_existing(path, "history.csv", "train first"))
+    file = _existing(path, "history.csv", "train first")
+    return pd.read_csv(file, float_precision="round_trip")  # it is completed and written again
 
 
 def read_coupling(path: Path) -> pd.DataFrame:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import time
 import typing
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 
 from hgadlib.config import Config
+from hgadlib.datasets.images import load_images
+from hgadlib.datasets.records import ImageRecord
 from hgadlib.distributed import ALONE, Group
 from hgadlib.evaluation.evaluate import Evaluation, Protocol, evaluate, level_values
-from hgadlib.evaluation.predict import prediction_rate
+from hgadlib.evaluation.likelihoods import likelihood_columns
+from hgadlib.evaluation.predict import predict_batches
 from hgadlib.features.store import spread_sample
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
 from hgadlib.runs.gallery import gallery, write_maps
 from hgadlib.runs.inputs import Inputs, class_masks
-from hgadlib.runs.record import Result, likelihood_columns, metrics_record, scores_record
-from hgadlib.scoring import LevelValues
+from hgadlib.runs.record import Result, metrics_record, scores_record
 from hgadlib.training import calibrate, fit
 
 # Images of each class that moments and means are taken from, and images held at a time.
@@ -29,7 +31,7 @@ _SAMPLE, _BATCH = 64, 32
 
 
 def build_model(config: Config, inputs: Inputs) -> HGAD:
-    """Make the model for these inputs: seeded, on their device, initialised from training features."""
+    """Build the model for these inputs: seeded, on their device, initialised from training features."""
     torch.manual_seed(config.seed)
     model = HGAD(
         inputs.dataset.classes,
@@ -97,25 +99,23 @@ def train_model(
     model = build_model(config, inputs)
     if group.is_main:
         run.write_environment(inputs.device, processes=group.size)
-    every = config.train.evaluate_every
-    masks = class_masks(config, inputs) if every else {}
+    every, last = config.train.evaluate_every, config.train.epochs
+    if every and group.is_main:
+        class_masks(config, inputs)  # a bad one ends the run now and not after some epochs
 
-    def test(epoch: int, current: HGAD) -> dict[str, float]:
-        if not every or (epoch % every and epoch != config.train.epochs):
+    def look(epoch: int, current: HGAD) -> dict[str, float]:
+        if not every or (epoch % every and epoch != last):
             return {}
-        calibrate(current, inputs.train, inputs.train_classes)
-        values = level_values(current, inputs.test, inputs.test_classes)
-        mean = evaluate_protocol(config, inputs, current, values, masks, headline(config)).mean
         if observer is not None:
             observer.measure(epoch, current)
-        found = {f"test_{name}": mean[name] for name in ("image_auroc", "pixel_auroc")}
-        return {name: value for name, value in found.items() if value is not None} | likelihood_columns(
-            inputs, values, masks
-        )
+        if epoch == last:
+            return {}  # finish_run evaluates the trained model
+        calibrate(current, inputs.train, inputs.train_classes)
+        return history_columns(config, inputs, evaluate_model(config, inputs, current, all_protocols=False))
 
     def write(history: pd.DataFrame) -> None:
         run.write_history(history)
-        if observer is not None:
+        if observer is not None and every:
             observer.write(int(history["epoch"].iloc[-1]))
 
     fit(
@@ -126,7 +126,7 @@ def train_model(
         loss=config.loss,
         seed=config.seed,
         checkpoint=run.checkpoint,
-        on_epoch=test,
+        on_epoch=look,
         on_history=write,
         progress=progress,
         group=group,
@@ -136,65 +136,35 @@ def train_model(
     return model
 
 
-def headline(config: Config) -> Protocol:
-    """Give the protocol whose figures stand first in the record."""
-    # One Gaussian for all classes knows no entropy over them.
-    criterion = "likelihood" if config.prior.kind == "single" else config.score.criterion
-    return Protocol(config.score.normalisation, criterion)
+def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols: bool = True) -> Result:
+    """Evaluate a calibrated model on the test set; nothing is written.
 
-
-def evaluate_protocol(
-    config: Config,
-    inputs: Inputs,
-    model: HGAD,
-    values: LevelValues,
-    masks: dict[int, np.ndarray] | None,
-    protocol: Protocol,
-) -> Evaluation:
-    """Evaluate the run's test set under one protocol."""
-    return evaluate(
-        model,
-        values,
-        inputs.test_classes,
-        inputs.test_labels,
-        masks,
-        score=config.score,
-        protocol=protocol,
-        labelled=inputs.test_labelled,
-    )
-
-
-def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:
-    """Evaluate the test set under every protocol and complete the run's record.
-
-    A record that is whole is read, not made again; level values and maps are computed for the figures.
+    Args:
+        config: Of the run.
+        inputs: Of the run.
+        model: Trained and calibrated.
+        all_protocols: Under every protocol, not only the one whose figures stand first.
     """
-    run.start(inputs.identity())
     started = time.perf_counter()
     values = level_values(model, inputs.test, inputs.test_classes)
     masks = class_masks(config, inputs)
-    first = headline(config)
-    evaluation = evaluate_protocol(config, inputs, model, values, masks, first)
-    evaluate_s = time.perf_counter() - started
-    if run.complete:
-        return Result(read_metrics(run.path), values, evaluation)
-    others = {first.name: evaluation}
-    for protocol in protocols(model):
-        if protocol.name not in others:
-            others[protocol.name] = evaluate_protocol(config, inputs, model, values, masks, protocol)
-    metrics: dict[str, Any] = metrics_record(
-        config,
-        inputs,
-        evaluation,
-        others,
-        read_history(run.path),
-        evaluate_s=evaluate_s,
-        predict_images_per_s=prediction_rate(config, inputs, model),
-    )
-    result = Result(metrics, values, evaluation)
-    run.write_arrays("scores", scores_record(inputs, values, evaluation, masks))
-    write_maps(run.path / "maps", gallery(config, inputs, result))
-    return Result(run.finish(metrics), values, evaluation)
+
+    def under(protocol: Protocol) -> Evaluation:
+        return evaluate(
+            model,
+            values,
+            inputs.test_classes,
+            inputs.test_labels,
+            masks,
+            score=config.score,
+            protocol=protocol,
+            labelled=inputs.test_labelled,
+        )
+
+    headline = under(Protocol(config.score.normalisation, config.criterion))
+    seconds = time.perf_counter() - started
+    rest = [under(p) for p in protocols(model) if all_protocols and p != headline.protocol]
+    return Result(values, headline, {e.protocol.name: e for e in (headline, *rest)}, seconds)
 
 
 def protocols(model: HGAD) -> list[Protocol]:
@@ -206,3 +176,64 @@ def protocols(model: HGAD) -> list[Protocol]:
         for normalisation in ("inductive", "transductive")
         for criterion in ("likelihood", "entropy", "both")
     ]
+
+
+def history_columns(config: Config, inputs: Inputs, result: Result) -> dict[str, float]:
+    """Compose what history.csv says of the test set: AUROCs that have a meaning, and log-likelihoods."""
+    mean = result.evaluation.mean
+    found = {f"test_{name}": mean[name] for name in ("image_auroc", "pixel_auroc")}
+    return {name: value for name, value in found.items() if value is not None} | likelihood_columns(
+        result.values.log_prob,
+        inputs.test_classes,
+        inputs.test_labels,
+        inputs.test_labelled,
+        class_masks(config, inputs),
+        len(inputs.dataset.classes),
+    )
+
+
+def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:
+    """Evaluate the trained model and complete the run's record; a whole record is read, not made again."""
+    run.start(inputs.identity())
+    result = evaluate_model(config, inputs, model, all_protocols=not run.complete)
+    if run.complete:
+        return replace(result, metrics=read_metrics(run.path))
+    history = read_history(run.path)
+    if config.train.evaluate_every:  # training looked at the test set before the last epoch
+        for name, value in history_columns(config, inputs, result).items():
+            history.loc[history.index[-1], name] = value
+        run.write_history(history)
+    rate = prediction_rate(config, inputs, model)
+    run.write_arrays("scores", scores_record(config, inputs, result))
+    write_maps(run.path / "maps", gallery(config, inputs, result))
+    metrics = metrics_record(config, inputs, result, history, predict_images_per_s=rate)
+    return replace(result, metrics=run.finish(metrics))
+
+
+def predict_files(
+    config: Config, inputs: Inputs, model: HGAD, records: Sequence[ImageRecord]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Score images of known class from their files, by the run's settings: see :func:`predict_batches`."""
+    images = load_images(
+        [record.path for record in records],
+        size=config.data.image_size,
+        resize=config.data.resize,
+        mean=inputs.backbone.mean,
+        std=inputs.backbone.std,
+        batch_size=config.features.batch_size,
+        num_workers=config.data.num_workers,
+    )
+    class_idx, dtype = inputs.dataset.class_idx(records), config.features.dtype
+    return predict_batches(inputs.backbone, model, images, class_idx, score=config.score, dtype=dtype)
+
+
+def prediction_rate(config: Config, inputs: Inputs, model: HGAD, *, images: int = 64) -> float:
+    """Measure images per second from file to map, on some test images after a warm-up batch."""
+    # Spread over the test set: image files of different classes differ in size.
+    records = inputs.dataset.test[:: max(1, len(inputs.dataset.test) // images)][:images]
+    for _ in predict_files(config, inputs, model, records[: config.features.batch_size]):
+        pass
+    started = time.perf_counter()
+    for _ in predict_files(config, inputs, model, records):
+        pass
+    return len(records) / (time.perf_counter() - started)

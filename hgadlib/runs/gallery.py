@@ -1,4 +1,4 @@
-"""Maps worth a look, chosen by a rule and not by hand."""
+"""Typical test images with their maps, chosen by a rule and not by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hgadlib.config import Config
-from hgadlib.datasets.images import load_masks, read_image, resize_image
+from hgadlib.datasets.images import read_image, resize_image
 from hgadlib.runs.inputs import Inputs
 from hgadlib.runs.record import Result
 from hgadlib.scoring import anomaly_maps
@@ -33,90 +33,65 @@ class Gallery(TypedDict):
 
 
 def typical_images(
-    scores: np.ndarray, class_idx: np.ndarray, labels: np.ndarray, labelled: np.ndarray, *, per_class: int = 1
+    scores: np.ndarray, class_idx: np.ndarray, labels: np.ndarray, labelled: np.ndarray
 ) -> list[int]:
-    """Choose test images by their scores' rank within class and label: the median, or evenly spread ranks.
+    """Choose the test image of median score of each class and label, by class, anomalous ones first.
 
     Args:
         scores: (N,).
         class_idx: (N,).
         labels: True where anomalous, (N,).
         labelled: False where that is unknown, (N,); those are not chosen.
-        per_class: Anomalous and normal images to choose of each class.
-
-    Returns:
-        Indices, by class, anomalous ones first.
     """
     chosen: list[int] = []
     for k in np.unique(class_idx):
         for state in (True, False):
             members = np.flatnonzero((class_idx == k) & (labels == state) & labelled)
-            if not len(members):
-                continue
             ranked = members[np.argsort(scores[members], kind="stable")]
-            ranks = (np.arange(per_class) + 0.5) / per_class * len(ranked)
-            chosen += ranked[np.unique(ranks.astype(int))].tolist()
+            chosen += ranked[len(ranked) // 2 :][:1].tolist()
     return chosen
 
 
-def gallery(config: Config, inputs: Inputs, result: Result, *, per_class: int = 1) -> Gallery:
-    """Draw together typical images of each class, anomalous and normal, with their maps.
+def gallery(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int] | None = None) -> Gallery:
+    """Collect some test images with their maps.
 
     Args:
         config: Of the run.
         inputs: Of the run.
         result: Of the run; maps follow its headline protocol.
-        per_class: Anomalous and normal images of each class; one is the one of median score.
+        chosen: Indices of test images; None for :func:`typical_images`.
 
     Returns:
         Images, maps, masks and titles of these images alone.
     """
-    chosen = typical_images(
-        result.evaluation.scores,
-        inputs.test_classes,
-        inputs.test_labels,
-        inputs.test_labelled,
-        per_class=per_class,
-    )
-    return gallery_of(config, inputs, result, chosen)
-
-
-def gallery_of(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int]) -> Gallery:
-    """Draw together test images of one's choice with their maps.
-
-    Args:
-        config: Of the run.
-        inputs: Of the run.
-        result: Of the run; maps follow its headline protocol.
-        chosen: Indices of test images.
-
-    Returns:
-        Images, maps, masks and titles of these images alone.
-    """
-    evaluation, score = result.evaluation, config.score
+    evaluation, size, classes = result.evaluation, config.score.map_size, inputs.test_classes
+    if chosen is None:
+        labels, labelled = inputs.test_labels, inputs.test_labelled
+        chosen = typical_images(evaluation.scores, classes, labels, labelled)
     records = [inputs.dataset.test[i] for i in chosen]
-    maps = np.zeros((len(chosen), score.map_size, score.map_size), np.float32)
-    for row, (index, record) in enumerate(zip(chosen, records, strict=True)):
-        maps[row] = anomaly_maps(
-            result.values[torch.tensor([index])],
-            evaluation.constants[record.class_name],
-            size=score.map_size,
-            sigma=score.sigma,
-            criterion=evaluation.protocol.criterion,
-        )[0].numpy()
-    images = [resize_image(read_image(r.path), score.map_size, config.data.resize) for r in records]
-    masks = None
-    if any(record.mask_path is not None for record in records):
-        masks = load_masks(records, size=score.map_size, resize=config.data.resize)
-    return {
-        "images": np.stack(images) if images else np.zeros((0, score.map_size, score.map_size, 3), np.uint8),
-        "maps": maps,
-        "masks": masks,
+    shape = (len(chosen), size, size)
+    shown: Gallery = {
+        "images": np.zeros((*shape, 3), np.uint8),
+        "maps": np.zeros(shape, np.float32),
+        "masks": np.zeros(shape, bool) if any(record.mask_path for record in records) else None,
         "titles": [
             f"{record.class_name}, {record.defect_type}\n{evaluation.scores[i]:.3g}"
             for i, record in zip(chosen, records, strict=True)
         ],
     }
+    for row, (index, record) in enumerate(zip(chosen, records, strict=True)):
+        shown["images"][row] = resize_image(read_image(record.path), size, config.data.resize)
+        shown["maps"][row] = anomaly_maps(
+            result.values[torch.tensor([index])],
+            evaluation.constants[record.class_name],
+            size=size,
+            sigma=config.score.sigma,
+            criterion=evaluation.protocol.criterion,
+        )[0].numpy()
+        if shown["masks"] is not None:
+            k = classes[index]
+            shown["masks"][row] = inputs.masks(k, config)[np.count_nonzero(classes[:index] == k)]
+    return shown
 
 
 def write_maps(folder: Path, shown: Gallery) -> None:
@@ -124,7 +99,7 @@ def write_maps(folder: Path, shown: Gallery) -> None:
 
     Args:
         folder: Made where it is missing; PNGs of an earlier attempt are replaced.
-        shown: What :func:`gallery` gave.
+        shown: As :func:`gallery` collects it.
     """
     import matplotlib.pyplot as plt  # here, so that training alone needs no figures
 

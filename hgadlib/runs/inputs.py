@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,33 +42,48 @@ class Inputs:
     test: Features
     device: torch.device
 
-    @property
+    # By class index, size and resizing: reading them again would cost as much as an epoch.
+    _masks: dict[tuple[int, int, str], np.ndarray] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @cached_property
     def train_classes(self) -> np.ndarray:
         """Class of each training image, (N,) int64."""
         return self.dataset.class_idx(self.dataset.train)
 
-    @property
+    @cached_property
     def test_classes(self) -> np.ndarray:
         """Class of each test image, (N,) int64."""
         return self.dataset.class_idx(self.dataset.test)
 
-    @property
+    @cached_property
     def test_labels(self) -> np.ndarray:
         """True where a test image is anomalous, (N,); see :attr:`test_labelled`."""
         return np.array([record.is_anomalous for record in self.dataset.test], dtype=bool)
 
-    @property
+    @cached_property
     def test_labelled(self) -> np.ndarray:
         """False where nobody said whether a test image is anomalous, (N,)."""
         return np.array([record.is_labelled for record in self.dataset.test], dtype=bool)
 
+    def masks(self, k: int, config: Config) -> np.ndarray:
+        """Masks of a class's test images at the maps' size, in their order, (n, S, S) bool; read once."""
+        key = (k, config.score.map_size, config.data.resize)
+        if key not in self._masks:
+            records = [self.dataset.test[i] for i in np.flatnonzero(self.test_classes == k)]
+            self._masks[key] = load_masks(
+                records, size=key[1], resize=key[2], num_workers=config.data.num_workers
+            )
+        return self._masks[key]
+
     def identity(self) -> dict[str, Any]:
-        """Say which images these are; see :func:`identify`."""
+        """Identify these images, see :func:`identify`."""
         return identify(self.dataset)
 
 
 def identify(dataset: Dataset) -> dict[str, Any]:
-    """Say which images a dataset has, wherever its folder lies: names, labels and sizes of the files."""
+    """Identify a dataset's images, wherever its folder lies, by names, labels and sizes of the files."""
     digest = hashlib.sha256()
     for record in dataset.records:
         sizes = [path.stat().st_size for path in (record.path, record.mask_path) if path is not None]
@@ -170,24 +186,16 @@ def summary(inputs: Inputs) -> pd.DataFrame:
 
 
 def class_masks(config: Config, inputs: Inputs) -> dict[int, np.ndarray]:
-    """Load the masks of every class whose anomalous test images all have one.
+    """Collect the masks of every class whose anomalous test images all have one.
 
     Returns:
         By class index, (n, S, S) bool at the maps' size, in the order of the class's test images.
     """
-    masks: dict[int, np.ndarray] = {}
-    test, classes = inputs.dataset.test, inputs.test_classes
-    for k in range(len(inputs.dataset.classes)):
-        records = [test[i] for i in np.flatnonzero(classes == k)]
-        anomalous = [record for record in records if record.is_anomalous]
-        if anomalous and all(record.mask_path is not None for record in anomalous):
-            masks[k] = load_masks(
-                records,
-                size=config.score.map_size,
-                resize=config.data.resize,
-                num_workers=config.data.num_workers,
-            )
-    return masks
+    drawn: dict[int, list[bool]] = {}
+    for k, record in zip(inputs.test_classes.tolist(), inputs.dataset.test, strict=True):
+        if record.is_anomalous:
+            drawn.setdefault(k, []).append(record.mask_path is not None)
+    return {k: inputs.masks(k, config) for k in sorted(drawn) if all(drawn[k])}
 
 
 def image_name(dataset: Dataset, record: ImageRecord) -> str:
