@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import torch
 from harness import (
+    CLOCKS,
     add_arguments,
     add_device,
     apply_arguments,
     emit,
     environment,
     interleave,
-    matmul_rate,
     peak_memory,
     speedup,
 )
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hgadlib.flow import FeatureFlow
+from hgadlib.runs.hardware import matmul_rate
 
 NAME = "flow"
 # (C, side of the grid): Lite0's stages 2 to 4 at 256 pixels, and the same channels on other grids.
@@ -188,7 +189,8 @@ def measure(channels: int, side: int, setting: str, args: argparse.Namespace) ->
     pairs = tasks(flow, maps)
     needed = needed_flops(flow, batch)
     for kind in ("forward+backward", "inference"):
-        rate = matmul_rate(device, clock=clock)  # beside the timing: a shared machine's rate changes
+        # Beside the timing: a shared machine's rate changes.
+        rate = matmul_rate(torch.device(device), size=2048, repeats=5, clock=CLOCKS[clock])
         chosen = {name: both[kind] for name, both in pairs.items()}
         times = interleave(chosen, repeats=args.repeats, device=device, clock=clock)
         for name, timing in times.items():

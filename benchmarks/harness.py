@@ -23,12 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 # PyTorch is imported where it is used: a process that measures NumPy code would only carry its weight.
-if TYPE_CHECKING:
-    import torch
-
 Task = Callable[[], object]
 # A machine that others use too is measured by the time that its processors spent on the task, on one thread.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -97,9 +93,11 @@ def environment(device: str = "cpu", clock: str = "wall") -> dict[str, object]:
     """Describe the machine, its threads and the versions that a number depends on."""
     import torch
 
+    from hgadlib.runs.hardware import cpu_name
+
     return {
         "clock": clock,
-        "machine": _processor(),
+        "machine": cpu_name(),
         "cpus": os.cpu_count(),
         "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_at_start": os.getloadavg()[0],
@@ -108,13 +106,6 @@ def environment(device: str = "cpu", clock: str = "wall") -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
@@ -240,21 +231,3 @@ def _high_water_mark() -> int:
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def matmul_rate(
-    device: str = "cpu", dtype: torch.dtype | None = None, *, size: int = 2048, clock: str = "wall"
-) -> float:
-    """Measure the device's rate of dense square matrix products, in FLOP/s: what a flow can hope for.
-
-    Args:
-        device: Where.
-        dtype: Of the factors; float32 unless given.
-        size: Rows and columns; large enough that memory does not limit.
-        clock: One of `CLOCKS`.
-    """
-    import torch
-
-    a, b = (torch.randn(size, size, device=device).to(dtype or torch.float32) for _ in range(2))
-    times = interleave({"product": lambda: a @ b}, repeats=5, warmup=1, device=device, clock=clock)
-    return 2 * size**3 / times["product"].median

@@ -7,8 +7,11 @@ import importlib.metadata
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +28,22 @@ def select_device(name: str = "auto") -> torch.device:
     Raises:
         InputError: The named device is unknown or not there.
     """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     counts = {
-        "cpu": 1,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
     }
+    if name == "auto":
+        return torch.device(next(kind for kind, count in counts.items() if count))
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in counts:
         raise InputError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
-    there = counts[device.type]
-    if (device.index or 0) >= there:
-        raise InputError(
-            f"device {name!r} is not there: found {there} {device.type} device(s); use -p device auto or cpu"
-        )
+    if (device.index or 0) >= counts[device.type]:
+        found = f"{counts[device.type]} {device.type} device(s)"
+        raise InputError(f"device {name!r} is not there: found {found}; use -p device auto or cpu")
     return device
 
 
@@ -52,11 +51,43 @@ def device_name(device: torch.device) -> str:
     """Name a device as a person would."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+def cpu_name() -> str:
+    """Name the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def matmul_rate(
+    device: torch.device,
+    *,
+    size: int = 1024,
+    repeats: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Measure the median rate of float32 matrix products, in FLOP/s (two a multiply-add)."""
+    a, b = torch.randn(2, size, size, device=device)
+    seconds = []
+    for _ in range(repeats + 1):
+        _wait_for(device)
+        started = clock()
+        a @ b
+        _wait_for(device)
+        seconds.append(clock() - started)
+    return 2 * size**3 / statistics.median(seconds[1:])  # the first one warms up
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, float | None]:
-    """Give the process's peak memory so far, in MB (10^6 bytes), of the host and of a CUDA device."""
+    """Return the process's peak memory so far, in MB (10^6 bytes), of the host and of a CUDA device."""
     # ru_maxrss counts KiB on Linux and bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -69,33 +100,25 @@ def peak_memory(device: torch.device) -> dict[str, float | None]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe what a run runs on: versions, hardware, commit, time."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": {package: _version(package) for package in _PACKAGES},
         "cuda": torch.version.cuda,
         "device": device_name(device),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
