@@ -59,25 +59,22 @@ def anomaly_map_grid(
         size: Height and width of a panel in inches.
 
     Raises:
-        InputError: Shapes disagree, there is no image, or a score is not finite.
+        InputError: Shapes disagree, or a score is not finite.
+        ValueError: There is no image, or not a title for each.
 
     Source: paper Fig. 4 and 6.
     """
-    images, maps = np.asarray(images), np.asarray(maps, dtype=float)
+    n, maps = len(images), np.asarray(maps, dtype=float)
     masks = np.zeros(maps.shape, bool) if masks is None else np.asarray(masks, dtype=bool)
-    titles = [""] * len(images) if titles is None else list(titles)
-    if images.ndim != 4 or not len(images) or images.shape != (*maps.shape, 3) or masks.shape != maps.shape:
+    titles = [""] * n if titles is None else titles
+    # Matplotlib would draw maps of another size over the image, and leave out what is not a number.
+    if images.shape != (*maps.shape, 3) or masks.shape != maps.shape or not np.isfinite(maps).all():
         raise InputError(
-            "expected images (N, H, W, 3), maps and masks (N, H, W), N > 0, found "
+            "expected images (N, H, W, 3), finite maps and masks (N, H, W), found "
             f"{images.shape}, {maps.shape} and {masks.shape}; resize them to one size"
-        )
-    if len(titles) != len(images) or not np.isfinite(maps).all():
-        raise InputError(
-            f"expected a title and finite scores per image, found {len(titles)} titles; check both"
         )
     low, high = limits or (float(maps.min()), float(maps.max()))
     scale = Normalize(low, high, clip=True)
-    n = len(images)
     figure, axes = plt.subplots(n, 3, figsize=(3 * size + 1.3, n * size + 0.35), squeeze=False)
     for row, image, anomaly_map, mask, title in zip(axes, images, maps, masks, titles, strict=True):
         grey = image.mean(-1)
