@@ -153,11 +153,8 @@ def histogram_overlap(a: ArrayLike, b: ArrayLike) -> float | None:
 
 def class_overlaps(scores: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
     """Compute the overlap of each class on every level from the arrays of a run's scores.npz."""
-    counts = scores["log_likelihood_counts"]
-    return {
-        str(name): [histogram_overlap(*pair) for pair in counts[k]]
-        for k, name in enumerate(scores["classes"])
-    }
+    by_class = zip(scores["classes"], scores["log_likelihood_counts"], strict=True)
+    return {str(name): [histogram_overlap(*level) for level in counts] for name, counts in by_class}
 
 
 def stored_histograms(scores: Mapping[str, np.ndarray], level: int = -1) -> tuple[Histograms, Histograms]:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from hgadlib.config import config_from_dict, project_dir, training_key
 from hgadlib.errors import InputError
+from hgadlib.evaluation.likelihoods import class_overlaps
 from hgadlib.files import write_atomically
 from hgadlib.runs.directory import read_config, read_coupling, read_history, read_metrics
 
@@ -90,16 +91,10 @@ def _rounded(values: pd.Series, digits: int) -> list[float | None]:
 
 def overlaps(scores: Path) -> dict[str, list[float | None]]:
     """Compute what normal and anomalous log-likelihoods have in common: by class, one number a level."""
-    # Torch takes seconds to import, and whoever reads the ledger does not need it.
-    from hgadlib.evaluation.likelihoods import histogram_overlap
-
     if not scores.is_file():
         return {}
     with np.load(scores) as arrays:
-        names, counts = arrays["classes"], arrays["log_likelihood_counts"]
-    return {
-        str(name): [histogram_overlap(*pair) for pair in own] for name, own in zip(names, counts, strict=True)
-    }
+        return class_overlaps(arrays)
 
 
 def add(run: Path, folder: Path, note: str = "") -> Path:
