@@ -25,10 +25,10 @@ from torch import Tensor
 from hgadlib.datasets.images import load_images
 from hgadlib.errors import InputError
 from hgadlib.features import cache as feature_cache
-from hgadlib.features import extract as extraction
-from hgadlib.features import extract as features
+from hgadlib.features import extract
 from hgadlib.features import store as feature_store
 from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
+from hgadlib.features.cache import open_entry, write_entry
 from hgadlib.features.extract import dataset_features
 from hgadlib.features.store import Features, choose_storage, free_host_bytes, global_features
 
@@ -202,7 +202,6 @@ def ingredient_changes() -> dict[str, Any]:
         "network": lambda r, b: (r, build_backbone("mobilenetv3_small_050", weights="random"), {}),
         "weights": lambda r, b: (r, build_backbone(weights="random"), {}),
         "normalisation": lambda r, b: (r, shifted(b), {}),
-        "autocast": lambda r, b: (r, build_backbone(autocast="bfloat16"), {}),
         "time of a file": lambda r, b: (touched(r), b, {}),
         "size of a file": lambda r, b: (grown(r), b, {}),
         "name of a file": lambda r, b: (renamed(r), b, {}),
@@ -219,12 +218,13 @@ def test_the_key_changes_with(ingredient: str, records: list[Picture], backbone:
     assert not second.cached and second.key != first.key
 
 
-def test_the_key_changes_with_the_code(
+def test_the_key_changes_with_the_version_of_the_code(
     records: list[Picture], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = compute(records, backbone, keep=False)
-    monkeypatch.setattr(extraction, "_code_digest", lambda: "changed")
-    assert compute(records, backbone, keep=False).key != first.key
+    first = compute(records, backbone)
+    monkeypatch.setattr(extract, "FEATURES_VERSION", extract.FEATURES_VERSION + 1)
+    second = compute(records, backbone)
+    assert not second.cached and second.key != first.key
 
 
 @pytest.mark.parametrize(
@@ -259,13 +259,13 @@ import os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
-from hgadlib import extraction, features
-from hgadlib.backbone import build_backbone
+from hgadlib.features import extract
+from hgadlib.features.backbone import build_backbone
 
 what, folder = sys.argv[1], Path(sys.argv[2])
 records = [SimpleNamespace(path=path) for path in sorted((folder / "images").iterdir())]
 backbone = build_backbone()
-load_images = extraction.load_images
+load_images = extract.load_images
 (folder / f"{what}.ready").touch()
 while not all((folder / f"{other}.ready").exists() for other in sys.argv[3:]):
     time.sleep(0.05)
@@ -277,19 +277,15 @@ def slow(*arguments, **keywords):
         time.sleep(0.3)
         yield batch
 
-extraction.load_images = slow
-found = features.dataset_features(records, backbone, image_size=64, batch_size=3, num_workers=1)
+extract.load_images = slow
+found = extract.dataset_features(records, backbone, image_size=64, batch_size=3, num_workers=1)
 print(found.cached)
 np.save(folder / f"{what}.npy", found.levels[1].numpy())
 """
 
 
 def start(what: str, folder: Path, *others: str) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(features.__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, what, str(folder), *others],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -313,18 +309,19 @@ def test_two_processes_fill_one_cache(
 
 
 def test_without_locks_the_first_writer_wins(tmp_path: Path) -> None:
-    layout = feature_cache.Layout(2, ((1, 1),), (3,), "float32")
-    first, second = (feature_cache.EntryWriter(tmp_path / "key", layout) for _ in range(2))
-    with first, second:
-        for value, writer in enumerate((first, second)):
-            writer.append([np.full((2, 1, 3), value, dtype=np.float32)])
-        first.commit("key", {})
-        found = feature_cache.open_entry(tmp_path / "key", "key")
-        second.commit("key", {})
-    assert found is not None and found[0] == layout and not found[1][0].any()
-    again = feature_cache.open_entry(tmp_path / "key", "key")
-    assert again is not None and not again[1][0].any()
-    assert entries(tmp_path) == [tmp_path / "key"]
+    entry, grids = tmp_path / "key", ((1, 1),)
+
+    def rows(value: int) -> list[np.ndarray]:
+        return [np.full((2, 1, 3), value, dtype=np.float32)]
+
+    def overtaken() -> Iterator[list[np.ndarray]]:
+        yield rows(1)
+        write_entry(entry, [(2, 1, 3)], "float32", [rows(0)], grids=grids)
+
+    write_entry(entry, [(2, 1, 3)], "float32", overtaken(), grids=grids)
+    found = open_entry(entry)
+    assert found is not None and found[0] == grids and not found[1][0].any()
+    assert entries(tmp_path) == [entry]
 
 
 def test_a_killed_writer_leaves_nothing_that_is_trusted(
@@ -334,10 +331,10 @@ def test_a_killed_writer_leaves_nothing_that_is_trusted(
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     (part,) = entries(cache)
-    assert part.suffix == ".part" and (part / "level0.npy").stat().st_size > 0
+    assert "-unfinished-" in part.name and (part / "level0.npy").stat().st_size > 0
     expected = compute(records, backbone, keep=False)
     # Another entry's writer clears it away, though not under the eyes of a writer that lives.
-    key = part.name.split(".")[0]
+    key = part.name[1:].partition("-")[0]
     with FileLock(cache / "locks" / f"{key}.lock"):
         compute(records[:2], backbone)
         assert part.exists()
@@ -353,7 +350,7 @@ def test_the_same_entrys_next_writer_clears_away_too(
 ) -> None:
     found = compute(records, backbone)
     (entry,) = entries(cache)
-    entry.rename(cache / f"{found.key}.0123.part")
+    entry.rename(cache / f".{found.key}-unfinished-0123")
     assert not compute(records, backbone).cached
     assert entries(cache) == [entry]
 
@@ -391,12 +388,27 @@ def test_a_disk_that_fills_up_leaves_nothing(records: list[Picture], backbone: B
 
 
 def test_a_cache_that_cannot_be_written_is_refused(
-    records: list[Picture], backbone: Backbone, tmp_path: Path
+    records: list[Picture], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
+    monkeypatch.setenv("HGAD_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(InputError, match="name a writable folder by HGAD_CACHE") as error:
-        compute(records, backbone, cache_dir=tmp_path / "file" / "cache")
+        compute(records, backbone)
     refusal(error)
+
+
+def test_a_read_only_cache_that_holds_the_features_is_used(
+    records: list[Picture], backbone: Backbone, cache: Path
+) -> None:
+    first = compute(records, backbone)
+    shutil.rmtree(cache / "locks")
+    # Root may write whatever the mode says: a file in the locks' place stops everybody.
+    (cache / "locks").touch()
+    second = compute(records, backbone)
+    assert second.cached
+    assert_same(first, second)
+    with pytest.raises(InputError, match="name a writable folder by HGAD_CACHE"):
+        compute(records[:2], backbone)
 
 
 def scaled(backbone: Backbone, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
@@ -463,10 +475,8 @@ def test_a_bad_image_leaves_nothing(records: list[Picture], backbone: Backbone, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float64"}, "features.dtype: expected one of float16, float32, found 'float64'"),
-        ({"storage": "ram"}, "features.storage: expected one of auto, device, host, file, found 'ram'"),
-        ({"storage": "file", "keep": False}, "expected one of auto, device, host, found 'file'"),
-        ({"resize": "crop"}, "features.resize: expected one of stretch"),
+        ({"storage": "file", "keep": False}, "which memory has no room for; keep them on disk"),
+        ({"resize": "crop"}, "resize: expected one of stretch"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )
@@ -483,7 +493,7 @@ def test_no_images_and_a_wrong_pyramid_are_refused(records: list[Picture], backb
     with pytest.raises(InputError, match="at least one image, found none"):
         compute([], backbone)
     pyramid = build_backbone(out_indices=(3,), pyramid=(64, 32))
-    with pytest.raises(InputError, match="expected 64, where the pyramid starts, found 128"):
+    with pytest.raises(InputError, match="starts from images of 64 pixels, found 128 x 128"):
         compute(records, pyramid, image_size=128)
 
 

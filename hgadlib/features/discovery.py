@@ -7,10 +7,11 @@ App. A.2.
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import pairwise_distances_argmin, silhouette_score
 
 from hgadlib.errors import InputError
 
@@ -18,29 +19,10 @@ MAX_CLASSES = 60
 """Largest count that is tried where none is given; the paper's Union has 40 classes."""
 
 
-def normalize(features: ArrayLike) -> NDArray[np.float64]:
-    """Scale features to unit length, so that distances compare directions and not contrast.
-
-    Args:
-        features: (N, C).
-
-    Returns:
-        (N, C) float64, rows of length 1 (zero rows stay zero).
-
-    Raises:
-        InputError: Not a matrix, or not finite.
-    """
-    x = np.asarray(features, dtype=np.float64)
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise InputError(f"expected features (N, C), found shape {x.shape}")
-    if not np.isfinite(x).all():
-        raise InputError("expected finite features, found NaN or infinity")
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
 def discover_classes(features: ArrayLike, n_classes: int | None = None, seed: int = 0) -> NDArray[np.int64]:
     """Cluster images into classes by k-means on their leading principal components.
 
+    Features are scaled to length 1 first, so that distances compare directions and not contrast.
     Where the count is not given, the one with the largest mean silhouette of 2..MAX_CLASSES is taken; that
     two clusters are one class cannot be seen so: say n_classes=1 where it is.
     Labels are numbered by first appearance, so that they do not depend on k-means' own order.
@@ -56,36 +38,38 @@ def discover_classes(features: ArrayLike, n_classes: int | None = None, seed: in
     Raises:
         InputError: Fewer images than classes, or features that are no finite matrix.
     """
-    x = normalize(features)
+    x = _finite_matrix(features)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)  # zero rows stay zero
     count = len(x)
     if n_classes is not None and not 1 <= n_classes <= count:
         raise InputError(f"expected 1..{count} classes for {count} images, found n_classes={n_classes}")
-    if count < 3 or n_classes == 1:
-        if n_classes not in (None, 1):
-            return np.arange(count, dtype=np.int64)
-        return np.zeros(count, dtype=np.int64)
+    one_class = np.zeros(count, dtype=np.int64)
+    if n_classes == 1 or (n_classes is None and count < 3):
+        return one_class
+    if count < 3:
+        return np.arange(count, dtype=np.int64)
     distinct = len(np.unique(x.round(9), axis=0))
     if distinct < (n_classes or 2):
         if n_classes is None:
-            return np.zeros(count, dtype=np.int64)
+            return one_class
         raise InputError(f"expected {n_classes} classes, found only {distinct} images that differ")
     # Clusters of K classes lie in K - 1 dimensions; the rest is noise that only blurs distances.
     x = PCA(min(64, *x.shape), random_state=seed).fit_transform(x)
     if n_classes is not None:
-        return _by_appearance(_cluster(x, n_classes, seed))
-    best, best_score = np.zeros(count, dtype=np.int64), -1.0
+        return _cluster(x, n_classes, seed)
+    best, best_score = one_class, -1.0
     for k in range(2, min(MAX_CLASSES, count - 1, distinct) + 1):
         labels = _cluster(x, k, seed)
         score = float(silhouette_score(x, labels, sample_size=min(count, 3000), random_state=seed))
         if score > best_score:
             best, best_score = labels, score
-    return _by_appearance(best)
+    return best
 
 
 def assign_nearest(
     features: ArrayLike, reference_features: ArrayLike, reference_labels: ArrayLike
 ) -> NDArray[np.int64]:
-    """Give each image the class of the nearest reference image, by the angle between their features.
+    """Assign each image to the class of the nearest reference image, by the angle between their features.
 
     Args:
         features: (N, C).
@@ -98,25 +82,25 @@ def assign_nearest(
     Raises:
         InputError: Shapes do not fit, or there is no reference.
     """
-    x, reference = normalize(features), normalize(reference_features)
+    x, reference = _finite_matrix(features), _finite_matrix(reference_features)
     labels = np.asarray(reference_labels, dtype=np.int64)
     if len(reference) == 0 or labels.shape != (len(reference),) or x.shape[1] != reference.shape[1]:
         raise InputError(
             f"expected references (R, {x.shape[1]}) and R labels with R > 0, found {reference.shape} and "
             f"{labels.shape}"
         )
-    return labels[np.argmax(x @ reference.T, axis=1)]
+    return labels[pairwise_distances_argmin(x, reference, metric="cosine")]
+
+
+def _finite_matrix(features: ArrayLike) -> NDArray[np.float64]:
+    x = np.asarray(features, dtype=np.float64)
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise InputError(f"expected features (N, C), found shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise InputError("expected finite features, found NaN or infinity")
+    return x
 
 
 def _cluster(x: NDArray[np.float64], k: int, seed: int) -> NDArray[np.int64]:
-    return KMeans(k, n_init=10, random_state=seed).fit_predict(x).astype(np.int64)
-
-
-def _by_appearance(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Renumber labels by first appearance.
-
-    >>> _by_appearance(np.array([7, 7, 2, 7, 5])).tolist()
-    [0, 0, 1, 0, 2]
-    """
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse].astype(np.int64)
+    labels = KMeans(k, n_init=10, random_state=seed).fit_predict(x)
+    return pd.factorize(labels)[0].astype(np.int64)

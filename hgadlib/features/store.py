@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import psutil
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from hgadlib.errors import InputError
 
-STORAGES = ("auto", "device", "host", "file")
-# Shares of what is free that features may take: the model, its gradients and the score maps need the rest.
-_DEVICE_SHARE, _HOST_SHARE = 0.5, 0.5
+Storage = Literal["auto", "device", "host", "file"]
+# Share of what is free that features may take: the model, its gradients and the score maps need the rest.
+_SHARE = 0.5
 # Batches gathered ahead of the one in use.
 _AHEAD = 2
 # Images copied at a time into their storage.
 _CHUNK = 64
+
+_Items = TypeVar("_Items", NDArray[Any], "list[Any]", "tuple[Any, ...]")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Features:
     @property
     def nbytes(self) -> int:
         """Size of all levels, bytes."""
-        return sum(level.numel() * level.element_size() for level in self.levels)
+        return sum(level.nbytes for level in self.levels)
 
     @property
     def channels(self) -> list[int]:
@@ -106,7 +108,7 @@ class Features:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _target(self, device: torch.device | str | None) -> torch.device:
-        return self.levels[0].device if device is None else with_index(device)
+        return self.levels[0].device if device is None else resolve_device(device)
 
     def _gather(self, indices: Tensor, target: torch.device) -> list[Tensor]:
         source = self.levels[0].device
@@ -125,14 +127,11 @@ class Features:
         return [level.to(target, non_blocking=True).float() for level in gathered]
 
 
-def with_index(device: torch.device | str) -> torch.device:
-    """Name a CUDA device by its number, so that devices compare equal to those of tensors."""
-    named = torch.device(device)
-    # The annotation says int, yet a device without a number has None.
-    index: int | None = named.index
-    if named.type == "cuda" and index is None:
+def resolve_device(device: torch.device | str) -> torch.device:
+    """Return the device, a CUDA device with its number: only so it compares equal to those of tensors."""
+    if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
-    return named
+    return torch.device(device)
 
 
 def global_features(features: Features, *, level: int = -1) -> NDArray[np.float32]:
@@ -150,9 +149,25 @@ def global_features(features: Features, *, level: int = -1) -> NDArray[np.float3
     return torch.nn.functional.normalize(torch.cat(pooled), dim=1).cpu().numpy()
 
 
+def spread(items: _Items, count: int) -> _Items:
+    """Take every n-th of some items, so that about `count` of them are spread evenly over all.
+
+    >>> spread(list(range(10)), 5)
+    [0, 2, 4, 6, 8]
+    """
+    return items[:: max(1, len(items) // count)]
+
+
+def spread_sample(class_idx: NDArray[Any], n_classes: int, per_class: int) -> Tensor:
+    """Take about per_class images of each class, spread evenly over it: sorted indices, int64."""
+    members = [spread(np.flatnonzero(class_idx == k), per_class) for k in range(n_classes)]
+    return torch.from_numpy(np.sort(np.concatenate(members)))
+
+
 def free_host_bytes() -> int:
     """Find how much memory this process may still take, of the machine's or of its control group's."""
     free = int(psutil.virtual_memory().available)
+    # psutil knows nothing of control groups, within which containers and cluster jobs run.
     root = Path("/sys/fs/cgroup")
     try:
         group = Path("/proc/self/cgroup").read_text(encoding="utf-8").split("0::", 1)[1].splitlines()[0]
@@ -162,17 +177,16 @@ def free_host_bytes() -> int:
         try:
             limit = int((folder / "memory.max").read_text(encoding="utf-8"))
             used = int((folder / "memory.current").read_text(encoding="utf-8"))
-            facts = dict(
-                line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-            )
+            words = (folder / "memory.stat").read_text(encoding="utf-8").split()
         except (OSError, ValueError):  # no limit is written as "max"
             continue
         # Pages of files that nobody uses count as used, but are given back on demand.
-        free = min(free, limit - used + int(facts.get("inactive_file", 0)))
+        unused = int(dict(zip(words[::2], words[1::2], strict=True)).get("inactive_file", 0))
+        free = min(free, limit - used + unused)
     return max(0, free)
 
 
-def choose_storage(nbytes: int, storage: str, device: torch.device) -> str:
+def choose_storage(nbytes: int, storage: Storage, device: torch.device) -> Literal["device", "host", "file"]:
     """Decide where features go.
 
     Args:
@@ -180,14 +194,9 @@ def choose_storage(nbytes: int, storage: str, device: torch.device) -> str:
         storage: "auto" for the first of device, host and file that has room; or one of them.
         device: Where training will run. On the CPU device and host are one.
 
-    Returns:
-        "device", "host" or "file".
-
     Raises:
-        InputError: The storage is unknown or has no room.
+        InputError: The storage has no room.
     """
-    if storage not in STORAGES:
-        raise InputError(f"features.storage: expected one of {', '.join(STORAGES)}, found {storage!r}")
     if storage == "file":
         return "file"
     rooms = {"host": free_host_bytes()}
@@ -198,9 +207,9 @@ def choose_storage(nbytes: int, storage: str, device: torch.device) -> str:
     else:
         rooms["device"] = rooms["host"]  # shared memory
     if storage == "auto":
-        if nbytes <= _DEVICE_SHARE * rooms.get("device", 0):
+        if nbytes <= _SHARE * rooms.get("device", 0):
             return "device"
-        return "host" if nbytes <= _HOST_SHARE * rooms["host"] else "file"
+        return "host" if nbytes <= _SHARE * rooms["host"] else "file"
     if nbytes > rooms[storage]:
         raise InputError(
             f"features.storage: {storage} has {rooms[storage] / 1e9:.2f} GB free, the features need "
@@ -209,22 +218,21 @@ def choose_storage(nbytes: int, storage: str, device: torch.device) -> str:
     return storage
 
 
-def empty_levels(
-    shapes: Sequence[tuple[int, int, int]], dtype: str, where: str, device: torch.device
+def fill_levels(
+    shapes: Sequence[tuple[int, ...]], batches: Iterable[Sequence[Tensor]], dtype: str, device: torch.device
 ) -> list[Tensor]:
-    """Reserve memory for levels of the given shapes on the host or on the device."""
-    target = device if where == "device" else torch.device("cpu")
-    return [torch.empty(shape, dtype=getattr(torch, dtype), device=target) for shape in shapes]
+    """Gather batches of (B, H_l * W_l, C_l) per level into whole levels of the given shapes."""
+    levels = [torch.empty(shape, dtype=getattr(torch, dtype), device=device) for shape in shapes]
+    row = 0
+    for batch in batches:
+        for level, part in zip(levels, batch, strict=True):
+            level[row : row + len(part)] = part
+        row += len(batch[0])
+    return levels
 
 
 def place_levels(arrays: Sequence[NDArray[Any]], where: str, device: torch.device) -> list[Tensor]:
-    """Bring memory-mapped levels to where they are kept.
-
-    Args:
-        arrays: (N, H_l * W_l, C_l) each.
-        where: "device", "host" or "file"; the latter leaves them where they are.
-        device: The device.
-    """
+    """Copy memory-mapped levels to the "host" or the "device", or leave them in their "file"."""
     with warnings.catch_warnings():
         # PyTorch knows no read-only tensors. A private writable map would not do: the system refuses
         # those that are larger than its memory.
@@ -232,15 +240,6 @@ def place_levels(arrays: Sequence[NDArray[Any]], where: str, device: torch.devic
         mapped = [torch.from_numpy(array) for array in arrays]
     if where == "file":
         return mapped
-    shapes = [(array.shape[0], array.shape[1], array.shape[2]) for array in arrays]
-    levels = empty_levels(shapes, str(arrays[0].dtype), where, device)
-    for level, source in zip(levels, mapped, strict=True):
-        for target, rows in zip(level.split(_CHUNK), source.split(_CHUNK), strict=True):
-            target.copy_(rows)
-    return levels
-
-
-def spread_sample(class_idx: np.ndarray, n_classes: int, per_class: int) -> Tensor:
-    """Take about per_class images of each class, spread evenly over it: sorted indices, int64."""
-    members = [np.flatnonzero(class_idx == k) for k in range(n_classes)]
-    return torch.from_numpy(np.sort(np.concatenate([m[:: max(1, len(m) // per_class)] for m in members])))
+    chunks = zip(*(level.split(_CHUNK) for level in mapped), strict=True)
+    shapes, dtype = [array.shape for array in arrays], str(arrays[0].dtype)
+    return fill_levels(shapes, chunks, dtype, device if where == "device" else torch.device("cpu"))
