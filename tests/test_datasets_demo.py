@@ -55,7 +55,7 @@ def test_what_is_there_is_kept(tmp_path: Path, small: None, monkeypatch: pytest.
     monkeypatch.setattr(demo, "render", lambda *_: pytest.fail("made twice"))
     assert demo.ensure(tmp_path / "demo") == root
     monkeypatch.setattr(demo, "VERSION", demo.VERSION + 1)
-    with pytest.raises(InputError, match="another version of the demo"):
+    with pytest.raises(InputError, match="the demo dataset that differs in version; remove it"):
         demo.ensure(tmp_path / "demo")
 
 
@@ -81,6 +81,8 @@ def test_other_peoples_files_are_not_touched(tmp_path: Path, small: None) -> Non
     with pytest.raises(InputError, match="expected the demo dataset, found other files"):
         demo.ensure(tmp_path)
     (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="expected a folder, found a file"):
+        demo.ensure(tmp_path / "file")
     with pytest.raises(InputError, match="cannot be written"):
         demo.ensure(tmp_path / "file" / "demo")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,11 +28,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def bad(self, path: Path, reason: str) -> None:
-        """Raise or collect one bad thing.
-
-        Raises:
-            InputError: Under `strict`.
-        """
+        """Raise one bad thing as InputError under `strict`, else collect it."""
         message = f"{path}: {reason}"
         if self.strict:
             raise InputError(message)
@@ -43,35 +40,26 @@ class Findings:
 
 
 def _follow(entry: os.DirEntry[str], folder: Path) -> tuple[bool, str | None]:
-    """Say whether an entry is a folder, and what is wrong with it, if anything."""
+    """Return whether an entry is a folder, and what is wrong with it, if anything."""
     try:
-        entry_is_folder = entry.is_dir()
-        os.stat(entry.path)
+        entry.stat()
+        is_folder = entry.is_dir()
     except OSError as error:
         if error.errno == errno.ELOOP:
             return False, "symbolic link loop; remove the link"
         if error.errno == errno.ENOENT and entry.is_symlink():
             return False, "link to a file that does not exist; remove or mend the link"
         return False, f"cannot be read: {error.strerror}"
-    if entry_is_folder and entry.is_symlink():
-        target, here = Path(entry.path).resolve(), folder.resolve()
-        if target == here or target in here.parents:
-            return False, f"symbolic link loop: it leads back to {target}; remove the link"
-    return entry_is_folder, None
+    if is_folder and entry.is_symlink() and folder.resolve().is_relative_to(Path(entry.path).resolve()):
+        return False, f"symbolic link loop: it leads back to {Path(entry.path).resolve()}; remove the link"
+    return is_folder, None
 
 
 def list_folder(folder: Path, findings: Findings) -> tuple[list[Path], list[Path]]:
-    """List a folder, sorted by name, hidden entries left out.
-
-    Args:
-        folder: The folder.
-        findings: Takes up bad links and unreadable folders.
-
-    Returns:
-        Folders and files.
+    """List the folders and the files of a folder, sorted by name, hidden entries left out.
 
     Raises:
-        InputError: Under strict, or where the folder does not exist.
+        InputError: The folder does not exist, or (under strict) it or a link in it cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
@@ -122,23 +110,16 @@ def list_images(folder: Path, findings: Findings) -> list[Path]:
 
 
 def check_unique_names(folders: Sequence[Path], findings: Findings) -> list[Path]:
-    """Refuse classes whose names are the same but for case or Unicode form.
+    """Refuse classes whose names are the same but for case or Unicode form; unless strict, keep the first.
 
     Some file systems keep them apart and some do not; a run directory must hold both.
-
-    Returns:
-        The folders with distinct names (the first of each, unless strict).
-
-    Raises:
-        InputError: Under strict, two names are the same.
     """
     seen: dict[str, Path] = {}
     for folder in folders:
         key = unicodedata.normalize("NFC", folder.name).casefold()
         if key in seen:
-            findings.bad(
-                folder, f"two classes of the same name: {folder.name!r} and {seen[key].name!r}; rename one"
-            )
+            names = f"{folder.name!r} and {seen[key].name!r}"
+            findings.bad(folder, f"two classes of the same name: {names}; rename one")
         else:
             seen[key] = folder
     return list(seen.values())
@@ -175,6 +156,29 @@ def class_folders(root: Path, marker: str, findings: Findings) -> tuple[Path, li
     return home, check_unique_names(classes, findings)
 
 
+def holds(folder: Path, marker: str, what: str, expected: Mapping[str, object]) -> bool:
+    """Check whether a folder holds the very set that its marker file should describe; False if it is empty.
+
+    Raises:
+        InputError: It holds something else, or another version of the set.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder, found a file; give another folder")
+    if not any(folder.iterdir()):
+        return False
+    try:
+        found = dict(json.loads((folder / marker).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder}: expected {what}, found other files; give another folder") from error
+    if differs := sorted(key for key, value in expected.items() if found.get(key) != value):
+        raise InputError(
+            f"{folder}: holds {what} that differs in {', '.join(differs)}; remove it or give another folder"
+        )
+    return True
+
+
 def verify(records: Sequence[ImageRecord], findings: Findings) -> list[ImageRecord]:
     """Look at every image and mask before hours are spent on them.
 
@@ -194,18 +198,12 @@ def verify(records: Sequence[ImageRecord], findings: Findings) -> list[ImageReco
     """
 
     def problem(record: ImageRecord) -> InputError | None:
+        mask = record.mask_path
         try:
-            if findings.strict:
-                read_header(record.path)
-            else:
-                read_image(record.path)
-            if record.mask_path is not None:
-                if findings.strict:
-                    mask = read_header(record.mask_path)
-                    shape: tuple[int, ...] = (mask.height, mask.width)
-                else:
-                    shape = read_mask(record.mask_path).shape
-                check_mask_size(record.mask_path, shape, record.path)
+            (read_header if findings.strict else read_image)(record.path)
+            if mask is not None:
+                shape = read_header(mask)[:2] if findings.strict else read_mask(mask).shape
+                check_mask_size(mask, shape, record.path)
         except InputError as error:
             return error
         return None
@@ -229,15 +227,13 @@ def keep_trainable(records: Sequence[ImageRecord], root: Path, findings: Finding
     """
     trained = {record.class_name for record in records if record.split == "train"}
     if not trained:
-        raise InputError(f"{root}: no class has a training image" + _first(findings.skipped))
+        bad = findings.skipped
+        hint = f"; left out {len(bad)} bad thing(s), the first: {bad[0]}" if bad else ""
+        raise InputError(f"{root}: no class has a training image{hint}")
     orphans = sorted({record.class_name for record in records} - trained - {UNKNOWN_CLASS})
     for name in orphans:
         findings.bad(root, f"class {name!r} has test images but no training image; add normal images")
     return [record for record in records if record.class_name not in orphans]
-
-
-def _first(skipped: Sequence[str]) -> str:
-    return f"; left out {len(skipped)} bad thing(s), the first: {skipped[0]}" if skipped else ""
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

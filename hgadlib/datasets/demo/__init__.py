@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hgadlib.datasets.demo import defects
+from hgadlib.datasets.demo.defects import contamination, hole, scratch, stain, thread
 from hgadlib.datasets.demo.scenes import SCENES, SIDE
 from hgadlib.datasets.demo.surface import photograph, shade
 from hgadlib.datasets.images import parallel_map
 from hgadlib.datasets.records import GOOD
+from hgadlib.datasets.scan import holds
 from hgadlib.errors import InputError
+from hgadlib.files import new_folder
 from hgadlib.progress import progress_bar
 
 VERSION = 2
@@ -34,47 +34,24 @@ VERSION = 2
 N_TRAIN, N_TEST_GOOD, N_PER_DEFECT = 60, 20, 6
 MISSING = "missing_part"
 _MARKER = "demo.json"
+_PART = {"contamination": contamination, MISSING: None, "scratch": scratch}
 
-_RUST, _BURN, _YELLOW = (0.36, 0.16, 0.07), (0.10, 0.07, 0.05), (0.78, 0.62, 0.28)
-_PAINT, _DRY, _OIL = (0.60, 0.63, 0.66), (0.66, 0.56, 0.26), (0.10, 0.09, 0.22)
+
+def _tinted(red: float, green: float, blue: float) -> defects.Defect:
+    return functools.partial(defects.color, tint=(red, green, blue))
+
+
 DEFECTS: dict[str, dict[str, defects.Defect | None]] = {
-    "brick": {
-        "color": functools.partial(defects.color, tint=_PAINT),
-        "hole": defects.hole,
-        "scratch": defects.scratch,
-        "stain": defects.stain,
-    },
-    "circuit": {
-        "color": functools.partial(defects.color, tint=_BURN),
-        "contamination": defects.contamination,
-        MISSING: None,
-        "scratch": defects.scratch,
-    },
-    "gauge": {
-        "color": functools.partial(defects.color, tint=_YELLOW),
-        "contamination": defects.contamination,
-        MISSING: None,
-        "scratch": defects.scratch,
-    },
-    "grass": {
-        "color": functools.partial(defects.color, tint=_DRY),
-        "hole": defects.hole,
-        "stain": defects.stain,
-        "thread": defects.thread,
-    },
-    "gravel": {
-        "color": functools.partial(defects.color, tint=_OIL),
-        "hole": defects.hole,
-        "stain": defects.stain,
-        "thread": defects.thread,
-    },
-    "hex_nut": {
-        "color": functools.partial(defects.color, tint=_RUST),
-        "contamination": defects.contamination,
-        MISSING: None,
-        "scratch": defects.scratch,
-    },
-}  # fmt: skip
+    "brick": {"color": _tinted(0.60, 0.63, 0.66), "hole": hole, "scratch": scratch, "stain": stain},
+    "circuit": {"color": _tinted(0.10, 0.07, 0.05), **_PART},
+    "gauge": {"color": _tinted(0.78, 0.62, 0.28), **_PART},
+    "grass": {"color": _tinted(0.66, 0.56, 0.26), "hole": hole, "stain": stain, "thread": thread},
+    "gravel": {"color": _tinted(0.10, 0.09, 0.22), "hole": hole, "stain": stain, "thread": thread},
+    "hex_nut": {"color": _tinted(0.36, 0.16, 0.07), **_PART},
+}
+"""Class -> kind of defect -> what draws it; None where the scene itself lacks a part.
+
+The tints are spilt paint, a burn, yellowing, drought, oil and rust."""
 
 
 class Shot(NamedTuple):
@@ -107,15 +84,7 @@ def _center(class_name: str, rng: np.random.Generator) -> tuple[float, float]:
 
 
 def render(shot: Shot, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
-    """Make one image and its mask.
-
-    Args:
-        shot: Which.
-        seed: The demo's seed.
-
-    Returns:
-        Image, (256, 256, 3) uint8, and mask, (256, 256) bool, or None for a normal image.
-    """
+    """Make one image, (256, 256, 3) uint8, and its mask, (256, 256) bool, or None for a normal image."""
     key = [zlib.crc32(text.encode()) for text in (shot.class_name, shot.split, shot.kind)]
     rng = np.random.default_rng([seed, *key, shot.number])
     surface, mask = SCENES[shot.class_name](shot.split, rng, shot.kind == MISSING)
@@ -134,66 +103,43 @@ def render(shot: Shot, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] 
 
 def _write(shot: Shot, seed: int, root: Path) -> None:
     image, mask = render(shot, seed)
-    folder = root / shot.class_name / shot.split / shot.kind
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(folder / f"{shot.number:03d}.png")
-    if mask is not None:
-        folder = root / shot.class_name / "ground_truth" / shot.kind
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask).save(folder / f"{shot.number:03d}_mask.png")
+    home, name = root / shot.class_name, f"{shot.number:03d}"
+    for pixels, path in (
+        (image, home / shot.split / shot.kind / f"{name}.png"),
+        (mask, home / "ground_truth" / shot.kind / f"{name}_mask.png"),
+    ):
+        if pixels is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
 
 
 def ensure(where: Path, seed: int = 0) -> Path:
     """Make the demo dataset unless it is there.
-
-    It is made beside its place and moved there when it is complete: a killed run leaves nothing that is
-    trusted.
 
     Args:
         where: Folder of the dataset; another seed than 0 has its own beside it, `where`-seedK.
         seed: Draws all images.
 
     Returns:
-        The folder that holds the dataset.
+        The folder that holds the dataset, whole.
 
     Raises:
         InputError: The folder holds something else, or cannot be written.
     """
     where = where if seed == 0 else where.with_name(f"{where.name}-seed{seed}")
-    expected = {"dataset": "hgadlib demo", "version": VERSION, "seed": seed}
-    if where.exists() and any(where.iterdir()):
-        try:
-            found = json.loads((where / _MARKER).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{where}: expected the demo dataset, found other files; give another root"
-            ) from error
-        if found != expected:
-            raise InputError(
-                f"{where}: holds another version of the demo ({found}); remove it to make it anew"
-            )
+    what, expected = "the demo dataset", {"dataset": "hgadlib demo", "version": VERSION, "seed": seed}
+    if holds(where, _MARKER, what, expected):
         return where
+    plan = list(shots())
     try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{where.name}-unfinished-", dir=where.parent))
-    except OSError as error:
-        raise InputError(
-            f"{where}: cannot be written: {error.strerror}; set HGAD_DATA or data_root"
-        ) from error
-    try:
-        plan = list(shots())
-        made = parallel_map(lambda shot: _write(shot, seed, unfinished), plan)
-        with progress_bar(len(plan), "Making the demo dataset") as bar:
-            for _ in made:
+        with new_folder(where) as unfinished, progress_bar(len(plan), f"Making {what}") as bar:
+            for _ in parallel_map(lambda shot: _write(shot, seed, unfinished), plan):
                 bar.update(1)
-        (unfinished / _MARKER).write_text(json.dumps(expected) + "\n", encoding="utf-8")
-        unfinished.chmod(0o755)
-        try:
-            os.replace(unfinished, where)
-        except OSError:
-            # Somebody else was faster; theirs has the same bytes.
-            if not (where / _MARKER).is_file():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / _MARKER).write_text(json.dumps(expected) + "\n", encoding="utf-8")
+    except OSError as error:
+        # Somebody else may have been faster; theirs has the same bytes.
+        if not (where / _MARKER).is_file():
+            raise InputError(
+                f"{where}: cannot be written: {error.strerror}; set HGAD_DATA or data_root"
+            ) from error
     return where
