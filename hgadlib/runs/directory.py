@@ -39,8 +39,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def read_history(path: Path) -> pd.DataFrame:
     """Read a run's history.csv, a row per epoch; an InputError if there is none."""
-    file = _existing(path, "history.csv", "train first")
-    return pd.read_csv(file, float_precision="round_trip")  # it is completed and written again
+    return pd.read_csv(_existing(path, "history.csv", "train first"))
 
 
 def read_coupling(path: Path) -> pd.DataFrame:
@@ -140,8 +139,10 @@ class RunDirectory:
         Raises:
             InputError: A directory named by run_dir holds another run.
         """
+        if self._started:
+            return
         why = self.another(data)
-        if self._started or (self.complete and not why):
+        if self.complete and not why:
             return
         if why and self.config.run_dir is not None:
             raise self._refusal(why)
@@ -186,11 +187,7 @@ class RunDirectory:
         write_atomically(self.path / f"{name}.npz", buffer.getvalue())
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Write metrics.json, which makes the record whole, and delete what only a resumption needs.
-
-        Returns:
-            What was written.
-        """
+        """Write metrics.json, which makes the record whole; delete what only a resumption needs."""
         names = {name: getattr(self.config, name) for name in ("dataset", "experiment", "seed")}
         content = {"schema": SCHEMA, **names, **metrics}
         write_atomically(self.path / "metrics.json", _json(content))
@@ -244,8 +241,8 @@ class RunDirectory:
             ) from None
 
     def _release(self) -> None:
-        self._lock.release(force=True)
         (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.release(force=True)
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

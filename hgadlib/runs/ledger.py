@@ -51,14 +51,7 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
 
 
 def curves(history: pd.DataFrame) -> dict[str, list[Any]]:
-    """Thin a run's history to what a figure needs: evenly spread epochs, and every one that was evaluated.
-
-    Args:
-        history: A row per epoch.
-
-    Returns:
-        Columns by name, in the order of the epochs; None where a column has no value there.
-    """
+    """Thin a run's history to evenly spread epochs and every one that was evaluated; columns by name."""
     keep = history.filter(regex="^test_").notna().any(axis=1).to_numpy(copy=True)
     keep[_spread(len(history), _CURVE_ROWS)] = True
     kept = history[keep].drop(columns=["seconds", "images_per_s", "lr"], errors="ignore")
@@ -66,14 +59,7 @@ def curves(history: pd.DataFrame) -> dict[str, list[Any]]:
 
 
 def coupling(table: pd.DataFrame) -> dict[str, list[Any]]:
-    """Thin a run's coupling.csv to a few evaluated epochs, evenly spread.
-
-    Args:
-        table: A row per evaluated epoch, level, block and group of positions.
-
-    Returns:
-        Columns by name; None where a share has no meaning.
-    """
+    """Thin a run's coupling.csv to a few evaluated epochs, evenly spread; columns by name."""
     epochs = np.unique(table["epoch"])
     kept = table[table["epoch"].isin(epochs[_spread(len(epochs), _COUPLING_EPOCHS)])]
     exact = ("epoch", "level", "layer", "group")
@@ -98,15 +84,7 @@ def overlaps(scores: Path) -> dict[str, list[float | None]]:
 
 
 def add(run: Path, folder: Path, note: str = "") -> Path:
-    """Write a run's record into the ledger.
-
-    Args:
-        run: The run's directory.
-        folder: The ledger, results/runs.
-        note: See :func:`record_of`.
-
-    Returns:
-        The record's file; the same run, added again, gives the same file.
+    """Write a run's record into the ledger, a folder; the same run, added again, gives the same file.
 
     Raises:
         InputError: The run is not finished.
@@ -124,11 +102,7 @@ def _digests(record: Mapping[str, Any]) -> str:
 
 
 def read_records(folder: Path | None = None) -> list[dict[str, Any]]:
-    """Read the ledger's records, sorted by file name, each with the name as "record".
-
-    Args:
-        folder: The ledger; None for the project's results/runs.
-    """
+    """Read the ledger (results/runs) by file name; each record says its file's name under "record"."""
     folder = folder or project_dir() / "results" / "runs"
     return [
         json.loads(file.read_text(encoding="utf-8")) | {"record": file.stem}
