@@ -17,6 +17,12 @@ from hgadlib.evaluation.evaluate import (
     level_values,
     map_batches,
 )
+from hgadlib.evaluation.likelihoods import (
+    anomalous_positions,
+    class_overlaps,
+    likelihood_columns,
+    log_likelihood_counts,
+)
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
 from hgadlib.model import HGAD
 from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores
@@ -196,3 +202,28 @@ def test_scores_that_are_not_numbers_never_become_a_metric(fitted: HGAD) -> None
     values.log_prob[0][3, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         evaluate(fitted, values, class_idx, labels, None, score=SCORE, protocol=INDUCTIVE)
+
+
+def test_anomalous_positions_are_where_the_mask_touches() -> None:
+    class_idx, labels = np.array([0, 1, 0, 1]), np.array([False, True, True, True])
+    masks = {0: np.zeros((2, 8, 8), bool)}
+    masks[0][1, 3, 4] = True
+    found = anomalous_positions(class_idx, labels, masks, (2, 4)).numpy()
+    assert found[[0, 2]].nonzero()[0].tolist() == [1] and found[2, 0, 2]
+    assert found[[1, 3]].all()  # without masks, all of the image
+
+
+def test_log_likelihoods_by_hand() -> None:
+    log_prob = [torch.tensor([[[0.0, 1.0]], [[2.0, 3.0]], [[9.0, 9.0]], [[5.0, 5.0]]])]
+    class_idx, labels = np.array([0, 0, 0, 1]), np.array([False, True, True, False])
+    labelled = np.array([True, True, False, True])
+    arguments = (log_prob, class_idx, labels, labelled, {}, 2)
+    edges, counts = log_likelihood_counts(*arguments)
+    # Nobody said what the third image is.
+    assert counts.sum(-1).tolist() == [[[2, 2]], [[2, 0]]]
+    assert edges[0, -1] == 9.0
+    found = likelihood_columns(*arguments)
+    assert found == {"test_overlap": 0.0, "test_log_prob_normal": 0.5, "test_log_prob_anomalous": 2.5}
+    scores = {"log_likelihood_counts": counts, "classes": np.array(["a", "b"])}
+    assert class_overlaps(scores) == {"a": [0.0], "b": [None]}
+    assert likelihood_columns(log_prob, class_idx, ~labelled, ~labelled, {}, 2) == {}

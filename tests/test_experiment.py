@@ -19,9 +19,9 @@ from small import folder_config, image_folder
 from hgadlib import training
 from hgadlib.config import Config
 from hgadlib.errors import InputError
+from hgadlib.evaluation.likelihoods import stored_histograms
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
 from hgadlib.model import HGAD
-from hgadlib.runs import experiment
 from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
 from hgadlib.runs.experiment import build_model, finish_run, predict_files, train_model
 from hgadlib.runs.gallery import gallery, typical_images
@@ -120,6 +120,10 @@ def test_scores_npz_has_a_row_an_image_and_histograms(done: Done) -> None:
         # In the class without masks every position of an anomalous image counts as anomalous.
         np.testing.assert_array_equal(counts[1].sum(-1), [[3 * n, 3 * n] for n in positions])
         assert (counts[0, :, 1].sum(-1) < counts[1, :, 1].sum(-1)).all()
+        normal, anomalous = stored_histograms(scores, 0)
+        np.testing.assert_array_equal(normal["square"][0], scores["log_likelihood_edges"][0])
+        np.testing.assert_array_equal(normal["square"][1], counts[1, 0, 0])
+        np.testing.assert_array_equal(anomalous["disc"][1], counts[0, 0, 1])
 
 
 def test_history_has_test_metrics_and_best_epochs_say_where(done: Done) -> None:
@@ -150,11 +154,26 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_a_second_call_trains_nothing_and_writes_nothing(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "fit", lambda *a, **k: pytest.fail("trained again"))
+class Observer:
+    """Notes when it is called, and stops the training in one epoch."""
+
+    def __init__(self, stop: int = 0) -> None:
+        self.stop, self.measured, self.written = stop, list[int](), list[int]()
+
+    def measure(self, epoch: int, model: HGAD) -> None:
+        if epoch == self.stop:
+            raise KeyboardInterrupt
+        self.measured.append(epoch)
+
+    def write(self, last_epoch: int) -> None:
+        self.written.append(last_epoch)
+
+
+def test_a_second_call_trains_nothing_and_writes_nothing(done: Done) -> None:
     before = files(done.run.path)
-    run = RunDirectory.open(done.config)
-    model = train_model(done.config, done.inputs, run, progress=False)
+    run, observer = RunDirectory.open(done.config), Observer()
+    model = train_model(done.config, done.inputs, run, progress=False, observer=observer)
+    assert observer.measured == observer.written == []
     again = finish_run(done.config, done.inputs, model, run)
     assert files(done.run.path) == before
     assert again.metrics == done.result.metrics
@@ -195,15 +214,10 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_bits(
         training.fit, "__kwdefaults__", {**(training.fit.__kwdefaults__ or {}), "checkpoint_s": 0.0}
     )
 
-    class Kill:
-        def measure(self, epoch: int, model: HGAD) -> None:
-            if epoch == killed_in:
-                raise KeyboardInterrupt
-
-        def write(self, last_epoch: int) -> None: ...
-
     with pytest.raises(KeyboardInterrupt):
-        train_model(config, done.inputs, RunDirectory.open(config), progress=False, observer=Kill())
+        train_model(
+            config, done.inputs, RunDirectory.open(config), progress=False, observer=Observer(killed_in)
+        )
     assert not (tmp_path / "run" / "model.safetensors").exists()
     run = RunDirectory.open(config)
     assert run.checkpoint.exists() == (killed_in == 2)
@@ -212,12 +226,22 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_bits(
         done.model.state_dict().items(), model.state_dict().values(), strict=True
     ):
         assert torch.equal(found, expected), name
+    # Training looks at the test set before the last epoch, the evaluation after it.
+    assert read_history(run.path)["test_image_auroc"].isna().tolist() == [False, True]
     finish_run(config, done.inputs, model, run)
     pd.testing.assert_frame_equal(
         read_history(run.path).drop(columns=TIMED),
         read_history(done.run.path).drop(columns=TIMED),
         check_exact=True,
     )
+
+
+def test_an_observer_sees_the_evaluated_epochs_and_the_last(done: Done, tmp_path: Path) -> None:
+    config = folder_config(done.root, tmp_path / "run", train={"evaluate_every": 2, "epochs": 5})
+    observer = Observer()
+    train_model(config, done.inputs, RunDirectory.open(config), progress=False, observer=observer)
+    assert observer.measured == [2, 4, 5]
+    assert observer.written == [1, 2, 3, 4, 5]
 
 
 def test_the_seed_makes_the_model(done: Done) -> None:
@@ -264,6 +288,9 @@ def test_masks_are_those_of_classes_that_have_them_all(done: Done) -> None:
     assert list(masks) == [0]
     assert masks[0].shape == (6, 32, 32)
     assert masks[0].any((1, 2)).tolist() == [False] * 3 + [True] * 3
+    assert class_masks(done.config, done.inputs)[0] is masks[0]  # read once
+    smaller = folder_config(done.root, None, score={"map_size": 16})
+    assert class_masks(smaller, done.inputs)[0].shape == (6, 16, 16)
 
 
 def test_the_gallery_shows_the_image_of_median_score() -> None:
