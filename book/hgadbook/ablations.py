@@ -55,12 +55,7 @@ class Ablation:
 
 
 def load_ablation(table: str, grid: str = "ablations", *, data_root: str | None = None) -> Ablation:
-    """Find the rows of one of the tables 3a to 3e in a grid.
-
-    Args:
-        table: Such as "table3a".
-        grid: A file of params/grids.
-        data_root: Where the images of a folder lie, for rows that are to be trained.
+    """Find the rows of a table, such as "table3a", in params/grids/GRID.yaml.
 
     Raises:
         InputError: No such table or grid, or the grid has no row of it.
@@ -68,12 +63,9 @@ def load_ablation(table: str, grid: str = "ablations", *, data_root: str | None 
     printed = read_table(table)
     found = load_grid(grid, data_root=data_root)
     prefix = table.replace("table", "tab") + "_"
-    configs = {
-        name: found.config(found.datasets[0], name, 0)
-        for name in found.experiments
-        if name.startswith(prefix)
-    }
-    if not configs:
+    experiments = [name for name in found.experiments if name.startswith(prefix)]
+    configs = {name: found.config(found.datasets[0], name, 0) for name in experiments}
+    if not experiments:
         raise InputError(
             f"grid {grid}: expected experiments named {prefix}*, found {', '.join(found.experiments)}"
         )
@@ -96,18 +88,10 @@ def runs_to_train(
     dataset: str,
     seed: int,
 ) -> list[Config]:
-    """List the runs of some rows on one dataset with one seed.
+    """List the runs of some rows (experiments) on one dataset with one seed, rows that train the same once.
 
-    Args:
-        ablation: The table's rows.
-        records: The ledger's.
-        rows: Experiments; "missing" for those of which the ledger has no run of this dataset and seed.
-        dataset: A file of params/.
-        seed: Of the runs.
-
-    Returns:
-        The configurations, rows that train the same once. A row that another table shares has the directory
-        of the grid's first such experiment, where the grid's run lies.
+    The rows "missing" are those of which the records have no run of this dataset and seed. A row that
+    another table shares has the directory of the grid's first such experiment, where the grid's run lies.
 
     Raises:
         InputError: A row that the table does not have.
@@ -124,10 +108,8 @@ def runs_to_train(
     configs = {name: ablation.grid.config(dataset, name, seed) for name in ablation.grid.experiments}
     first = {training_key(config): config for config in reversed(configs.values())}
     if rows == "missing":
-        recorded = {
-            key for key, found in group_records(records).items() if seed in {r["seed"] for r in found}
-        }
-        names = [name for name in names if training_key(configs[name], seed=False) not in recorded]
+        seeds = {key: [r["seed"] for r in found] for key, found in group_records(records).items()}
+        names = [name for name in names if seed not in seeds.get(training_key(configs[name], seed=False), ())]
     return [first[key] for key in dict.fromkeys(training_key(configs[name]) for name in names)]
 
 
@@ -154,7 +136,7 @@ class Comparison:
     Attributes:
         ablation: The table's rows.
         criterion: By what they are scored.
-        runs: A line per run and metric: experiment, row, images, seed, metric, value (percent, NaN without
+        runs: A line per run and metric: experiment, images, seed, metric, value (percent, NaN without
             masks), record. A run counts for every row that trains the same.
         tables: By set of images a line per row and metric: experiment, row, metric, paper, status, ours,
             half_width, difference (ours minus the paper, on other images and features), seeds, records
@@ -178,13 +160,7 @@ def compare(
 ) -> Comparison:
     """Set a table of the paper beside what the ledger has, with inductive normalisation.
 
-    Args:
-        ablation: The table's rows.
-        records: The ledger's.
-        criterion: By what rows are scored.
-
-    Returns:
-        The grid's datasets, run or not, then whatever else was run.
+    The sets of images are the grid's datasets, run or not, then whatever else was run.
     """
     runs = _runs(ablation, records, criterion)
     found = {title: title.split(" (")[0] for title in dict.fromkeys(runs["images"])}
@@ -208,7 +184,7 @@ def _runs(ablation: Ablation, records: Sequence[Mapping[str, Any]], criterion: C
     datasets = dict.fromkeys([*ablation.grid.datasets, *(str(r["dataset"]) for r in records)])
     lines = []
     for dataset in datasets:
-        for experiment, label in ablation.labels.items():
+        for experiment in ablation.labels:
             config = ablation.grid.config(dataset, experiment, 0)
             name = config.criterion if criterion == "own" else criterion
             for record in groups.get(training_key(config, seed=False), ()):
@@ -216,8 +192,8 @@ def _runs(ablation: Ablation, records: Sequence[Mapping[str, Any]], criterion: C
                 images, seed = titles[record["data"]["digest"]], record["seed"]
                 for metric in METRICS:
                     value = percent(mean.get(metric))
-                    lines.append((experiment, label, images, seed, metric, value, record["record"]))
-    columns = ["experiment", "row", "images", "seed", "metric", "value", "record"]
+                    lines.append((experiment, images, seed, metric, value, record["record"]))
+    columns = ["experiment", "images", "seed", "metric", "value", "record"]
     return pd.DataFrame(lines, columns=columns).astype({"value": float})
 
 
@@ -390,29 +366,15 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def show_tables(comparison: Comparison) -> None:
-    """Show the paper's table beside ours for each set of images, its split in the first ones' captions."""
+    """Show the paper's table beside ours for each set of images."""
     from IPython.display import display
 
-    own = comparison.criterion == "own"
     for images in comparison.tables:
-        note = comparison.notes.get(images, "") if own else ""
-        display(comparison_table(comparison, images, note=note, name="compared" if own else "plain"))
+        display(comparison_table(comparison, images))
 
 
-def comparison_table(
-    comparison: Comparison, images: str, *, note: str = "", name: str = "compared"
-) -> Styler:
-    """Set out paper | ours | difference | runs for one set of images, a row per row of the paper's table.
-
-    Args:
-        comparison: With a table of these images.
-        images: Their title.
-        note: What else the caption says, such as the split.
-        name: A short identifier, other for each kind of table of a page.
-
-    Returns:
-        A table for display; ``.data`` holds its texts.
-    """
+def comparison_table(comparison: Comparison, images: str) -> Styler:
+    """Set out paper | ours | difference | runs for one set of images, a row per row of the paper's table."""
     compared = comparison.tables[images]
     cells: dict[tuple[str, str], list[str]] = {}
     for metric, part in compared.groupby("metric", sort=False):
@@ -430,22 +392,24 @@ def comparison_table(
     cells["", "runs"] = [records_cell(records) for records in runs]
     table = pd.DataFrame(dict(enumerate(cells.values())), index=pd.Index(runs.index, name=None))
     table.columns = pd.MultiIndex.from_tuples(list(cells))
+    own = comparison.criterion == "own"
+    # A page shows the runs by their own criterion first, and there how the images are split.
+    note = comparison.notes.get(images, "") if own else ""
     caption = f"<b>{html.escape(images)}</b>" + (f". {html.escape(note)}" if note else "")
+    name = f"{'compared' if own else 'plain'}-{images}"
     whole = comparison.ablation.labels[comparison.ablation.reference]
-    return styled(table, name=f"{name}-{images}", caption=caption, emphasise=[whole])
+    return styled(table, name=name, caption=caption, emphasise=[whole])
 
 
-def show_points(comparison: Comparison, *, columns: int = 3) -> Figure:
+def show_points(comparison: Comparison) -> Figure:
     """Draw each run as a point, the mean over seeds with its interval, and the paper's number, row by row.
 
-    Args:
-        comparison: Sets of images without runs are left out, unless there is no other.
-        columns: Panels in a row.
+    Sets of images without runs are left out, unless there is no other.
     """
     tables, runs = comparison.tables, comparison.runs
     shown = [title for title, part in tables.items() if part["seeds"].sum()] or [*tables][:1]
     labels = list(comparison.ablation.labels.values())
-    figure, panels = panel_grid(len(shown), columns, 3.3, 1.1 + 0.42 * len(labels), sharey=True)
+    figure, panels = panel_grid(len(shown), 3, 3.3, 1.1 + 0.42 * len(labels), sharey=True)
     for ax, title in zip(panels, shown, strict=True):
         for row in tables[title].sort_values("metric", kind="stable").to_dict("records"):
             if row["row"] not in labels:

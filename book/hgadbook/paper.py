@@ -85,8 +85,8 @@ def as_printed(name: str, rows: str) -> pd.DataFrame:
         rows: The column whose values become rows.
 
     Returns:
-        Text; a dash where there is no number, an uncertain one has a question mark, an unreadable one is
-        called so, once where both halves of a cell are lost.
+        Text; a dash where there is no number, a question mark behind an uncertain one, and "unreadable", once
+        where both halves of a cell are.
     """
     table = read_table(name)
     cells: dict[str, dict[str, list[str]]] = {method: {} for method in table["method"]}

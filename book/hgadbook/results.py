@@ -90,14 +90,11 @@ def _settings(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def mean_over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
-    """Average over seeds.
-
-    Args:
-        runs: Lines of :func:`method_runs`.
+    """Average lines of :func:`method_runs` over their seeds, in order of appearance.
 
     Returns:
-        A line per images, settings, method and class, in order of appearance: texts "image_auroc" and
-        "pixel_auroc" (percent, ± half the 95 % interval over the seeds), the criterion and the records.
+        A line per images, settings, method and class: texts image_auroc and pixel_auroc (percent, ± half the
+        95 % interval over the seeds), criterion, records (names).
     """
     keys = ["images", "settings", "method", "class"]
     lines = []
@@ -127,37 +124,23 @@ def leads(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["images", "settings", "method", "differences"])
 
 
-def all_claims(
-    records: Sequence[Mapping[str, Any]], *, criterion: Criterion = "own", grid: str = "ablations"
-) -> pd.DataFrame:
-    """Hold every ordering that the paper claims in Tab. 3a to 3e against the ledger, on every set of images.
+def all_claims(records: Sequence[Mapping[str, Any]], *, criterion: Criterion = "own") -> pd.DataFrame:
+    """List what the ledger says of every ordering that the paper claims in Tab. 3a to 3e.
 
-    Args:
-        records: The ledger's.
-        criterion: By the likelihood, Tab. 3c is left out, which is about the criterion.
-        grid: A file of params/grids.
+    By the likelihood, Tab. 3c is left out, which is about the criterion.
 
     Returns:
         The lines of :attr:`hgadbook.ablations.Comparison.claims` behind two columns, table and images.
     """
     parts: dict[tuple[str, str], pd.DataFrame] = {}
     for letter in "abcde" if criterion == "own" else "abde":
-        compared = compare(load_ablation(f"table3{letter}", grid), records, criterion=criterion)
+        compared = compare(load_ablation(f"table3{letter}"), records, criterion=criterion)
         parts |= {(f"3{letter}", images): claims for images, claims in compared.claims.items()}
     return pd.concat(parts, names=["table", "images"]).reset_index(["table", "images"]).reset_index(drop=True)
 
 
 def claims_table(claims: pd.DataFrame, *, caption: str, name: str) -> Styler:
-    """Set out every ordering that the paper claims of image AUROC, with what each set of images says of it.
-
-    Args:
-        claims: Of :func:`all_claims`.
-        caption: Above the table.
-        name: A short identifier, other for each table of a page.
-
-    Returns:
-        A table for display, percentage points; ``.data`` holds its texts.
-    """
+    """Set out the orderings of image AUROC that the paper claims: its lead, and that on each set."""
     rows: dict[str, dict[str, str]] = {}
     for line in claims[claims["metric"] == "image_auroc"].to_dict("records"):
         paper = {"paper": number_text(line["paper"], sign="+")}
