@@ -8,11 +8,11 @@ machine's matrix-product rate counts only the products that the function needs, 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
 from harness import (
-    CLOCKS,
     add_arguments,
     add_device,
     apply_arguments,
@@ -190,7 +190,8 @@ def measure(channels: int, side: int, setting: str, args: argparse.Namespace) ->
     needed = needed_flops(flow, batch)
     for kind in ("forward+backward", "inference"):
         # Beside the timing: a shared machine's rate changes.
-        rate = matmul_rate(torch.device(device), size=2048, repeats=5, clock=CLOCKS[clock])
+        other = time.process_time if clock == "cpu" else None
+        rate = matmul_rate(torch.device(device), size=2048, clock=other)
         chosen = {name: both[kind] for name, both in pairs.items()}
         times = interleave(chosen, repeats=args.repeats, device=device, clock=clock)
         for name, timing in times.items():
