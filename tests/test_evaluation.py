@@ -20,8 +20,7 @@ from hgadlib.evaluation.evaluate import (
 from hgadlib.evaluation.likelihoods import (
     anomalous_positions,
     class_overlaps,
-    likelihood_columns,
-    log_likelihood_counts,
+    compare_likelihoods,
 )
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
 from hgadlib.model import HGAD
@@ -217,13 +216,14 @@ def test_log_likelihoods_by_hand() -> None:
     log_prob = [torch.tensor([[[0.0, 1.0]], [[2.0, 3.0]], [[9.0, 9.0]], [[5.0, 5.0]]])]
     class_idx, labels = np.array([0, 0, 0, 1]), np.array([False, True, True, False])
     labelled = np.array([True, True, False, True])
-    arguments = (log_prob, class_idx, labels, labelled, {}, 2)
-    edges, counts = log_likelihood_counts(*arguments)
+    edges, counts, columns = compare_likelihoods(
+        log_prob, class_idx, labels, {}, labelled=labelled, n_classes=2
+    )
     # Nobody said what the third image is.
     assert counts.sum(-1).tolist() == [[[2, 2]], [[2, 0]]]
     assert edges[0, -1] == 9.0
-    found = likelihood_columns(*arguments)
-    assert found == {"test_overlap": 0.0, "test_log_prob_normal": 0.5, "test_log_prob_anomalous": 2.5}
+    assert columns == {"test_overlap": 0.0, "test_log_prob_normal": 0.5, "test_log_prob_anomalous": 2.5}
     scores = {"log_likelihood_counts": counts, "classes": np.array(["a", "b"])}
     assert class_overlaps(scores) == {"a": [0.0], "b": [None]}
-    assert likelihood_columns(log_prob, class_idx, ~labelled, ~labelled, {}, 2) == {}
+    nothing = compare_likelihoods(log_prob, class_idx, labels, {}, labelled=np.zeros(4, bool), n_classes=2)
+    assert nothing.columns == {} and not nothing.counts.any()

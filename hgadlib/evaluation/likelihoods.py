@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,85 +44,64 @@ def anomalous_positions(
     return touched
 
 
-def _groups(
+class Likelihoods(NamedTuple):
+    """The positions' log-likelihoods, normal against anomalous.
+
+    Attributes:
+        edges: Of the histograms' bins, (L, bins + 1).
+        counts: Normal and anomalous positions, (K, L, 2, bins).
+        columns: Means over classes and levels, for a row of history.csv: ``test_overlap``, the share that the
+            two histograms of a class have in common, and the log-likelihoods ``test_log_prob_normal`` and
+            ``test_log_prob_anomalous``, as the scores have them (nats, or nats per dimension). Classes that
+            lack one kind of positions do not count; without others there are no columns.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    columns: dict[str, float]
+
+
+def compare_likelihoods(
     log_prob: Sequence[Tensor],
     class_idx: np.ndarray,
     labels: np.ndarray,
-    labelled: np.ndarray,
     masks: Mapping[int, np.ndarray],
-    n_classes: int,
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yield level, class, and the log-likelihoods of its normal and of its anomalous positions."""
-    for level, values in enumerate(log_prob):
-        touched = anomalous_positions(class_idx, labels & labelled, masks, values.shape[1:])
-        for k in range(n_classes):
-            members = np.flatnonzero((class_idx == k) & labelled)
-            own, where = values[members], touched[members]
-            yield level, k, own[~where], own[where]
-
-
-def log_likelihood_counts(
-    log_prob: Sequence[Tensor],
-    class_idx: np.ndarray,
-    labels: np.ndarray,
+    *,
     labelled: np.ndarray,
-    masks: Mapping[int, np.ndarray],
     n_classes: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Histogram the positions' log-likelihoods, normal against anomalous.
+) -> Likelihoods:
+    """Compare normal with anomalous positions of a test set.
 
     Args:
         log_prob: One (N, H, W) a level.
         class_idx: (N,).
         labels: True where an image is anomalous, (N,) bool.
-        labelled: False where nobody said, (N,) bool; such an image counts in neither histogram.
         masks: As :func:`anomalous_positions` takes them.
+        labelled: False where nobody said, (N,) bool; no position of such an image counts.
         n_classes: K.
-
-    Returns:
-        Bin edges per level, (L, bins + 1), and counts, (K, L, 2, bins).
-    """
-    edges = np.zeros((len(log_prob), _BINS + 1))
-    lows = []
-    for level, values in enumerate(log_prob):
-        # Few positions fall far below the rest; they go into the first bin.
-        lows.append(float(np.quantile(values.numpy(), 0.001).astype(np.float32)))
-        edges[level] = np.linspace(lows[level], max(float(values.max()), lows[level] + 1e-6), _BINS + 1)
-    counts = np.zeros((n_classes, len(log_prob), 2, _BINS), np.int64)
-    for level, k, *groups in _groups(log_prob, class_idx, labels, labelled, masks, n_classes):
-        for state, found in enumerate(groups):
-            counts[k, level, state] = np.histogram(found.clamp_min(lows[level]).numpy(), edges[level])[0]
-    return edges, counts
-
-
-def likelihood_columns(
-    log_prob: Sequence[Tensor],
-    class_idx: np.ndarray,
-    labels: np.ndarray,
-    labelled: np.ndarray,
-    masks: Mapping[int, np.ndarray],
-    n_classes: int,
-) -> dict[str, float]:
-    """Sum up normal and anomalous log-likelihoods in a few numbers, means over classes and levels.
-
-    Args are those of :func:`log_likelihood_counts`.
-
-    Returns:
-        ``test_overlap``, the share that the two histograms of a class have in common, and the mean
-        log-likelihoods ``test_log_prob_normal`` and ``test_log_prob_anomalous``, as the scores have them
-        (nats, or nats per dimension); without classes that have both kinds, none of them.
 
     Source: paper Fig. 2.
     """
-    args = (log_prob, class_idx, labels, labelled, masks, n_classes)
-    _, counts = log_likelihood_counts(*args)
-    found = [
-        (overlap, float(normal.double().mean()), float(anomalous.double().mean()))
-        for level, k, normal, anomalous in _groups(*args)
-        if (overlap := histogram_overlap(*counts[k, level])) is not None
-    ]
+    edges = np.zeros((len(log_prob), _BINS + 1))
+    counts = np.zeros((n_classes, len(log_prob), 2, _BINS), np.int64)
+    found: list[tuple[float, float, float]] = []
+    for level, values in enumerate(log_prob):
+        # Few positions fall far below the rest; they go into the first bin.
+        low = float(np.quantile(values.numpy(), 0.001).astype(np.float32))
+        edges[level] = np.linspace(low, max(float(values.max()), low + 1e-6), _BINS + 1)
+        touched = anomalous_positions(class_idx, labels & labelled, masks, values.shape[1:])
+        for k in range(n_classes):
+            members = np.flatnonzero((class_idx == k) & labelled)
+            own, where = values[members], touched[members]
+            groups = own[~where], own[where]
+            for state, group in enumerate(groups):
+                counts[k, level, state] = np.histogram(group.clamp_min(low).numpy(), edges[level])[0]
+            overlap = histogram_overlap(*counts[k, level])
+            if overlap is not None:
+                found.append((overlap, *(float(group.double().mean()) for group in groups)))
     names = ("test_overlap", "test_log_prob_normal", "test_log_prob_anomalous")
-    return {name: float(np.mean(of)) for name, of in zip(names, zip(*found, strict=True), strict=False)}
+    columns = {name: float(np.mean(of)) for name, of in zip(names, zip(*found, strict=True), strict=False)}
+    return Likelihoods(edges, counts, columns)
 
 
 def histogram_overlap(a: ArrayLike, b: ArrayLike) -> float | None:

@@ -16,14 +16,14 @@ from hgadlib.datasets.images import load_images
 from hgadlib.datasets.records import ImageRecord
 from hgadlib.distributed import ALONE, Group
 from hgadlib.evaluation.evaluate import Evaluation, Protocol, evaluate, level_values
-from hgadlib.evaluation.likelihoods import likelihood_columns
+from hgadlib.evaluation.likelihoods import compare_likelihoods
 from hgadlib.evaluation.predict import predict_batches
 from hgadlib.features.store import spread_sample
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
 from hgadlib.runs.gallery import gallery, write_maps
 from hgadlib.runs.inputs import Inputs, class_masks
-from hgadlib.runs.record import Result, metrics_record, scores_record
+from hgadlib.runs.record import Result, history_columns, metrics_record, scores_record
 from hgadlib.training import calibrate, fit
 
 # Images of each class that moments and means are taken from, and images held at a time.
@@ -111,7 +111,7 @@ def train_model(
         if epoch == last:
             return {}  # finish_run evaluates the trained model
         calibrate(current, inputs.train, inputs.train_classes)
-        return history_columns(config, inputs, evaluate_model(config, inputs, current, all_protocols=False))
+        return history_columns(evaluate_model(config, inputs, current, all_protocols=False))
 
     def write(history: pd.DataFrame) -> None:
         run.write_history(history)
@@ -147,24 +147,20 @@ def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols
     """
     started = time.perf_counter()
     values = level_values(model, inputs.test, inputs.test_classes)
-    masks = class_masks(config, inputs)
+    truth = (inputs.test_classes, inputs.test_labels, class_masks(config, inputs))
+    labelled = inputs.test_labelled
 
     def under(protocol: Protocol) -> Evaluation:
-        return evaluate(
-            model,
-            values,
-            inputs.test_classes,
-            inputs.test_labels,
-            masks,
-            score=config.score,
-            protocol=protocol,
-            labelled=inputs.test_labelled,
-        )
+        return evaluate(model, values, *truth, score=config.score, protocol=protocol, labelled=labelled)
 
     headline = under(Protocol(config.score.normalisation, config.criterion))
     seconds = time.perf_counter() - started
     rest = [under(p) for p in protocols(model) if all_protocols and p != headline.protocol]
-    return Result(values, headline, {e.protocol.name: e for e in (headline, *rest)}, seconds)
+    by_protocol = {found.protocol.name: found for found in (headline, *rest)}
+    likelihoods = compare_likelihoods(
+        values.log_prob, *truth, labelled=labelled, n_classes=len(inputs.dataset.classes)
+    )
+    return Result(values, headline, likelihoods, by_protocol, seconds)
 
 
 def protocols(model: HGAD) -> list[Protocol]:
@@ -178,20 +174,6 @@ def protocols(model: HGAD) -> list[Protocol]:
     ]
 
 
-def history_columns(config: Config, inputs: Inputs, result: Result) -> dict[str, float]:
-    """Compose what history.csv says of the test set: AUROCs that have a meaning, and log-likelihoods."""
-    mean = result.evaluation.mean
-    found = {f"test_{name}": mean[name] for name in ("image_auroc", "pixel_auroc")}
-    return {name: value for name, value in found.items() if value is not None} | likelihood_columns(
-        result.values.log_prob,
-        inputs.test_classes,
-        inputs.test_labels,
-        inputs.test_labelled,
-        class_masks(config, inputs),
-        len(inputs.dataset.classes),
-    )
-
-
 def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:
     """Evaluate the trained model and complete the run's record; a whole record is read, not made again."""
     run.start(inputs.identity())
@@ -200,11 +182,11 @@ def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -
         return replace(result, metrics=read_metrics(run.path))
     history = read_history(run.path)
     if config.train.evaluate_every:  # training looked at the test set before the last epoch
-        for name, value in history_columns(config, inputs, result).items():
+        for name, value in history_columns(result).items():
             history.loc[history.index[-1], name] = value
         run.write_history(history)
     rate = prediction_rate(config, inputs, model)
-    run.write_arrays("scores", scores_record(config, inputs, result))
+    run.write_arrays("scores", scores_record(inputs, result))
     write_maps(run.path / "maps", gallery(config, inputs, result))
     metrics = metrics_record(config, inputs, result, history, predict_images_per_s=rate)
     return replace(result, metrics=run.finish(metrics))

@@ -162,24 +162,19 @@ def discover(dataset: Dataset, train: Features, test: Features) -> Dataset:
 
 def summary(inputs: Inputs) -> pd.DataFrame:
     """Count the images of each class: a row per class, and one for all where there are several."""
+    columns = ["train", "test normal", "test anomalous", "test unlabelled", "with masks"]
     counts: Counter[tuple[str, str]] = Counter()
     for record in inputs.dataset.records:
-        if record.split == "train":
-            kind = "train"
-        elif not record.is_labelled:
-            kind = "test unlabelled"
-        else:
-            kind = "test anomalous" if record.is_anomalous else "test normal"
-        counts[record.class_name, kind] += 1
+        state = "anomalous" if record.is_anomalous else "normal" if record.is_labelled else "unlabelled"
+        counts[record.class_name, "train" if record.split == "train" else f"test {state}"] += 1
         counts[record.class_name, "with masks"] += record.mask_path is not None
-    columns = ["train", "test normal", "test anomalous", "with masks"]
-    if not inputs.test_labelled.all():
-        columns.insert(3, "test unlabelled")
     table = pd.DataFrame(
         [[counts[name, column] for column in columns] for name in inputs.dataset.classes],
         index=pd.Index(inputs.dataset.classes, name="class"),
         columns=columns,
     )
+    if inputs.test_labelled.all():
+        del table["test unlabelled"]
     if len(table) > 1:
         table.loc["all"] = table.sum()
     return table

@@ -10,9 +10,9 @@ import pandas as pd
 
 from hgadlib.config import Config
 from hgadlib.evaluation.evaluate import Evaluation
-from hgadlib.evaluation.likelihoods import log_likelihood_counts
+from hgadlib.evaluation.likelihoods import Likelihoods
 from hgadlib.runs.hardware import peak_memory
-from hgadlib.runs.inputs import Inputs, class_masks, image_name
+from hgadlib.runs.inputs import Inputs, image_name
 from hgadlib.scoring import LevelValues
 
 
@@ -23,6 +23,7 @@ class Result:
     Attributes:
         values: Level values of the test images.
         evaluation: Under the headline protocol.
+        likelihoods: Normal against anomalous ones.
         by_protocol: Under every protocol, by its name, the headline first.
         seconds: From features to the headline's metrics.
         metrics: The content of metrics.json; empty before the run is recorded.
@@ -30,6 +31,7 @@ class Result:
 
     values: LevelValues
     evaluation: Evaluation
+    likelihoods: Likelihoods
     by_protocol: dict[str, Evaluation]
     seconds: float
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -83,16 +85,8 @@ def metrics_record(
     }
 
 
-def scores_record(config: Config, inputs: Inputs, result: Result) -> dict[str, np.ndarray]:
+def scores_record(inputs: Inputs, result: Result) -> dict[str, np.ndarray]:
     """Compose scores.npz: a row per test image, and histograms of log-likelihoods."""
-    edges, counts = log_likelihood_counts(
-        result.values.log_prob,
-        inputs.test_classes,
-        inputs.test_labels,
-        inputs.test_labelled,
-        class_masks(config, inputs),
-        len(inputs.dataset.classes),
-    )
     return {
         "score": result.evaluation.scores,
         "label": inputs.test_labels,
@@ -100,9 +94,16 @@ def scores_record(config: Config, inputs: Inputs, result: Result) -> dict[str, n
         "class_idx": inputs.test_classes,
         "classes": np.array(inputs.dataset.classes),
         "image": np.array([image_name(inputs.dataset, record) for record in inputs.dataset.test]),
-        "log_likelihood_edges": edges,
-        "log_likelihood_counts": counts,
+        "log_likelihood_edges": result.likelihoods.edges,
+        "log_likelihood_counts": result.likelihoods.counts,
     }
+
+
+def history_columns(result: Result) -> dict[str, float]:
+    """Compose what history.csv says of the test set: AUROCs that have a meaning, and log-likelihoods."""
+    mean = result.evaluation.mean
+    found = {f"test_{name}": mean[name] for name in ("image_auroc", "pixel_auroc")}
+    return {name: v for name, v in found.items() if v is not None} | result.likelihoods.columns
 
 
 def best_epochs(history: pd.DataFrame) -> dict[str, Any]:
