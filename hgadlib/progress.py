@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm as text_bar
-from tqdm.auto import tqdm as auto_bar
+from tqdm.auto import tqdm as notebook_bar
 
 # A terminal redraws one line; in a log file each redraw is a line to scroll over.
 _SECONDS_LOG = 15.0
@@ -19,7 +20,7 @@ class _LineBar(text_bar):
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
-        """Give the function that shows a state of the bar."""
+        """Return the function that shows a state of the bar."""
 
         def print_status(text: str) -> None:
             if text.strip():
@@ -27,17 +28,6 @@ class _LineBar(text_bar):
                 file.flush()
 
         return print_status
-
-
-def _watched_notebook() -> bool:
-    """Tell JupyterLab, where somebody sees widgets move, from a headless kernel, which only keeps text."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    kernel = getattr(get_ipython(), "kernel", None)  # type: ignore[no-untyped-call, unused-ignore]
-    # Headless clients (papermill, nbclient) cannot answer questions and say so with each request.
-    return bool(kernel is not None and getattr(kernel, "_allow_stdin", False))
 
 
 def progress_bar(
@@ -62,8 +52,9 @@ def progress_bar(
         "initial": initial,
         "disable": not show,
     }
-    if _watched_notebook():
-        return auto_bar(**options)
+    # JupyterLab names the notebook of a kernel; a headless kernel, where nobody sees widgets move, has no name.
+    if "JPY_SESSION_NAME" in os.environ:
+        return notebook_bar(**options)
     if sys.stderr.isatty():
         return text_bar(**options, mininterval=0.5, dynamic_ncols=True, smoothing=0.1)
     # Without a bound tqdm's monitor would print every 10 s whatever mininterval says.
