@@ -9,11 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -136,15 +137,15 @@ def test_batches_are_the_rows_asked_for(records: list[Picture], backbone: Backbo
 
 
 def test_stopping_early_and_failing_leave_no_thread(records: list[Picture], backbone: Backbone) -> None:
-    import threading
-
     found = compute(records, backbone, storage="file")
+    before = threading.active_count()
     batches = found.batches([torch.tensor([0])] * 9)
     next(batches)
+    assert threading.active_count() > before
     batches.close()  # type: ignore[attr-defined]
     with pytest.raises(IndexError):
         list(found.batches([torch.tensor([9])]))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("features")]
+    assert threading.active_count() == before
 
 
 def test_every_storage_holds_the_same(records: list[Picture], backbone: Backbone, cache: Path) -> None:
@@ -506,7 +507,9 @@ def test_storage_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_storage(501, "auto", cuda) == choose_storage(501, "auto", cpu) == "file"
     assert choose_storage(50, "device", cpu) == "host"
     assert choose_storage(10**6, "file", cpu) == "file"
-    for storage, size, device in (("device", 101, cuda), ("host", 1001, cuda), ("device", 1001, cpu)):
+    full: list[tuple[Literal["device", "host"], int, torch.device]]
+    full = [("device", 101, cuda), ("host", 1001, cuda), ("device", 1001, cpu)]
+    for storage, size, device in full:
         with pytest.raises(InputError, match="set it to auto or file") as error:
             choose_storage(size, storage, device)
         refusal(error)

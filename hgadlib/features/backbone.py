@@ -273,7 +273,7 @@ def _create(name: str, **kwargs: Any) -> Any:
     """Create a timm model that takes images of any size, as far as it can."""
     if _published(name).fixed_input_size:
         # Patch transformers and windowed ones have different words for it; some have none.
-        for option, value in (("dynamic_img_size", True), ("strict_img_size", False)):
+        for flexible in ({"dynamic_img_size": True}, {"strict_img_size": False}):
             with contextlib.suppress(TypeError):
-                return timm.create_model(name, **kwargs, **{option: value})
+                return timm.create_model(name, **{**kwargs, **flexible})
     return timm.create_model(name, **kwargs)

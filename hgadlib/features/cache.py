@@ -68,33 +68,26 @@ def locked(entry: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
     Raises:
         InputError: The cache's folder cannot be written.
     """
-    with contextlib.ExitStack() as stack:
-        with _disk_errors(entry):
-            (entry.parent / "locks").mkdir(parents=True, exist_ok=True)
-            lock = _lock(entry.name, entry.parent)
-            with contextlib.suppress(NotImplementedError):
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    on_wait()
-                    lock.acquire(poll_interval=0.2)
-                stack.callback(lock.release)
-                _remove_abandoned(entry)
+    lock = _lock(entry)
+    with _disk_errors(entry), contextlib.suppress(NotImplementedError):
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        for part in entry.parent.glob(".*-unfinished-*"):
+            key = part.name[1:].partition("-")[0]
+            with contextlib.suppress(Timeout, OSError), _lock(entry.with_name(key)).acquire(timeout=0):
+                shutil.rmtree(part, ignore_errors=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _lock(key: str, cache: Path) -> FileLock:
-    return FileLock(cache / "locks" / f"{key}.lock")
-
-
-def _remove_abandoned(held: Path) -> None:
-    for part in held.parent.glob(".*-unfinished-*"):
-        key = part.name[1:].partition("-")[0]
-        if key == held.name:
-            shutil.rmtree(part, ignore_errors=True)
-            continue
-        with contextlib.suppress(Timeout, OSError), _lock(key, held.parent).acquire(timeout=0):
-            shutil.rmtree(part, ignore_errors=True)
+def _lock(entry: Path) -> FileLock:
+    return FileLock(entry.parent / "locks" / f"{entry.name}.lock")
 
 
 def write_entry(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hgadlib.datasets.images import parallel_map
 from hgadlib.errors import InputError
 
 Storage = Literal["auto", "device", "host", "file"]
@@ -93,19 +92,13 @@ class Features:
             for indices in batches:
                 yield indices, self.batch(indices, target)
             return
-        pending: deque[tuple[Tensor, Future[list[Tensor]]]] = deque()
+
+        def gather(indices: Tensor) -> tuple[Tensor, list[Tensor]]:
+            return indices, self._gather(indices, target)
+
         # Gathering lets go of the interpreter lock; two readers keep a disk's queue from running dry.
-        pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="features")
-        try:
-            for indices in batches:
-                pending.append((indices, pool.submit(self._gather, indices, target)))
-                if len(pending) > _AHEAD:
-                    ready, gathered = pending.popleft()
-                    yield ready, self._deliver(gathered.result(), target)
-            for ready, gathered in pending:
-                yield ready, self._deliver(gathered.result(), target)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for indices, gathered in parallel_map(gather, batches, num_workers=_AHEAD, ahead=_AHEAD + 1):
+            yield indices, self._deliver(gathered, target)
 
     def _target(self, device: torch.device | str | None) -> torch.device:
         return self.levels[0].device if device is None else resolve_device(device)
