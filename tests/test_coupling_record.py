@@ -14,6 +14,7 @@ import torch
 from small import GRIDS, features, folder_config, image_folder, model
 from torch import nn
 
+from hgadbook.homogeneous_mapping import block_outputs, coupling_table, train_flow
 from hgadlib import training
 from hgadlib.config import Config, FlowConfig
 from hgadlib.errors import InputError
@@ -21,10 +22,9 @@ from hgadlib.evaluation.likelihoods import anomalous_positions
 from hgadlib.flow import FeatureFlow, PositionalCoupling
 from hgadlib.model import HGAD
 from hgadlib.runs import experiment
-from hgadlib.runs.coupling import CouplingRecord, block_outputs, coupling_table
 from hgadlib.runs.directory import RunDirectory, read_coupling, read_history
-from hgadlib.runs.experiment import train_model
-from hgadlib.runs.inputs import Inputs, class_masks, prepare
+from hgadlib.runs.experiment import finish_run, train_model
+from hgadlib.runs.inputs import Inputs, prepare
 from hgadlib.runs.ledger import coupling
 
 
@@ -116,12 +116,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
         root = image_folder(folder / "images")
         config = folder_config(root, folder / "run", train={"evaluate_every": 2, "epochs": 5})
         run, inputs = RunDirectory.open(config), prepare(config, progress=False)
-        yield Done(root, config, inputs, train_recorded(config, inputs, run), run)
-
-
-def train_recorded(config: Config, inputs: Inputs, run: RunDirectory) -> HGAD:
-    record = CouplingRecord(run.path / "coupling.csv", inputs, class_masks(config, inputs))
-    return train_model(config, inputs, run, progress=False, observer=record)
+        trained = train_flow(config, inputs, run, progress=False)
+        finish_run(config, inputs, trained, run)  # evaluates the last epoch
+        yield Done(root, config, inputs, trained, run)
 
 
 def test_every_evaluated_epoch_is_recorded(done: Done) -> None:
@@ -169,18 +166,18 @@ def test_a_killed_run_s_record_is_that_of_one_that_went_through(
         if len(rows) == 1:
             saved(path, own, optimiser, rows)
 
-    original, calls = experiment.likelihood_columns, []
+    original, calls = experiment.evaluate_model, []
 
-    def kill(*arguments: Any) -> Any:
+    def kill(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:  # in epoch 4, once its rows were measured
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "save_checkpoint", first_only)
-        patch.setattr(experiment, "likelihood_columns", kill)
-        train_recorded(config, done.inputs, RunDirectory.open(config))
+        patch.setattr(experiment, "evaluate_model", kill)
+        train_flow(config, done.inputs, RunDirectory.open(config), progress=False)
     assert set(read_coupling(tmp_path / "run")["epoch"]) == {2}
 
     seen: list[tuple[int, int]] = []
@@ -191,7 +188,7 @@ def test_a_killed_run_s_record_is_that_of_one_that_went_through(
 
     write = RunDirectory.write_history
     monkeypatch.setattr(RunDirectory, "write_history", look)
-    train_recorded(config, done.inputs, RunDirectory.open(config))
+    train_flow(config, done.inputs, RunDirectory.open(config), progress=False)
     assert [epoch for epoch, _ in seen] == [2, 3, 4, 5]
     assert all(recorded <= epoch for epoch, recorded in seen)
     pd.testing.assert_frame_equal(

@@ -5,29 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from hgadbook.homogeneous_mapping import DROP, FLOWS, course_title
-from hgadlib.evaluation.likelihoods import histogram_overlap
+from hgadlib.evaluation.likelihoods import Histograms
+from hgadlib.figures.histograms import log_likelihood_histogram, shared_legend
+from hgadlib.figures.theme import PALETTE
 
 Overlaps = Mapping[str, Mapping[str, float | None]]
 """By the name of the run, the overlap by class, 0 to 1; None where a class lacks one kind of positions."""
 
 
-def class_overlaps(scores: Mapping[str, np.ndarray], level: int = -1) -> dict[str, float | None]:
-    """Compute the overlap of each class on one level.
-
-    Args:
-        scores: The arrays of a run's scores.npz.
-        level: Which level; the deepest by default.
-    """
-    counts = scores["log_likelihood_counts"][:, level]
-    return {str(name): histogram_overlap(*counts[k]) for k, name in enumerate(scores["classes"])}
-
-
 def overlap_table(overlaps: Overlaps) -> pd.DataFrame:
-    """Set out overlaps in percent: a row per class and their mean, a column per run, and last less first.
+    """Tabulate overlaps in percent: a row per class and their mean, a column per run, and last less first.
 
     Classes stand in the order of their difference, the greatest gain first.
     """
@@ -38,8 +32,27 @@ def overlap_table(overlaps: Overlaps) -> pd.DataFrame:
     return table
 
 
+def separation_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Tabulate each class's pixel AUROC, image AUROC where it has no masks, in percent, and last less first.
+
+    Args:
+        metrics: By the name of the run, the content of its metrics.json.
+    """
+    values = {
+        run: {
+            name: found["image_auroc"] if found["pixel_auroc"] is None else found["pixel_auroc"]
+            for name, found in content["per_class"].items()
+        }
+        for run, content in metrics.items()
+    }
+    table = 100 * pd.DataFrame(values, dtype=float).rename_axis("class")
+    table["difference"] = table.iloc[:, -1] - table.iloc[:, 0]
+    table.loc["mean"] = table.mean()
+    return table
+
+
 def overlap_sentence(overlaps: Overlaps) -> str:
-    """Say in which classes the last run overlaps less than the first one, and in which more."""
+    """State in which classes the last run overlaps less than the first one, and in which more."""
     first, *_, last = overlaps
     table = overlap_table(overlaps).drop(index="mean")["difference"].dropna()
     parts = {
@@ -57,37 +70,11 @@ def overlap_sentence(overlaps: Overlaps) -> str:
     )
 
 
-def separation_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Set out each class's pixel AUROC, image AUROC where it has no masks, in percent, and last less first.
-
-    Args:
-        metrics: By the name of the run, the content of its metrics.json.
-    """
-    table = pd.DataFrame(
-        {
-            run: {
-                name: found["image_auroc"] if found["pixel_auroc"] is None else found["pixel_auroc"]
-                for name, found in content["per_class"].items()
-            }
-            for run, content in metrics.items()
-        },
-        dtype=float,
-    )
-    table = 100 * table.rename_axis("class")
-    table["difference"] = table.iloc[:, -1] - table.iloc[:, 0]
-    table.loc["mean"] = table.mean()
-    return table
-
-
 def overlap_records(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Find committed runs of the single Gaussian and of HGAD on the same images for as long.
-
-    Args:
-        records: What :func:`hgadlib.runs.ledger.read_records` gave.
+    """Find the ledger's runs of the single Gaussian and of HGAD on the same images for as long.
 
     Returns:
-        By what they ran on, as `course_title` says it, then by flow and class: the
-        overlap, mean over levels.
+        By title, flow and class: the overlap, mean over levels.
     """
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for experiment in ("sec32_single", "sec32_hgad"):
@@ -98,3 +85,44 @@ def overlap_records(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
                     for name, levels in record["overlap"].items()
                 }
     return {title: of for title, of in found.items() if len(of) == 2}
+
+
+def histogram_pairs(runs: Mapping[str, tuple[Histograms, Histograms]], *, unit: str = "nats") -> Figure:
+    """Draw the histograms of several runs side by side: a row per class, a column per run.
+
+    Args:
+        runs: By the name of the run: normal and anomalous log-likelihoods, of the same classes in all runs.
+        unit: Of the log-likelihood.
+
+    Source: paper Fig. 5.
+    """
+    classes = list(next(iter(runs.values()))[0])
+    shape = (len(classes), len(runs))
+    size = (3.3 * shape[1], 1.75 * shape[0] + 0.5)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, sharex="col")
+    for column, (run, (normal, anomalous)) in enumerate(runs.items()):
+        for ax, name in zip(axes[:, column], classes, strict=True):
+            log_likelihood_histogram(normal[name], anomalous[name], unit=unit, ax=ax)
+            ax.set_ylabel(f"{name}\nshare per bin (%)" if column == 0 else "")
+        axes[0, column].set_title(f"{run}\n{axes[0, column].get_title(loc='left')}", loc="left")
+    for ax in axes[:-1].ravel():
+        ax.set_xlabel("")
+    shared_legend(figure, axes.ravel())
+    return figure
+
+
+def overlap_change(overlaps: Overlaps) -> Axes:
+    """Draw each class's overlap under several runs on one line, the greatest gain at the top."""
+    table = 100 * pd.DataFrame(overlaps, dtype=float).dropna()
+    table = table.loc[
+        (table.iloc[:, -1] - table.iloc[:, 0]).sort_values(ascending=False, kind="stable").index
+    ]
+    ax = plt.subplots(figsize=(6.4, 0.32 * len(next(iter(overlaps.values()))) + 1.2))[1]
+    ax.hlines(range(len(table)), table.min(axis=1), table.max(axis=1), color="0.75", linewidth=2, zorder=1)
+    for run, marker, color in zip(table, "os^Dv", (7, 2, 1, 4, 5), strict=False):
+        ax.scatter(table[run], range(len(table)), marker=marker, color=PALETTE[color], label=run, zorder=2)
+    ax.set_yticks(range(len(table)), table.index)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("overlap of normal and anomalous log-likelihoods (%)")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(overlaps))
+    return ax

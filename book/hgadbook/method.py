@@ -247,7 +247,7 @@ def _cross(ax: Axes, point: np.ndarray, color: str, *, hollow: bool = False) -> 
     """Mark a class's main centre."""
     edge, width = (color, 1.6) if hollow else ("black", 1.0)
     face = "white" if hollow else color
-    ax.scatter(*point, s=120, marker="X", color=face, edgecolors=edge, linewidths=width, zorder=5)
+    ax.scatter(point[0], point[1], s=120, marker="X", color=face, edgecolors=edge, linewidths=width, zorder=5)
 
 
 def class_points(
@@ -272,11 +272,11 @@ def class_points(
     points = np.asarray(points, dtype=float)
     colors = _colors(len(points))
     for (name, color), own in zip(colors.items(), points, strict=True):
-        ax.scatter(*own.T, s=7, color=color, alpha=0.5, linewidths=0, label=name)
+        ax.scatter(own[:, 0], own[:, 1], s=7, color=color, alpha=0.5, linewidths=0, label=name)
     if centers is not None:
         for color, (main, *others) in zip(colors.values(), np.asarray(centers, dtype=float), strict=True):
             for other in others:
-                ax.scatter(*other, s=45, color=color, edgecolors="black", linewidths=1, zorder=3)
+                ax.scatter(other[0], other[1], s=45, color=color, edgecolors="black", linewidths=1, zorder=3)
             _cross(ax, main, color)
     _dress(ax, title, axis_labels)
     if legend:
@@ -361,7 +361,9 @@ def center_paths(points: ArrayLike, paths: ArrayLike, *, ax: Axes, title: str) -
     for k, color in enumerate(_colors(steps.shape[1]).values()):
         for path in steps[:, k].transpose(1, 0, 2):
             ax.plot(*path.T, color=color, linewidth=1.8, zorder=3, path_effects=halo)
-            ax.scatter(*path[0], s=35, color="white", edgecolors=color, linewidths=1.5, zorder=4)
+            ax.scatter(
+                path[0, 0], path[0, 1], s=35, color="white", edgecolors=color, linewidths=1.5, zorder=4
+            )
             _cross(ax, path[-1], color)
 
 

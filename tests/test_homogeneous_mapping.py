@@ -1,32 +1,35 @@
-"""What is said of a course of training, of couplings and of overlaps, and how images are chosen."""
+"""What is said and drawn of a course of training and of couplings, and which records are compared."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from hgadbook.histograms import (
-    class_overlaps,
-    overlap_records,
-    overlap_sentence,
-    overlap_table,
-    separation_table,
-)
+from hgadbook.histograms import overlap_records
 from hgadbook.homogeneous_mapping import (
     FLOWS,
     coupling_claims,
+    coupling_course,
     coupling_sentences,
     course_records,
     course_sentences,
     course_table,
+    training_course,
 )
-from hgadbook.qualitative import normal_rank, telling_images
 from hgadlib.config import load_config
 from hgadlib.errors import InputError
 from hgadlib.runs.grid import load_grid
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    plt.close("all")
 
 
 def history(image: list[float], *, nll: list[float], normal: list[float] | None = None) -> pd.DataFrame:
@@ -134,73 +137,6 @@ def test_records_are_brought_together_by_what_they_ran_on() -> None:
     assert of == {name: {"a": pytest.approx(0.3), "b": None} for name in ("single Gaussian", "HGAD")}
 
 
-def test_overlaps_by_class() -> None:
-    counts = np.zeros((2, 2, 2, 4), int)
-    counts[0, 1, 0], counts[0, 1, 1] = [2, 2, 0, 0], [0, 2, 2, 0]
-    found = class_overlaps({"log_likelihood_counts": counts, "classes": np.array(["a", "b"])})
-    assert found == {"a": 0.5, "b": None}
-    runs = {
-        "one": {"a": 0.5, "b": None, "c": 0.30, "d": 0.1},
-        "two": {"a": 0.6, "b": None, "c": 0.25, "d": 0.1},
-    }
-    table = overlap_table(runs)
-    assert table.index.tolist() == ["c", "d", "a", "b", "mean"]
-    assert table["difference"].tolist()[:3] == pytest.approx([-5, 0, 10])
-    said = overlap_sentence(runs)
-    assert "Of 3 classes" in said and "less by 2 points or more in 1 (c)" in said
-    assert "more by 2 points or more in 1 (a)" in said and "mean difference is +1.7" in said
-
-
-def test_classes_without_masks_show_their_image_auroc() -> None:
-    one = {
-        "per_class": {
-            "a": {"image_auroc": 0.7, "pixel_auroc": None},
-            "b": {"image_auroc": 0.7, "pixel_auroc": 0.9},
-        }
-    }
-    table = separation_table({"one": one, "two": one})
-    assert table["one"].tolist() == pytest.approx([70, 90, 80]) and not table["difference"].any()
-
-
-SCORES = np.array([0.1, 0.2, 0.3, 0.25, 0.9, 0.15, 0.5])
-CLASSES = np.array([0, 0, 0, 0, 0, 0, 1])
-LABELS = np.array([False, False, False, True, True, True, True])
-KNOWN = np.ones(7, bool)
-
-
-def test_ranks_among_the_normal_ones_of_the_class() -> None:
-    found = normal_rank(SCORES, CLASSES, LABELS, KNOWN)
-    assert found[:6] == pytest.approx([0, 0.5, 1, 2 / 3, 1, 1 / 3])
-    assert np.isnan(found[6])
-    ties = normal_rank(
-        np.array([0.1, 0.1, 0.1]), np.zeros(3, int), np.array([False, False, True]), np.ones(3, bool)
-    )
-    assert ties.tolist() == [0.5, 0.5, 0.5]
-
-
-def test_telling_images_follow_their_rules() -> None:
-    before = SCORES.copy()
-    before[[3, 4]] = 0.05, 0.95  # 3 rises from the bottom, 4 stays above all
-    before[5] = 0.25  # 5 falls
-    found = telling_images({"one": before, "two": SCORES}, CLASSES, LABELS, KNOWN)
-    assert found == {
-        "found": {0: 4},
-        "missed": {0: 5},
-        "false alarm": {0: 2},
-        "gained": {0: 3},
-        "lost": {0: 5},
-    }
-    same = telling_images({"one": SCORES, "two": SCORES}, CLASSES, LABELS, KNOWN)
-    assert same["gained"] == same["lost"] == {}
-
-
-def test_of_equal_ranks_the_score_decides() -> None:
-    scores = np.array([0.1, 0.5, 0.9, 0.7])
-    labels = np.array([False, True, True, True])
-    found = telling_images({"a": scores, "b": scores}, np.zeros(4, int), labels, np.ones(4, bool))
-    assert (found["found"][0], found["missed"][0]) == (2, 1)
-
-
 @pytest.mark.parametrize("name", ["homogeneous", "homogeneous_long", "homogeneous_elpv"])
 def test_grids_hold_the_flows_that_the_chapter_knows(name: str) -> None:
     configs = {config.experiment: config for config in load_grid(name).configs()}
@@ -217,3 +153,47 @@ def test_flows_differ_in_prior_flow_and_normaliser_alone() -> None:
         differ = {key for key in base if base[key] != other[key]}
         assert differ <= {"experiment", "flow", "prior", "train"}
         assert {**other["train"], "first_stage": 0} == base["train"]
+
+
+def deep_coupling() -> pd.DataFrame:
+    rows = [
+        {"epoch": epoch, "level": level, "layer": layer, "group": "train", "s_mean": -layer, "s_input": 0.5}
+        for epoch in (2, 4)
+        for level in (1, 2)
+        for layer in (1, 2, 3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_course_has_a_column_a_run_and_only_evaluated_epochs() -> None:
+    courses = {
+        "one": history([0.6, 0.8, 0.7], nll=[3, 2, 1]),
+        "two": history([0.6, 0.8, 0.7], nll=[3, 2, 1], normal=[-3, -2, -1]).assign(test_overlap=0.2),
+    }
+    figure = training_course(courses)
+    axes = np.array(figure.axes).reshape(3, 2)
+    assert [ax.get_title(loc="left") for ax in axes[0]] == ["one", "two"]
+    (auroc,) = axes[1, 0].lines
+    assert list(np.asarray(auroc.get_xdata())) == [2, 4, 6]
+    np.testing.assert_allclose(auroc.get_ydata(), [60, 80, 70])
+    assert list(np.asarray(axes[0, 0].lines[0].get_ydata())) == [3, 3, 2, 2, 1, 1]
+    # What was not recorded is not drawn.
+    assert not axes[2, 0].lines and len(axes[2, 1].lines) == 2
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["image AUROC", "overlap", "normal", "anomalous"]
+
+
+def test_a_course_without_evaluated_epochs_is_not_drawn() -> None:
+    with pytest.raises(InputError, match=r"one: expected a history with evaluated epochs.*evaluate_every"):
+        training_course({"one": history([0.5], nll=[1]).drop(columns="test_image_auroc")})
+
+
+def test_couplings_have_a_line_a_block_of_the_deepest_level() -> None:
+    table = deep_coupling()
+    table.loc[table["level"] == 2, "s_mean"] *= 2
+    figure = coupling_course({"one": table}, quantities=("s_mean", "s_input"))
+    mean, share = figure.axes
+    assert [list(np.asarray(line.get_ydata())) for line in mean.lines[:3]] == [[-2, -2], [-4, -4], [-6, -6]]
+    assert [list(np.asarray(line.get_ydata())) for line in share.lines] == [[50, 50]] * 3
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["block 1", "block 2", "block 3"]
