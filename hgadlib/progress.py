@@ -52,7 +52,7 @@ def progress_bar(
         "initial": initial,
         "disable": not show,
     }
-    # JupyterLab names the notebook of a kernel; a headless kernel, where nobody sees widgets move, has no name.
+    # JupyterLab names its notebook; in a headless kernel, without one, nobody sees widgets move.
     if "JPY_SESSION_NAME" in os.environ:
         return notebook_bar(**options)
     if sys.stderr.isatty():
