@@ -92,16 +92,9 @@ def score_as(
 def auroc_by_class(
     scores: NDArray[np.float32], labels: NDArray[np.bool_], class_idx: NDArray[np.int64], names: Sequence[str]
 ) -> dict[str, float | None]:
-    """Compute the image AUROC within each true class, whatever classes the scores took the images for.
+    """Compute the image AUROC within each true class (N,), whatever classes the scores took the images for.
 
-    Args:
-        scores: (N,).
-        labels: True where anomalous, (N,).
-        class_idx: True classes, (N,).
-        names: Class names.
-
-    Returns:
-        AUROC by name, None where a class has images of one kind only; classes without images are left out.
+    It is None where a class has images of one kind only; classes without images are left out.
     """
     members = {name: class_idx == k for k, name in enumerate(names)}
     return {n: image_metrics(scores[m], labels[m])["image_auroc"] for n, m in members.items() if m.any()}

@@ -76,27 +76,18 @@ def class_normalisation(
     """Look up the stored constants of one class, or take those of its test images."""
     if normalisation == "transductive":
         return transductive(values, map_size)
-    stored = model.normalisation(torch.tensor([k], device=model.device))
-    return Normalisation(
-        stored.log_prob_max[0].cpu(),
-        stored.neg_entropy_max[0].cpu(),
-        stored.likelihood_offset.cpu(),
-        stored.entropy_offset.cpu(),
-    )
+    zero = torch.zeros(())
+    return Normalisation(model.log_prob_max[k].cpu(), model.neg_entropy_max[k].cpu(), zero, zero)
 
 
 def map_batches(
     values: LevelValues, constants: Normalisation, score: ScoreConfig, criterion: Criterion
 ) -> Iterator[tuple[slice, Tensor]]:
     """Make the maps of one class, a batch at a time."""
+    size, sigma = score.map_size, score.sigma
     for start in range(0, len(values), _BATCH):
         index = slice(start, start + _BATCH)
-        yield (
-            index,
-            anomaly_maps(
-                values[index], constants, size=score.map_size, sigma=score.sigma, criterion=criterion
-            ),
-        )
+        yield index, anomaly_maps(values[index], constants, size=size, sigma=sigma, criterion=criterion)
 
 
 def evaluate(

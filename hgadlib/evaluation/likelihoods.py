@@ -84,7 +84,7 @@ def compare_likelihoods(
     """
     edges = np.zeros((len(log_prob), _BINS + 1))
     counts = np.zeros((n_classes, len(log_prob), 2, _BINS), np.int64)
-    found: list[tuple[float, float, float]] = []
+    found: list[tuple[float, ...]] = []
     for level, values in enumerate(log_prob):
         # Few positions fall far below the rest; they go into the first bin.
         low = float(np.quantile(values.numpy(), 0.001).astype(np.float32))
@@ -137,12 +137,7 @@ def class_overlaps(scores: Mapping[str, np.ndarray]) -> dict[str, list[float | N
 
 
 def stored_histograms(scores: Mapping[str, np.ndarray], level: int = -1) -> tuple[Histograms, Histograms]:
-    """Take one level's histograms, of normal and of anomalous positions, out of a run's scores.npz.
-
-    Args:
-        scores: Its arrays.
-        level: Which level; the deepest by default.
-    """
+    """Take one level's histograms, of normal and of anomalous positions, from the arrays of scores.npz."""
     edges, counts = scores["log_likelihood_edges"][level], scores["log_likelihood_counts"][:, level]
     names = [str(name) for name in scores["classes"]]
     normal, anomalous = ({n: (edges, counts[k, s]) for k, n in enumerate(names)} for s in (0, 1))

@@ -192,21 +192,13 @@ def mean_metrics(per_class: Mapping[str, Mapping[str, float | None]]) -> Metrics
 
 
 class _Ranks(NamedTuple):
-    """How anomalous and normal scores interleave; V distinct anomalous scores, from the largest down.
+    """How anomalous and normal scores interleave: V distinct anomalous scores, from the largest down."""
 
-    Attributes:
-        anomalous: Anomalous ones that have this score, (V,) int64, at least 1.
-        normal_above: Normal ones with a larger score, (V,) int64.
-        normal_tied: Normal ones with exactly this score, (V,) int64.
-        regions: Sum over the anomalous ones of 1 / (size of their region), (V,) float64.
-        n_normal: All normal ones.
-    """
-
-    anomalous: NDArray[np.int64]
-    normal_above: NDArray[np.int64]
-    normal_tied: NDArray[np.int64]
-    regions: NDArray[np.float64]
-    n_normal: int
+    anomalous: NDArray[np.int64]  # (V,) anomalous ones that have this score, at least 1
+    normal_above: NDArray[np.int64]  # (V,) normal ones with a larger score
+    normal_tied: NDArray[np.int64]  # (V,) normal ones with exactly this score
+    regions: NDArray[np.float64]  # (V,) sum over the anomalous ones of 1 / (size of their region)
+    n_normal: int  # all normal ones
 
 
 def _ranks(scores: NDArray, anomalous: NDArray, regions: NDArray) -> _Ranks:

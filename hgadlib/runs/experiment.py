@@ -24,6 +24,7 @@ from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
 from hgadlib.runs.gallery import gallery, write_maps
 from hgadlib.runs.inputs import Inputs, class_masks
 from hgadlib.runs.record import Result, history_columns, metrics_record, scores_record
+from hgadlib.scoring import Criterion
 from hgadlib.training import calibrate, fit
 
 # Images of each class that moments and means are taken from, and images held at a time.
@@ -165,13 +166,9 @@ def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols
 
 def protocols(model: HGAD) -> list[Protocol]:
     """List the ways in which this model's values can be scored."""
-    if not model.has_entropy:
-        return [Protocol("inductive", "likelihood"), Protocol("transductive", "likelihood")]
-    return [
-        Protocol(normalisation, criterion)
-        for normalisation in ("inductive", "transductive")
-        for criterion in ("likelihood", "entropy", "both")
-    ]
+    criteria: tuple[Criterion, ...] = ("likelihood", "entropy", "both")
+    criteria = criteria if model.has_entropy else criteria[:1]
+    return [Protocol(name, criterion) for name in ("inductive", "transductive") for criterion in criteria]
 
 
 def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-import torch
 
 from hgadlib.config import Config
 from hgadlib.datasets.images import read_image, resize_image
+from hgadlib.evaluation.evaluate import map_batches
 from hgadlib.runs.inputs import Inputs
 from hgadlib.runs.record import Result
-from hgadlib.scoring import anomaly_maps
 
 
 class Gallery(TypedDict):
@@ -53,17 +52,7 @@ def typical_images(
 
 
 def gallery(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int] | None = None) -> Gallery:
-    """Collect some test images with their maps.
-
-    Args:
-        config: Of the run.
-        inputs: Of the run.
-        result: Of the run; maps follow its headline protocol.
-        chosen: Indices of test images; None for :func:`typical_images`.
-
-    Returns:
-        Images, maps, masks and titles of these images alone.
-    """
+    """Collect chosen test images, or :func:`typical_images`, with their maps under the headline protocol."""
     evaluation, size, classes = result.evaluation, config.score.map_size, inputs.test_classes
     if chosen is None:
         labels, labelled = inputs.test_labels, inputs.test_labelled
@@ -81,13 +70,9 @@ def gallery(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int
     }
     for row, (index, record) in enumerate(zip(chosen, records, strict=True)):
         shown["images"][row] = resize_image(read_image(record.path), size, config.data.resize)
-        shown["maps"][row] = anomaly_maps(
-            result.values[torch.tensor([index])],
-            evaluation.constants[record.class_name],
-            size=size,
-            sigma=config.score.sigma,
-            criterion=evaluation.protocol.criterion,
-        )[0].numpy()
+        values, constants = result.values[index : index + 1], evaluation.constants[record.class_name]
+        _, maps = next(map_batches(values, constants, config.score, evaluation.protocol.criterion))
+        shown["maps"][row] = maps[0].numpy()
         if shown["masks"] is not None:
             k = classes[index]
             shown["masks"][row] = inputs.masks(k, config)[np.count_nonzero(classes[:index] == k)]
@@ -95,12 +80,7 @@ def gallery(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int
 
 
 def write_maps(folder: Path, shown: Gallery) -> None:
-    """Write each image of a gallery with its map as a PNG; all share one colour scale.
-
-    Args:
-        folder: Made where it is missing; PNGs of an earlier attempt are replaced.
-        shown: As :func:`gallery` collects it.
-    """
+    """Write each image of a gallery with its map as a PNG; all share one colour scale."""
     import matplotlib.pyplot as plt  # here, so that training alone needs no figures
 
     from hgadlib.figures.maps import anomaly_map_grid

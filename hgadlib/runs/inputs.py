@@ -140,15 +140,9 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
 
 
 def discover(dataset: Dataset, train: Features, test: Features) -> Dataset:
-    """Name classes by clustering the training images; each test image joins its nearest training image's.
+    """Name classes (class_00, class_01, ...) by clustering the training images, whatever their folders say.
 
-    Args:
-        dataset: With whatever classes its folders have; they are not looked at.
-        train: Features of its training images.
-        test: Features of its test images.
-
-    Returns:
-        The same images under class_00, class_01, ...
+    Each test image joins the class of its nearest training image.
 
     Source: paper App. A.2.
     """

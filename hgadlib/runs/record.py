@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,27 +40,11 @@ class Result:
 def metrics_record(
     config: Config, inputs: Inputs, result: Result, history: pd.DataFrame, *, predict_images_per_s: float
 ) -> dict[str, Any]:
-    """Compose metrics.json, but for the run's name.
-
-    Args:
-        config: Of the run.
-        inputs: Of the run.
-        result: Evaluated under every protocol.
-        history: A row an epoch.
-        predict_images_per_s: From file to map.
-
-    Returns:
-        Plain values; None where a metric has no meaning.
-    """
+    """Compose metrics.json, but for the run's name: plain values, None where a metric has no meaning."""
     dataset, labels, labelled = inputs.dataset, inputs.test_labels, inputs.test_labelled
     train_s = float(history["seconds"].sum())
-    protocol = result.evaluation.protocol
     return {
-        "protocol": {
-            "epoch": "last",
-            "normalisation": protocol.normalisation,
-            "criterion": protocol.criterion,
-        },
+        "protocol": {"epoch": "last", **asdict(result.evaluation.protocol)},
         **result.evaluation.to_dict(),
         "best_epoch": best_epochs(history),
         "other_protocols": {name: evaluation.to_dict() for name, evaluation in result.by_protocol.items()},
