@@ -1,7 +1,7 @@
 r"""Normalizing flows over feature maps, on FrEIA's framework.
 
-A flow is a FrEIA ``SequenceINN`` of affine-coupling blocks that act on channel-last features
-(B, H*W, C), so that one position is one sample of the density. Two subnets are to be had: the paper's
+A flow is a FrEIA ``SequenceINN`` that acts on channel-last features (B, H*W, C), so that one position is one
+sample of the density: a fixed whitening, then affine-coupling blocks. Two subnets are to be had: the paper's
 two-layer perceptron with the position code as condition (App. C), and FastFlow's convolution over the grid
 (the Sec. 3.2 baseline).
 """
@@ -18,7 +18,44 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
-from hgadlib.fast.coupling import SUBNET_SCALE, BlockWeights, Position, couple, gain_of
+from hgadlib.fast.coupling import BlockWeights, couple
+
+# FrEIA scales every subnet output by this factor, so that a fresh flow is close to a rotation.
+_SUBNET_SCALE = 0.1
+# softplus with beta 0.5 and gain 0.1 maps this pre-activation to a global scale of exactly 1.
+_UNIT_GLOBAL_SCALE = 2.0 * math.log(math.exp(5.0) - 1.0)
+
+
+def positional_encoding_2d(dim: int, height: int, width: int) -> Tensor:
+    """Build the sinusoidal code of a grid: half of the channels code the column, half the row.
+
+    Args:
+        dim: Channels P, a multiple of 4.
+        height: Rows H.
+        width: Columns W.
+
+    Returns:
+        Code, (P, H, W) float32.
+
+    Raises:
+        ValueError: dim is not a positive multiple of 4.
+
+    Source: paper Fig. 3 and App. C (after CFLOW-AD).
+
+    >>> positional_encoding_2d(4, 1, 2)[:, 0, 1].round(decimals=2).tolist()
+    [0.8399999737739563, 0.5400000214576721, 0.0, 1.0]
+    """
+    if dim <= 0 or dim % 4:
+        raise ValueError(f"expected a position dimension that is a positive multiple of 4, found {dim}")
+    frequency = torch.exp(torch.arange(0, dim // 2, 2) * -(math.log(1e4) / (dim // 2)))
+
+    def axis_code(length: int) -> Tensor:
+        phase = torch.arange(length)[:, None] * frequency
+        return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(1).T
+
+    columns = axis_code(width)[:, None, :].expand(-1, height, -1)
+    rows = axis_code(height)[:, :, None].expand(-1, -1, width)
+    return torch.cat([columns, rows]).contiguous()
 
 
 class Moments:
@@ -42,7 +79,7 @@ class Moments:
         self.products = torch.zeros(dim, dim, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Take up rows, (N, D). Products are taken about the first batch's mean, so none is large."""
+        """Add rows, (N, D). Products are taken about the first batch's mean, so none is large."""
         if self.shift is None:
             self.shift = rows.mean(0)
         centred = rows - self.shift
@@ -65,8 +102,59 @@ class Moments:
         return (self.products - self.count * torch.outer(mean, mean)) / max(self.count - 1, 1)
 
 
-# softplus with beta 0.5 and gain 0.1 maps this pre-activation to a global scale of exactly 1.
-_UNIT_GLOBAL_SCALE = 2.0 * math.log(math.exp(5.0) - 1.0)
+class FixedAffine(InvertibleModule):
+    r"""A linear map that is set from data once and then kept: z = (x - mean) W^T.
+
+    It standardises or whitens the features before the first coupling, as a data-dependent ActNorm
+    would. Identity until :meth:`fit` is called.
+    """
+
+    def __init__(self, dims_in: Sequence[tuple[int, ...]]) -> None:
+        super().__init__(dims_in)
+        channels = dims_in[0][0]
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("weight", torch.eye(channels))
+        self.register_buffer("inverse_weight", torch.eye(channels))
+        self.register_buffer("log_det", torch.zeros(()))
+
+    def fit(self, mean: Tensor, covariance: Tensor, *, whiten: bool, floor: float = 1e-3) -> None:
+        """Set the map from the features' moments.
+
+        Args:
+            mean: (C,).
+            covariance: (C, C).
+            whiten: Decorrelate the channels (symmetric whitening); otherwise only scale each one.
+            floor: Least variance, as a share of the mean variance; keeps dead channels finite.
+        """
+        covariance = covariance.double()
+        least = floor * covariance.diagonal().mean()
+        if whiten:
+            variance, axes = torch.linalg.eigh(covariance)
+        else:
+            variance, axes = covariance.diagonal(), torch.eye(len(covariance)).to(covariance)
+        deviation = (variance.clamp_min(0) + least).sqrt()
+        self.mean.copy_(mean)
+        self.weight.copy_((axes / deviation) @ axes.T)
+        self.inverse_weight.copy_((axes * deviation) @ axes.T)
+        self.log_det.copy_(-deviation.log().sum())
+
+    def forward(
+        self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Map (B, N, C) to (B, N, C); the log-determinant is one constant."""
+        (x,) = x_or_z
+        with torch.autocast(x.device.type, enabled=False):
+            if rev:
+                return (F.linear(x, self.inverse_weight) + self.mean,), -self.log_det
+            return (F.linear(x, self.weight, -(self.weight @ self.mean)),), self.log_det
+
+    def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
+        """Keep the shape."""
+        return input_dims
+
+    def extra_repr(self) -> str:
+        """Name the channels."""
+        return f"channels={len(self.mean)}"
 
 
 def random_rotation(dim: int, generator: torch.Generator | None = None) -> Tensor:
@@ -90,11 +178,18 @@ def random_rotation(dim: int, generator: torch.Generator | None = None) -> Tenso
     return q.to(torch.get_default_dtype())
 
 
-class _AffineCoupling(InvertibleModule):
-    """Real-NVP affine coupling, then a global scaling and a fixed rotation as one matrix product.
+class AffineCoupling(InvertibleModule):
+    r"""Affine coupling, then a global scaling and a fixed rotation; the two subnets are below.
+
+    With halves :math:`x_1, x_2`, the subnet's outputs (u, t), and gain g and offset o of each channel,
+
+    .. math:: s = \alpha\tanh u,\quad y = \bigl(x_1,\; x_2\odot e^{s} + t\bigr),\quad
+              z = R\,(g\odot y + o),\quad \log|\det J| = \textstyle\sum s + \sum\log g .
 
     Parameter names and arithmetic are those of FrEIA's ``AllInOneBlock`` (soft clamping,
     ``SOFTPLUS`` global affine, soft permutation), so states are interchangeable.
+
+    Source: paper Eq. 4 (Real-NVP).
     """
 
     def __init__(self, dims_in: Sequence[tuple[int, ...]], clamp: float) -> None:
@@ -107,21 +202,22 @@ class _AffineCoupling(InvertibleModule):
         self.global_scale = nn.Parameter(torch.full((1, channels), _UNIT_GLOBAL_SCALE))
         self.global_offset = nn.Parameter(torch.zeros(1, channels))
         self.register_buffer("w_perm", random_rotation(channels))
+        self.register_load_state_dict_pre_hook(_drop_inverse_rotation)
 
     @property
     def gain(self) -> Tensor:
-        """Global scale of each channel, (1, C), positive."""
-        return gain_of(self.global_scale)
+        """Global scale g of each channel, (1, C), positive."""
+        return 0.1 * F.softplus(self.global_scale, beta=0.5)
 
     def coefficients(self, x1: Tensor, condition: Tensor | None) -> Tensor:
-        """Predict the unscaled (s, t), (B, N, 2 * (C // 2)), from the passive half (B, N, C - C // 2)."""
-        raise NotImplementedError  # the two subnets below
+        """Predict the unscaled (u, t), (B, N, 2 * (C // 2)), from the passive half (B, N, C - C // 2)."""
+        raise NotImplementedError
 
     def scale_and_shift(self, x1: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give the clamped log-scale s and the shift t of Eq. 4, each (B, N, C // 2)."""
-        s, t = (SUBNET_SCALE * self.coefficients(x1, condition)).chunk(2, dim=-1)
+        """Compute the clamped log-scale s and the shift t of Eq. 4, each (B, N, C // 2)."""
+        u, t = (_SUBNET_SCALE * self.coefficients(x1, condition)).chunk(2, dim=-1)
         # Under autocast the subnet may answer in bfloat16; the density is summed in the features' own type.
-        return self.clamp * torch.tanh(s.to(x1.dtype)), t.to(x1.dtype)
+        return self.clamp * torch.tanh(u.to(x1.dtype)), t.to(x1.dtype)
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
@@ -142,7 +238,7 @@ class _AffineCoupling(InvertibleModule):
             return (out,), -(s.sum(-1) + global_log_det)
         out = torch.cat([x1, torch.addcmul(t, x2, s.exp())], dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            # (x * gain + offset) W^T as one product: the scaling is folded into the rotation.
+            # (y * gain + offset) R^T as one product: the scaling is folded into the rotation.
             out = F.linear(out, self.w_perm * gain, (self.w_perm @ self.global_offset[0]))
         return (out,), s.sum(-1) + global_log_det
 
@@ -150,28 +246,24 @@ class _AffineCoupling(InvertibleModule):
         """Keep the shape."""
         return input_dims
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # AllInOneBlock stores the inverse rotation too; here it is the transpose.
-        state_dict.pop(prefix + "w_perm_inv", None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def extra_repr(self) -> str:
+        """Name the channels and the clamp."""
+        return f"channels={sum(self.splits)}, clamp={self.clamp:g}"
 
 
-class PositionalCoupling(_AffineCoupling):
+def _drop_inverse_rotation(block: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Leave out what AllInOneBlock stores beside its rotation; the inverse is the transpose."""
+    state.pop(prefix + "w_perm_inv", None)
+
+
+class PositionalCoupling(AffineCoupling):
     """Affine coupling whose subnet is a two-layer perceptron of the features and their position.
-
-    The position's share of the first layer is the same for every image, so it is computed once per
-    grid, (H*W, hidden), and added to the features' share: the position code is never concatenated.
 
     Args:
         dims_in: ``[(C,)]``.
         dims_c: ``[(P,)]`` where positions are given, empty where not.
         clamp: Soft clamp of the log-scale.
         hidden: Width of the hidden layer; None for twice the subnet's inputs, as published.
-        grid: (H, W) where the first half of the code's channels depends on the column alone and the second
-            on the row alone; then its share is the sum of one for columns and one for rows, made from
-            H + W codes in place of H * W. None for a code of any other form.
 
     Source: paper Eq. 4, App. C.
     """
@@ -183,10 +275,8 @@ class PositionalCoupling(_AffineCoupling):
         *,
         clamp: float = 1.9,
         hidden: int | None = None,
-        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(dims_in, clamp)
-        self.grid = grid
         inputs = self.splits[0] + sum(dims[0] for dims in dims_c)
         hidden = hidden or 2 * inputs
         self.subnet = nn.Sequential(
@@ -194,60 +284,20 @@ class PositionalCoupling(_AffineCoupling):
         )
 
     def coefficients(self, x1: Tensor, condition: Tensor | None) -> Tensor:
-        """See the base class; condition is the position code, (N, P)."""
-        share, features_weight = self.position_share(condition)
-        return self.subnet[2]((F.linear(x1, features_weight) + share).relu_())
-
-    def position_share(self, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give the first layer's share of each position, (N, hidden) or (hidden,), and its other weights."""
-        first = cast(nn.Linear, self.subnet[0])
-        weight, of_code = first.weight.split([self.splits[0], first.in_features - self.splits[0]], dim=1)
-        return Position(condition, self.grid).share(of_code, first.bias), weight
-
-    def forward(
-        self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
-    ) -> tuple[tuple[Tensor], Tensor]:
-        """See the base class; forwards, the block is one fused function."""
-        (x,) = x_or_z
-        if rev:
-            return super().forward((x,), c, rev, jac)
-        out, log_det = chain([self], x, next(iter(c), None))
-        return (out,), log_det
+        """See the base class; condition is the position code, (N, P), the same for every image."""
+        if condition is not None:
+            x1 = torch.cat([x1, condition.expand(len(x1), -1, -1)], dim=-1)
+        return self.subnet(x1)
 
     @property
     def weights(self) -> BlockWeights:
         """All that the block computes with."""
         first, _, last = cast("list[nn.Linear]", self.subnet)
-        return BlockWeights(
-            first.weight,
-            first.bias,
-            last.weight,
-            last.bias,
-            self.global_scale,
-            self.global_offset,
-            self.w_perm,
-        )
+        subnet = first.weight, first.bias, last.weight, last.bias
+        return BlockWeights(*subnet, self.global_scale, self.global_offset, self.w_perm)
 
 
-def chain(blocks: Sequence[PositionalCoupling], x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Map features through blocks of equal size, one after the other, as one fused function.
-
-    Args:
-        blocks: At least one.
-        x: Features, (B, N, C).
-        condition: The position code, (N, P), which takes no gradient; None where the blocks have none.
-
-    Returns:
-        Outputs (B, N, C), and the log-determinant of each position, (B, N).
-    """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    with torch.autocast(kind, enabled=False):
-        position = Position(condition, blocks[0].grid)
-        return couple(x, position, [block.weights for block in blocks], blocks[0].clamp, dtype)
-
-
-class ConvolutionalCoupling(_AffineCoupling):
+class ConvolutionalCoupling(AffineCoupling):
     """Affine coupling whose subnet is a two-layer convolution over the grid, as in FastFlow.
 
     Args:
@@ -284,92 +334,6 @@ class ConvolutionalCoupling(_AffineCoupling):
         return self.subnet(maps).permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def positional_encoding_2d(dim: int, height: int, width: int) -> Tensor:
-    """Build the sinusoidal code of a grid: half of the channels code the column, half the row.
-
-    Args:
-        dim: Channels P, a multiple of 4.
-        height: Rows H.
-        width: Columns W.
-
-    Returns:
-        Code, (P, H, W) float32.
-
-    Raises:
-        ValueError: dim is not a positive multiple of 4.
-
-    Source: paper Fig. 3 and App. C (after CFLOW-AD).
-
-    >>> positional_encoding_2d(4, 1, 2)[:, 0, 1].round(decimals=2).tolist()
-    [0.8399999737739563, 0.5400000214576721, 0.0, 1.0]
-    """
-    if dim <= 0 or dim % 4:
-        raise ValueError(f"expected a position dimension that is a positive multiple of 4, found {dim}")
-    frequency = torch.exp(torch.arange(0, dim // 2, 2) * -(math.log(1e4) / (dim // 2)))
-
-    def axis_code(length: int) -> Tensor:
-        phase = torch.arange(length)[:, None] * frequency
-        return torch.stack([phase.sin(), phase.cos()], dim=-1).flatten(1).T
-
-    columns = axis_code(width)[:, None, :].expand(-1, height, -1)
-    rows = axis_code(height)[:, :, None].expand(-1, -1, width)
-    return torch.cat([columns, rows]).contiguous()
-
-
-class FixedAffine(InvertibleModule):
-    r"""A linear map that is set from data once and then kept: z = (x - mean) W^T.
-
-    It standardises or whitens the features before the first coupling, as a data-dependent ActNorm
-    would. Identity until :meth:`fit` is called.
-    """
-
-    def __init__(self, dims_in: Sequence[tuple[int, ...]]) -> None:
-        super().__init__(dims_in)
-        channels = dims_in[0][0]
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("weight", torch.eye(channels))
-        self.register_buffer("inverse_weight", torch.eye(channels))
-        self.register_buffer("log_det", torch.zeros(()))
-
-    def fit(self, mean: Tensor, covariance: Tensor, *, whiten: bool, floor: float = 1e-3) -> None:
-        """Set the map from the features' moments.
-
-        Args:
-            mean: (C,).
-            covariance: (C, C).
-            whiten: Decorrelate the channels (symmetric whitening); otherwise only scale each one.
-            floor: Least variance, as a share of the mean variance; keeps dead channels finite.
-        """
-        covariance = covariance.double()
-        least = floor * covariance.diagonal().mean()
-        if whiten:
-            variance, axes = torch.linalg.eigh(covariance)
-        else:
-            variance, axes = (
-                covariance.diagonal(),
-                torch.eye(len(mean), dtype=torch.float64, device=mean.device),
-            )
-        deviation = (variance.clamp_min(0) + least).sqrt()
-        self.mean.copy_(mean)
-        self.weight.copy_((axes / deviation) @ axes.T)
-        self.inverse_weight.copy_((axes * deviation) @ axes.T)
-        self.log_det.copy_(-deviation.log().sum())
-
-    def forward(
-        self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
-    ) -> tuple[tuple[Tensor], Tensor]:
-        """Map (B, N, C) to (B, N, C); the log-determinant is one constant."""
-        (x,) = x_or_z
-        with torch.autocast(x.device.type, enabled=False):
-            if rev:
-                return (F.linear(x, self.inverse_weight) + self.mean,), -self.log_det
-            return (F.linear(x, self.weight, -(self.weight @ self.mean)),), self.log_det
-
-    def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
-        """Keep the shape."""
-        return input_dims
-
-
 class FeatureFlow(nn.Module):
     """The flow of one feature level: (B, H*W, C) features to latents and log-determinants.
 
@@ -399,7 +363,7 @@ class FeatureFlow(nn.Module):
         normalise: bool = False,
     ) -> None:
         super().__init__()
-        self.grid = grid
+        self.kind, self.grid = kind, grid
         self.inn = SequenceINN(channels)
         if normalise:
             self.inn.append(FixedAffine)
@@ -407,6 +371,7 @@ class FeatureFlow(nn.Module):
         if kind == "positional" and position_dim:
             positions = positional_encoding_2d(position_dim, *grid).flatten(1).T.contiguous()
         self.register_buffer("positions", positions, persistent=False)
+        code = {} if positions is None else {"cond": 0, "cond_shape": (position_dim,)}
         for layer in range(layers):
             if kind == "convolutional":
                 # FastFlow alternates large and small kernels.
@@ -414,17 +379,8 @@ class FeatureFlow(nn.Module):
                 self.inn.append(
                     ConvolutionalCoupling, grid=grid, kernel_size=kernel_size, clamp=clamp, hidden=hidden
                 )
-            elif positions is None:
-                self.inn.append(PositionalCoupling, clamp=clamp, hidden=hidden)
             else:
-                self.inn.append(
-                    PositionalCoupling,
-                    cond=0,
-                    cond_shape=(position_dim,),
-                    clamp=clamp,
-                    hidden=hidden,
-                    grid=grid,
-                )
+                self.inn.append(PositionalCoupling, clamp=clamp, hidden=hidden, **code)
 
     @property
     def normaliser(self) -> FixedAffine | None:
@@ -445,14 +401,19 @@ class FeatureFlow(nn.Module):
         if not blocks:
             z, log_det = self.inn(features, c=[self.positions])
             return z, log_det
-        # What FrEIA's sequence would do block by block, in one go.
-        if self.normaliser is None:
-            return chain(blocks, features, self.positions)
-        (x,), constant = self.normaliser((features,))
-        z, log_det = chain(blocks, x, self.positions)
+        # What the sequence above defines, its coupling blocks as one fused function.
+        x, constant = features, torch.zeros(()).to(features)
+        if self.normaliser is not None:
+            (x,), constant = self.normaliser((features,))
+        weights = [block.weights for block in blocks]
+        z, log_det = couple(x, self.positions, self.grid, weights, blocks[0].clamp)
         return z, log_det + constant
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map latents (B, H*W, C) back to features, with log |det dx/dz|, (B, H*W)."""
         x, log_det = self.inn(z, c=[self.positions], rev=True)
         return x, log_det
+
+    def extra_repr(self) -> str:
+        """Name the kind and the grid."""
+        return f"kind={self.kind}, grid={self.grid[0]}x{self.grid[1]}"

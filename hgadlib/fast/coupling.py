@@ -8,7 +8,7 @@ offset o per channel, a block is
 
 Against the same arithmetic left to autograd, block by block:
 
-- the position code's share of the subnet is computed once per grid, from H + W codes where it may be;
+- the position code's share of the subnet is computed once per grid, from H + W codes in place of H * W;
 - the offset enters as :math:`y + o/g`, so it rides on passes that are needed anyhow, and the gain is folded
   into R; biases and the subnet's 0.1 ride likewise on passes and products;
 - the gradient of g is a sum over :math:`\nabla_y\odot y`, where autograd would form that of a (C, C) matrix;
@@ -22,9 +22,8 @@ Source: paper Eq. 4; arithmetic of FrEIA's ``AllInOneBlock``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -32,146 +31,91 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# FrEIA scales every subnet output by this factor, so that a fresh flow is close to a rotation.
-SUBNET_SCALE = 0.1
+_SUBNET_SCALE = 0.1
 # Numbers of the hidden layer that a processor works on at a time: 2.5 megabytes, which its caches hold.
 _CACHED_NUMBERS = 1024 * 640
 
 
 class BlockWeights(NamedTuple):
-    """What a block has learnt, and its rotation."""
+    """What a block has learnt, and its rotation, which takes no gradient."""
 
-    first: Tensor
-    """(hidden, C - C // 2 + P): of the features, then of the position code."""
-    first_bias: Tensor
-    """(hidden,)."""
-    last: Tensor
-    """(2 * (C // 2), hidden): of u, then of t."""
-    last_bias: Tensor
-    """(2 * (C // 2),)."""
-    global_scale: Tensor
-    """(1, C): before its softplus."""
-    global_offset: Tensor
-    """(1, C)."""
-    rotation: Tensor
-    """(C, C): takes no gradient."""
-
-
-class Position:
-    """Where features lie: the code of each position, and what it adds to a subnet's hidden layer.
-
-    Args:
-        code: (N, P), or None where positions are not told apart. It takes no gradient.
-        grid: (H, W) where the first half of the code's channels depends on the column alone and the second
-            on the row alone; None for a code of any other form.
-    """
-
-    def __init__(self, code: Tensor | None, grid: tuple[int, int] | None) -> None:
-        self.code, self.grid = code, grid
-        if code is not None and grid is not None:
-            places = code.view(*grid, -1)
-            self.half = code.shape[-1] // 2
-            self.columns, self.rows = places[0, :, : self.half], places[:, 0, self.half :]
-
-    def share(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """Give what each position adds, (N, hidden), or (hidden,) where all add the same.
-
-        Args:
-            weight: The first layer's weight of the code, (hidden, P).
-            bias: The first layer's bias, (hidden,).
-        """
-        if self.code is None:
-            return bias
-        if self.grid is None:
-            return F.linear(self.code, weight, bias)
-        for_columns, for_rows = weight.split(self.half, 1)
-        by_row = F.linear(self.rows, for_rows, bias)
-        return (by_row[:, None] + F.linear(self.columns, for_columns)).flatten(0, 1)
-
-    def share_gradients(self, grad_share: Tensor, grad_weight: Tensor) -> Tensor:
-        """Write the gradient of the code's weight into grad_weight, (hidden, P); give that of the bias."""
-        dtype = grad_share.dtype
-        if self.code is None:
-            return grad_share
-        if self.grid is None:
-            torch.mm(grad_share.T, self.code.to(dtype), out=grad_weight)
-            return grad_share.sum(0)
-        places = grad_share.view(*self.grid, -1)
-        by_row = places.sum(1)
-        for_columns, for_rows = grad_weight.split(self.half, 1)
-        torch.mm(places.sum(0).T, self.columns.to(dtype), out=for_columns)
-        torch.mm(by_row.T, self.rows.to(dtype), out=for_rows)
-        return by_row.sum(0)
-
-
-def gain_of(global_scale: Tensor) -> Tensor:
-    """Give the positive global scale of each channel."""
-    return 0.1 * F.softplus(global_scale, beta=0.5)
+    first: Tensor  # (hidden, C - C // 2 + P): of the features, then of the position code
+    first_bias: Tensor  # (hidden,)
+    last: Tensor  # (2 * (C // 2), hidden): of u, then of t
+    last_bias: Tensor  # (2 * (C // 2),)
+    global_scale: Tensor  # (1, C): before its softplus
+    global_offset: Tensor  # (1, C)
+    rotation: Tensor  # (C, C)
 
 
 def couple(
-    x: Tensor, position: Position, blocks: Sequence[BlockWeights], clamp: float, dtype: torch.dtype
+    x: Tensor, code: Tensor | None, grid: tuple[int, int], blocks: Sequence[BlockWeights], clamp: float
 ) -> tuple[Tensor, Tensor]:
     """Map features through blocks of equal size, one after the other.
 
     Args:
         x: Features, (B, N, C).
-        position: Where they lie.
+        code: Code of each position, (N, P): one half of the channels depends on the column alone, the other
+            on the row alone. None where positions are not told apart. It takes no gradient.
+        grid: (H, W) of the N positions; of no account without a code.
         blocks: At least one.
         clamp: Soft clamp of the log-scale.
-        dtype: What the subnets run in; the rest keeps the features' type.
 
     Returns:
         Outputs (B, N, C), and the log-determinant of each position, (B, N).
     """
-    if torch.is_grad_enabled():
+    kind = x.device.type
+    # Under autocast the subnets run in its type; all else keeps the features' own.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    position = _Position(code, grid)
+    with torch.autocast(kind, enabled=False):
+        if not torch.is_grad_enabled():
+            return _forward(x, position, blocks, clamp, dtype, keep=False)[:2]
         weights = [weight for block in blocks for weight in block]
         out, log_det = _Couple.apply(x, position, clamp, dtype, *weights)
         return out, log_det
-    return _forward(x, position, blocks, clamp, dtype, keep=False)[:2]
 
 
-def _cut(x: Tensor, width: int, dtype: torch.dtype) -> tuple[list[int], int]:
-    """Cut the rows of (B * N, C) into parts: their lengths, and how many positions a part has at most.
+class _Position:
+    """What the code of each position adds to a subnet's hidden layer; see :func:`couple`."""
+
+    def __init__(self, code: Tensor | None, grid: tuple[int, int]) -> None:
+        self.code, self.grid = code, grid
+        if code is not None:
+            places, self.half = code.view(*grid, -1), code.shape[-1] // 2
+            self.columns, self.rows = places[0, :, : self.half], places[:, 0, self.half :]
+
+    def share(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Compute it from the code's weight, (hidden, P): (N, hidden); without a code the bias alone."""
+        if self.code is None:
+            return bias
+        for_columns, for_rows = weight.split(self.half, 1)
+        by_row = F.linear(self.rows, for_rows, bias)
+        return (by_row[:, None] + F.linear(self.columns, for_columns)).flatten(0, 1)
+
+    def share_gradients(self, grad_share: Tensor, grad_weight: Tensor) -> Tensor:
+        """Write the gradient of the code's weight into grad_weight, (hidden, P); return that of the bias."""
+        if self.code is None:
+            return grad_share
+        places = grad_share.view(*self.grid, -1)
+        by_row = places.sum(1)
+        for_columns, for_rows = grad_weight.split(self.half, 1)
+        torch.mm(places.sum(0).T, self.columns.to(places.dtype), out=for_columns)
+        torch.mm(by_row.T, self.rows.to(places.dtype), out=for_rows)
+        return by_row.sum(0)
+
+
+def _part_size(x: Tensor, width: int, dtype: torch.dtype) -> int:
+    """Return how many rows of (B * N, C) to take at a time: those of some images, whole ones.
 
     On a processor a wide hidden layer of a whole batch is larger than the caches, and each pass over it would
-    wait for memory; a narrow one fits as it is, and parts would cost more calls. Other devices take all at
-    once, and so do subnets in half precision: their gradients would lose digits where parts are added up.
+    wait for memory. Other devices take all at once, and so do subnets in half precision: their gradients
+    would lose digits where parts are added up.
     """
     images, positions, _ = x.shape
-    total = images * positions
-    most = max(_CACHED_NUMBERS // width, 1)
-    if x.device.type != "cpu" or dtype != x.dtype or total <= most:
-        return [total] if total else [], positions
-    if positions <= most:  # some whole images
-        size = most // positions * positions
-        return [min(size, total - start) for start in range(0, total, size)], positions
-    # The fewest parts of an image, of equal size but for the last.
-    size = math.ceil(positions / math.ceil(positions / most))
-    return [min(size, positions - start) for start in range(0, positions, size)] * images, size
-
-
-def _first_layer(given: Tensor, weight: Tensor, share: Tensor, out: Tensor) -> None:
-    """Write weight @ given + share into out, (rows, hidden); share is (positions, hidden) or (hidden,)."""
-    if share.dim() == 1:
-        torch.addmm(share, given, weight.T, out=out)
-    else:
-        # The product adds to what it finds: one pass less than to add afterwards.
-        out.view(-1, *share.shape).copy_(share)
-        out.addmm_(given, weight.T)
-
-
-def _sum_images(images: Tensor, out: Tensor, *, add: bool) -> None:
-    """Write the sum over the first axis into out, or add it to out."""
-    if len(images) > 4:
-        images = images.sum(0, keepdim=True)
-    # A few are added faster one by one: torch.sum would first fill its output with zeros.
-    if not add and len(images) > 1:
-        torch.add(images[0], images[1], out=out)
-    elif not add:
-        out.copy_(images[0])
-    for image in images[0 if add else 2 :]:
-        out.add_(image)
+    if x.device.type == "cpu" and dtype == x.dtype:
+        images = min(images, _CACHED_NUMBERS // (width * positions))
+    return max(images, 1) * positions
 
 
 def _in_type(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
@@ -180,22 +124,18 @@ def _in_type(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
 
 
 class _Global(NamedTuple):
-    """Of all blocks, from their global scales and offsets and their subnets' last biases."""
+    """Of all L blocks, from their global scales and offsets and their subnets' last biases."""
 
-    gain: Tensor
-    """g, (L, C)."""
-    shift: Tensor
-    """o / g, (L, C)."""
-    bias_u: Tensor
-    """Twice the scaled bias of u, (L, C // 2)."""
-    bias_t: Tensor
-    """The scaled bias of t, and the shift of these channels, (L, C // 2)."""
+    gain: Tensor  # g, (L, C)
+    shift: Tensor  # o / g, (L, C)
+    bias_u: Tensor  # twice the scaled bias of u, (L, C // 2)
+    bias_t: Tensor  # the scaled bias of t, and the shift of these channels, (L, C // 2)
 
     @classmethod
     def of(cls, blocks: Sequence[BlockWeights]) -> _Global:
-        gain = gain_of(torch.cat([block.global_scale for block in blocks]))
+        gain = 0.1 * F.softplus(torch.cat([block.global_scale for block in blocks]), beta=0.5)
         shift = torch.cat([block.global_offset for block in blocks]).div_(gain)
-        bias = torch.stack([block.last_bias for block in blocks]).mul_(SUBNET_SCALE)
+        bias = torch.stack([block.last_bias for block in blocks]).mul_(_SUBNET_SCALE)
         bias_u, bias_t = bias.chunk(2, 1)
         return cls(gain, shift, 2 * bias_u, bias_t + shift[:, -bias_t.shape[1] :])
 
@@ -203,35 +143,28 @@ class _Global(NamedTuple):
 class _Kept(NamedTuple):
     """What the backward pass of a block needs, rows for (B * N)."""
 
-    x: Tensor
-    """(rows, C)."""
-    hidden: Tensor
-    """(rows, hidden), after the ReLU."""
-    gate: Tensor
-    """sigmoid(2u), (rows, C // 2)."""
-    scale: Tensor
-    """exp(s), (rows, C // 2)."""
-    y: Tensor
-    """y + o / g, (rows, C)."""
-    rotation: Tensor
-    """R diag(g), (C, C)."""
+    x: Tensor  # (rows, C)
+    hidden: Tensor  # (rows, hidden), after the ReLU
+    gate: Tensor  # sigmoid(2u), (rows, C // 2)
+    scale: Tensor  # exp(s), (rows, C // 2)
+    y: Tensor  # y + o / g, (rows, C)
+    rotation: Tensor  # R diag(g), (C, C)
 
 
 def _forward(
     x: Tensor,
-    position: Position,
+    position: _Position,
     blocks: Sequence[BlockWeights],
     clamp: float,
     dtype: torch.dtype,
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[_Kept], _Global]:
-    """Map x; give also what a backward pass needs, where it is to be kept."""
+    """Map x; return also what a backward pass needs, where it is to be kept."""
     channels, active, width = x.shape[-1], len(blocks[0].last) // 2, len(blocks[0].first)
     halves = [channels - active, active]
     flat = x.reshape(-1, channels)
-    rows = len(flat)
-    lengths, piece = _cut(x, width, dtype)
+    rows, size = len(flat), _part_size(x, width, dtype)
     every = _Global.of(blocks)
     log_dets = flat.new_empty(len(blocks), rows)
     raw = flat.new_empty(rows, 2 * active, dtype=dtype)
@@ -240,20 +173,19 @@ def _forward(
     for number, (block, constant) in enumerate(zip(blocks, constants, strict=True)):
         gain, shift, bias_u, bias_t, log_det = constant
         if keep or number == 0:
-            hidden = flat.new_empty(rows if keep else max(lengths, default=0), width, dtype=dtype)
+            hidden = flat.new_empty(rows if keep else min(size, rows), width, dtype=dtype)
             gate, y = flat.new_empty(rows, active), torch.empty_like(flat)
         weight1, for_code = block.first.split([halves[0], block.first.shape[1] - halves[0]], 1)
         share = position.share(for_code, block.first_bias)
         x1, x2 = flat.split(halves, 1)
         inputs, weight1, weight2, share = _in_type(dtype, x1, weight1, block.last, share)
-        parts = zip(
-            hidden.split(lengths) if keep else [hidden[:length] for length in lengths],
-            inputs.split(lengths), raw.split(lengths), cycle(_pieces(share, piece)),
-        )  # fmt: skip
-        for part, given, result, own in parts:
-            _first_layer(given, weight1, own, part)
-            part.relu_()
-            result.addmm_(part, weight2.T, beta=0, alpha=SUBNET_SCALE)
+        places = hidden.split(size) if keep else repeat(hidden)
+        for given, result, place in zip(inputs.split(size), raw.split(size), places, strict=False):
+            part = place[: len(given)]
+            # The product adds to what it finds: one pass less than to add afterwards.
+            part.view(-1, *share.shape).copy_(share)
+            part.addmm_(given, weight1.T).relu_()
+            result.addmm_(part, weight2.T, beta=0, alpha=_SUBNET_SCALE)
         raw_u, raw_t = (raw if raw.dtype == x.dtype else raw.to(x.dtype)).split(active, 1)
         # tanh(u) is 2 sigmoid(2u) - 1, which PyTorch computes three times as fast on a processor.
         torch.add(bias_u, raw_u, alpha=2, out=gate).sigmoid_()
@@ -273,17 +205,12 @@ def _forward(
     return flat.view(x.shape), log_det.view(x.shape[:2]), kept, every
 
 
-def _pieces(share: Tensor, length: int) -> Sequence[Tensor]:
-    """Cut what positions add into what the positions of each part add."""
-    return [share] if share.dim() == 1 else share.split(length)
-
-
 class _Couple(torch.autograd.Function):
     """The chain with gradients worked out by hand; see the module's text."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, position: Position, clamp: float, dtype: torch.dtype, *weights: Tensor
+        ctx: Any, x: Tensor, position: _Position, clamp: float, dtype: torch.dtype, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See :func:`couple`; weights are those of a block, then those of the next."""
         size = len(BlockWeights._fields)
@@ -301,21 +228,20 @@ class _Couple(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-        """Give the gradients of x and of the blocks' weights but for their rotations."""
+        """Compute the gradients of x and of the blocks' weights but for their rotations."""
         *saved, global_scale, gain, shift = ctx.saved_tensors
-        size, n_blocks, dtype = len(_Kept._fields), ctx.n_blocks, ctx.dtype
-        kept = [_Kept(*saved[i : i + size]) for i in range(0, size * n_blocks, size)]
-        firsts, lasts = saved[size * n_blocks :: 2], saved[size * n_blocks + 1 :: 2]
+        n_kept, n_blocks, dtype = len(_Kept._fields), ctx.n_blocks, ctx.dtype
+        kept = [_Kept(*saved[i : i + n_kept]) for i in range(0, n_kept * n_blocks, n_kept)]
+        firsts, lasts = saved[n_kept * n_blocks :: 2], saved[n_kept * n_blocks + 1 :: 2]
         channels, active, width = ctx.shape[-1], len(lasts[0]) // 2, len(firsts[0])
         halves = [channels - active, active]
         of_first = [halves[0], firsts[0].shape[1] - halves[0]]
-        lengths, piece = _cut(kept[0].x.view(ctx.shape), width, dtype)
 
         grad = grad_out.reshape(-1, channels)
-        rows = len(grad)
+        rows, size = len(grad), _part_size(kept[0].x.view(ctx.shape), width, dtype)
         grad_y, spare = torch.empty_like(kept[0].y), torch.empty_like(kept[0].y)
         grad_raw = grad.new_empty(rows, 2 * active)
-        grad_hidden = grad.new_empty(max(lengths, default=0), width, dtype=dtype)
+        grad_hidden, is_open = grad.new_empty(2, min(size, rows), width, dtype=dtype)
         sums, dots = grad.new_empty(2, n_blocks, channels)
         sums_u = grad.new_empty(n_blocks, active)
         slope = 4 * ctx.clamp  # of the clamped tanh in the sigmoid's form
@@ -334,33 +260,32 @@ class _Couple(torch.autograd.Function):
             grad_t.copy_(grad_x2)
             grad_x2.mul_(own.scale)
             torch.addcmul(steep_log_det, grad_x2, x2, value=slope, out=grad_u)
-            torch.ops.aten.sigmoid_backward.grad_input(grad_u, own.gate, grad_input=grad_u)
+            grad_u.mul_(1 - own.gate).mul_(own.gate)
             torch.sum(grad_u, 0, out=sums_u[number])
 
             inputs, weight1, weight2, given = _in_type(dtype, x1, first[:, : halves[0]], last, grad_raw)
-            new = grad.new_empty if lengths else grad.new_zeros
-            grad_first = new(first.shape, dtype=dtype)
+            grad_first = grad.new_empty(first.shape, dtype=dtype)
             # Transposed: a product with the longer side first is a sixth faster.
-            grad_last = new((width, len(last)), dtype=dtype)
+            grad_last = grad.new_empty((width, len(last)), dtype=dtype)
             grad_weight1, grad_code = grad_first.split(of_first, 1)
-            grad_share = new((width,) if ctx.position.code is None else (ctx.shape[1], width), dtype=dtype)
-            shares = _pieces(grad_share, piece)
-            parts = zip(
-                own.hidden.split(lengths), given.split(lengths), inputs.split(lengths),
-                grad_x1.split(lengths), cycle(shares),
-            )  # fmt: skip
-            for part, (hidden, given_, inputs_, grad_x1_, share) in enumerate(parts):
+            share = (width,) if ctx.position.code is None else (ctx.shape[1], width)
+            grad_share = grad.new_zeros(share, dtype=dtype)
+            parts = (each.split(size) for each in (own.hidden, given, inputs, grad_x1))
+            for part, (hidden, given_, inputs_, grad_x1_) in enumerate(zip(*parts, strict=True)):
                 so_far = min(part, 1)
-                grad_last.addmm_(hidden.T, given_, beta=so_far, alpha=SUBNET_SCALE)
-                grad_part = grad_hidden[: len(hidden)].addmm_(given_, weight2, beta=0, alpha=SUBNET_SCALE)
-                torch.ops.aten.threshold_backward.grad_input(grad_part, hidden, 0, grad_input=grad_part)
+                grad_last.addmm_(hidden.T, given_, beta=so_far, alpha=_SUBNET_SCALE)
+                grad_part = grad_hidden[: len(hidden)].addmm_(given_, weight2, beta=0, alpha=_SUBNET_SCALE)
+                grad_part.mul_(torch.sign(hidden, out=is_open[: len(hidden)]))
                 grad_weight1.addmm_(grad_part.T, inputs_, beta=so_far)
                 if number or ctx.needs_input_grad[0]:
                     if dtype == grad.dtype:
                         grad_x1_.addmm_(grad_part, weight1)
                     else:
                         grad_x1_.add_(grad_part @ weight1)
-                _sum_images(grad_part.view(-1, *share.shape), share, add=part >= len(shares))
+                images = grad_part.view(-1, *share)
+                # A few are added faster one by one.
+                for image in images.sum(0, keepdim=True) if len(images) > 4 else images:
+                    grad_share.add_(image)
             grad_first_bias = ctx.position.share_gradients(grad_share, grad_code)
             of_subnets.append(_in_type(grad.dtype, grad_first, grad_first_bias, grad_last.T))
             grad, grad_y, spare = grad_y, spare, grad_y
@@ -368,7 +293,7 @@ class _Couple(torch.autograd.Function):
         grad_gain = dots.addcmul_(shift, sums, value=-1).add_(grad_log_det.sum()).div_(gain)
         grad_global_scale = torch.sigmoid(0.5 * global_scale).mul_(0.1).mul_(grad_gain)
         grad_offset = sums / gain
-        grad_last_bias = torch.cat([sums_u, sums[:, halves[0] :]], 1).mul_(SUBNET_SCALE)
+        grad_last_bias = torch.cat([sums_u, sums[:, halves[0] :]], 1).mul_(_SUBNET_SCALE)
         grads: list[Tensor | None] = []
         for number, (grad_first, grad_first_bias, grad_last) in enumerate(reversed(of_subnets)):
             grads += grad_first, grad_first_bias, grad_last, grad_last_bias[number]
