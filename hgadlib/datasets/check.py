@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from hgadlib.datasets.published import SPLIT_FILE
 from hgadlib.datasets.records import Dataset, ImageRecord
 from hgadlib.datasets.scan import Findings, list_folder, some
 from hgadlib.errors import InputError
+from hgadlib.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,8 @@ class Report:
 
     def __str__(self) -> str:
         """Lay out the report for a terminal."""
-        lines = [
-            f"{self.dataset.root}: {self.dataset.name} layout, {len(self.dataset.classes)} class(es)",
-            "",
-        ]
+        dataset = self.dataset
+        lines = [f"{dataset.root}: {dataset.name} layout, {len(dataset.classes)} class(es)", ""]
         lines.append(self.table.to_string())
         for title, texts in (("Notes", self.notes), ("Problems", self.problems)):
             if texts:
@@ -51,11 +50,7 @@ class Report:
 
 
 def guess_layout(path: Path) -> str:
-    """Tell by its folders which dataset lies there; "folder" where none of the published ones does.
-
-    Raises:
-        InputError: There is no such folder.
-    """
+    """Recognise by its folders which dataset lies there; "folder" where none of the published ones does."""
     folders, files = list_folder(path, Findings(strict=False))
     inner = [path, *folders]
     if any((folder / SPLIT_FILE).is_file() for folder in inner):
@@ -64,21 +59,13 @@ def guess_layout(path: Path) -> str:
         return "elpv"
     if any((folder / "train" / "good" / "rgb").is_dir() for folder in inner):
         return "mvtec3d"
-    classes = [folder for top in inner for folder in top.glob("*") if (folder / "train" / "ok").is_dir()]
-    if classes:
+    if any((folder / "train" / "ok").is_dir() for top in inner for folder in top.glob("*")):
         return "btad"
     return "folder"
 
 
 def check(path: Path | str, name: str | None = None) -> Report:
-    """Decode every image and mask of a folder, and report.
-
-    Args:
-        path: The folder.
-        name: Dataset whose layout it has; None to guess.
-
-    Returns:
-        The report.
+    """Decode every image and mask of a folder, and report; name is the dataset whose layout it has.
 
     Raises:
         InputError: The folder does not exist, or holds no dataset at all.
@@ -88,20 +75,16 @@ def check(path: Path | str, name: str | None = None) -> Report:
         raise InputError(f"{path}: expected a folder, found {'a file' if path.exists() else 'nothing'}")
     dataset = load_dataset(name or guess_layout(path), root=path, strict=False)
     facts = list(parallel_map(_look, dataset.records))
-    rows = {
-        class_name: _row(
-            [pair for pair in zip(dataset.records, facts, strict=True) if pair[0].class_name == class_name]
-        )
-        for class_name in sorted({record.class_name for record in dataset.records})
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index")
+    by_class: dict[str, list[tuple[ImageRecord, _Facts]]] = defaultdict(list)
+    for record, fact in zip(dataset.records, facts, strict=True):
+        by_class[record.class_name].append((record, fact))
+    table = pd.DataFrame.from_dict({name: _row(by_class[name]) for name in sorted(by_class)}, orient="index")
     table.index.name = "class"
     problems = (*dataset.skipped, *_content_problems(dataset.records, facts))
-    return Report(dataset, table, tuple(problems), dataset.notes)
+    return Report(dataset, table, problems, dataset.notes)
 
 
-@dataclass(frozen=True)
-class _Facts:
+class _Facts(NamedTuple):
     height: int
     width: int
     mode: str
@@ -111,9 +94,9 @@ class _Facts:
 
 def _look(record: ImageRecord) -> _Facts:
     header = read_header(record.path)
-    digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
     share = None if record.mask_path is None else float(np.mean(read_mask(record.mask_path)))
-    return _Facts(header.height, header.width, f"{header.format} {header.mode}", digest, share)
+    mode = f"{header.format} {header.mode}"
+    return _Facts(header.height, header.width, mode, sha256_of(record.path), share)
 
 
 def _row(pairs: Sequence[tuple[ImageRecord, _Facts]]) -> dict[str, object]:
@@ -150,11 +133,9 @@ def _content_problems(records: Sequence[ImageRecord], facts: Sequence[_Facts]) -
     for record, fact in zip(records, facts, strict=True):
         by_content[fact.digest].append(record)
     for group in by_content.values():
-        splits = {record.split for record in group}
-        if len(splits) == 2:
-            names = some([str(record.path) for record in group], 3)
+        names = some([str(record.path) for record in group], 3)
+        if len({record.split for record in group}) == 2:
             problems.append(f"the same image is in train and in test: {names}")
         elif len({record.class_name for record in group}) > 1:
-            names = some([str(record.path) for record in group], 3)
             problems.append(f"the same image is in several classes: {names}")
     return problems

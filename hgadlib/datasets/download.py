@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import re
 import shutil
 import stat
 import sys
@@ -233,7 +234,10 @@ def _continue(url: str, part: Path, tag: Path) -> bool:
             raise InputError(f"{url}: asked for bytes from {have}, the server sent them from {start}")
         length = response.headers.get("Content-Length")
         total = start + int(length) if length is not None and length.isdecimal() else None
-        tag.write_text(_validator(response), encoding="utf-8")
+        # What tells this version of the file from others: a strong ETag, or the time of change.
+        etag = response.headers.get("ETag", "")
+        version = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+        tag.write_text(version, encoding="utf-8")
         with part.open("r+b" if part.exists() else "w+b") as file:
             file.truncate(start)
             file.seek(start)
@@ -251,27 +255,16 @@ def _continue(url: str, part: Path, tag: Path) -> bool:
 def _start(response: requests.Response) -> int:
     """Read where a partial answer starts."""
     text = response.headers.get("Content-Range", "")
-    first = text.removeprefix("bytes ").partition("-")[0]
-    if not text.startswith("bytes ") or not first.isdecimal():
+    if (found := re.match(r"bytes (\d+)-", text)) is None:
         raise InputError(f"{response.url}: partial answer without a usable Content-Range, found {text!r}")
-    return int(first)
-
-
-def _validator(response: requests.Response) -> str:
-    """Return what tells this version of the file from others: a strong ETag, or the time of change."""
-    etag = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+    return int(found[1])
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack a tar (of any compression) or zip archive into an empty folder.
+    """Unpack a tar (of any compression) or zip archive into an existing empty folder.
 
-    Neither permissions nor owners nor times come out of the archive.
-
-    Args:
-        archive: The archive; its checksum should have been verified.
-        target: An existing empty folder. On an error it is left half full: unpack into a folder that nobody
-            trusts yet, and rename it.
+    Neither permissions nor owners nor times come out of the archive. On an error the folder is left half
+    full: unpack into one that nobody trusts yet.
 
     Raises:
         InputError: The archive is damaged, of unknown type, or holds something that is not a plain file or

@@ -24,11 +24,7 @@ _TABLE = "labels.csv"
 
 
 def package_root() -> Path:
-    """Find the data folder of the installed package, without importing it.
-
-    Raises:
-        InputError: The package is not installed.
-    """
+    """Find the data folder of the installed package, without importing it."""
     spec = importlib.util.find_spec("elpv_dataset")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("dataset 'elpv' comes with a package that is missing: pip install elpv-dataset")
@@ -46,9 +42,6 @@ def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
         root: Folder with labels.csv and images/.
         findings: Takes up bad files and counts.
         seed: Another seed draws another split.
-
-    Returns:
-        Records of the classes mono and poly.
 
     Raises:
         InputError: labels.csv is missing or malformed, or (under strict) an image is missing.

@@ -27,11 +27,7 @@ EXPECTED = "expected CLASS/train/good/*.png (MVTec layout) or CLASS/*.png (flat 
 
 
 def read_tree(root: Path, findings: Findings) -> list[ImageRecord]:
-    """Read a folder of either layout.
-
-    Args:
-        root: The folder.
-        findings: Takes up what is bad or worth a note.
+    """Read a folder of either layout; findings take up what is bad or worth a note.
 
     Returns:
         Records, by class, train before test, then by defect type and name.

@@ -117,16 +117,10 @@ def _open_rgb(path: Path | str) -> Image.Image:
 
 
 def read_image(path: Path | str) -> NDArray[np.uint8]:
-    """Decode an image of any mode to 8-bit RGB.
+    """Decode an image of any mode to RGB, (H, W, 3) uint8.
 
     Grey becomes three equal channels; 16-bit is scaled by 255/65535; transparency is laid over black; palette
     and CMYK are converted; EXIF rotation is applied; of several frames the first counts.
-
-    Args:
-        path: Image file.
-
-    Returns:
-        RGB image, (H, W, 3) uint8.
 
     Raises:
         InputError: The file cannot be read; the line names it and the reason.
@@ -135,17 +129,11 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
 
 
 def read_mask(path: Path | str) -> NDArray[np.bool_]:
-    """Decode a mask: any non-zero pixel is anomalous.
+    """Decode a mask, (H, W) bool: any non-zero pixel is anomalous.
 
     A pixel counts where one of its colour channels is not zero after transparency was laid over black. JPEG
     is the exception, since its compression leaves small non-zero values beside every edge: there values
     above 127 count.
-
-    Args:
-        path: Mask file.
-
-    Returns:
-        Mask, (H, W) bool.
 
     Raises:
         InputError: The file cannot be read.
@@ -161,11 +149,7 @@ def read_mask(path: Path | str) -> NDArray[np.bool_]:
 
 
 def check_mask_size(mask_path: Path, mask_shape: tuple[int, ...], image_path: Path) -> None:
-    """Refuse a mask whose size is not its image's.
-
-    Raises:
-        InputError: The sizes differ.
-    """
+    """Refuse, by an InputError, a mask whose size is not its image's."""
     header = read_header(image_path)
     if mask_shape != (header.height, header.width):
         raise InputError(
@@ -215,30 +199,16 @@ def resize_image(image: NDArray[np.uint8], size: int, policy: str = "stretch") -
 
     Returns:
         (size, size, 3) uint8.
-
-    Raises:
-        InputError: The policy is unknown.
     """
     return np.array(_resize(Image.fromarray(image), size, policy, Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask: NDArray[np.bool_], size: int, policy: str = "stretch") -> NDArray[np.bool_]:
-    """Resize a mask by the nearest pixel, along with its image.
+    """Resize a mask, (H, W) bool, to (size, size) by the nearest pixel, along with its image.
 
     A defect thinner than the step between samples could vanish, and an anomalous image would then count as
     having none. So where the nearest pixels hold none of the defect, each output pixel whose source area
     touches it counts instead. A defect that lies outside a centre crop stays lost, as published.
-
-    Args:
-        mask: (H, W) bool.
-        size: Side of the result, pixels.
-        policy: As in `resize_image`.
-
-    Returns:
-        (size, size) bool.
-
-    Raises:
-        InputError: The policy is unknown.
     """
     image = Image.fromarray(mask.astype(np.uint8) * 255)
     small = np.asarray(_resize(image, size, policy, Image.Resampling.NEAREST)) > 0

@@ -55,9 +55,6 @@ def load_mvtec(root: Path, findings: Findings) -> list[ImageRecord]:
         root: Folder that holds the class folders, or the archive's own folder with them.
         findings: Takes up what is bad, and whether the set is complete.
 
-    Returns:
-        Records.
-
     Raises:
         InputError: Nothing like it lies there, or (under strict) something is bad.
     """
@@ -104,18 +101,7 @@ PARTS: Mapping[str, Callable[[Path, Findings], list[ImageRecord]]] = {
 
 
 def load_union(roots: Mapping[str, Path], findings: Findings) -> list[ImageRecord]:
-    """Read the four sets; a class is named PART/CLASS, so that both kinds of capsules keep their own id.
-
-    Args:
-        roots: Where each of `PARTS` lies.
-        findings: Takes up what is bad, and which parts are incomplete.
-
-    Returns:
-        Records.
-
-    Raises:
-        InputError: A part is missing, or (under strict) something is bad.
-    """
+    """Read the four sets; a class is named PART/CLASS, so that both kinds of capsules keep their own id."""
     return [
         replace(record, class_name=f"{part}/{record.class_name}")
         for part in sorted(PARTS)

@@ -84,13 +84,7 @@ class Dataset:
         return tuple(record for record in self.records if record.split == "test")
 
     def class_idx(self, records: Sequence[ImageRecord]) -> NDArray[np.int64]:
-        """Look up class ids.
-
-        Args:
-            records: B records of this dataset.
-
-        Returns:
-            Class ids, (B,) int64.
+        """Look up the class ids of B records of this dataset, (B,) int64.
 
         Raises:
             InputError: A record's class is unknown, so that it has no id.
@@ -109,13 +103,12 @@ class Dataset:
 def relabel(dataset: Dataset, train_classes: Sequence[str], test_classes: Sequence[str]) -> Dataset:
     """Replace the class names of a dataset, for instance by discovered ones.
 
+    The images stay, in their order, so that what was computed of them still fits.
+
     Args:
         dataset: The dataset.
         train_classes: A class name for each of `dataset.train`.
         test_classes: A class name for each of `dataset.test`.
-
-    Returns:
-        The same images in the same order, so that what was computed of them still fits; new classes.
 
     Raises:
         InputError: The number of names differs from the number of images, or a class has no training image.

@@ -96,9 +96,6 @@ def list_images(folder: Path, findings: Findings) -> list[Path]:
     """List the images of a folder that should hold nothing else.
 
     Other files are noted and folders are bad, for what lies in them would be lost.
-
-    Raises:
-        InputError: Under strict, a folder among the images.
     """
     folders, files = list_folder(folder, findings)
     for inner in folders:
@@ -126,18 +123,15 @@ def check_unique_names(folders: Sequence[Path], findings: Findings) -> list[Path
 
 
 def class_folders(root: Path, marker: str, findings: Findings) -> tuple[Path, list[Path]]:
-    """Find the class folders of a published set, also where the archive's own folder lies between.
+    """Find the classes of a published set, also where the archive's own folder lies between.
 
-    Args:
-        root: The folder to look in.
-        marker: Name of a folder that every class has.
-        findings: Takes up folders that are no classes.
+    A class is a folder that holds one named like the marker.
 
     Returns:
         The folder that holds the classes, and the classes, sorted.
 
     Raises:
-        InputError: No class lies there, or (under strict) a folder is no class.
+        InputError: No class lies there, or (under strict) one is in test only.
     """
     folders = list_folder(root, findings)[0]
     home = root
@@ -185,10 +179,6 @@ def verify(records: Sequence[ImageRecord], findings: Findings) -> list[ImageReco
     Under strict the headers are read: cheap, and enough to find empty files, text named .png and masks of
     another size; what is damaged further in is found on decoding. Otherwise all is decoded here, in parallel,
     so that bad images can be left out.
-
-    Args:
-        records: What a loader found.
-        findings: Takes up what is bad.
 
     Returns:
         The good records, in order.

@@ -4,7 +4,7 @@ It has the MVTec layout, so that a run on it is a run on any folder::
 
     FOLDER/CLASS/train/good/*             the normal training images that are left
     FOLDER/CLASS/test/good/*              the held-out ones
-    FOLDER/CLASS/test/KIND/*.png          held-out ones with one defect each, KIND one of `synthetic.KINDS`
+    FOLDER/CLASS/test/KIND/*.png          held-out ones with one defect each, KIND one of `KINDS`
     FOLDER/CLASS/ground_truth/KIND/*_mask.png
 
 Only training images are opened here. What is chosen on this set has not seen the test set.
@@ -16,12 +16,10 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,138 +31,26 @@ from hgadlib.datasets.demo.surface import Array, Surface, mix, noise
 from hgadlib.datasets.images import parallel_map, read_image
 from hgadlib.datasets.published import PARTS
 from hgadlib.datasets.records import GOOD, Dataset, ImageRecord
+from hgadlib.datasets.scan import holds
 from hgadlib.errors import InputError
+from hgadlib.files import new_folder, sha256_of
 from hgadlib.progress import progress_bar
 
+KINDS = ("scratch", "stain", "patch", "blur", "texture")
+"""Kinds of synthetic defects."""
+VERSION = 1
+"""Goes up when the images change, so that old ones are not taken for new."""
+MIN_HELD_OUT, MAX_HELD_OUT = 8, 60
 MIN_SIDE = 32
 """Shortest side that can show a defect, pixels."""
 COVERED = 0.33
 """Coverage from which on a pixel belongs to the mask; what lies below is the defect's soft edge."""
 EDGE = 0.03
 """How far the soft edge reaches beyond the mask at most, as a fraction of the short side (or 2 pixels)."""
-_PLACES = 8
-_SEEN_CHANGE, _SEEN_SHARE = 3.0, 0.5
-
-Draw = Callable[[Array, defects.Point, float, np.random.Generator], tuple[Array, Array]]
-
-
-def _scratch(
-    photo: Array, center: defects.Point, severity: float, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Score a line, lighter or darker than its ground."""
-    flat = np.zeros(photo.shape[:2], np.float32)
-    # The demo's grooves are lighter on matt ground and darker on gloss.
-    surface, line = defects.scratch(Surface(photo, flat, flat + rng.integers(2)), center, severity, rng)
-    return surface.albedo, line
-
-
-def _stain(
-    photo: Array, center: defects.Point, severity: float, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Soak a patch, or discolour it."""
-    flat = np.zeros(photo.shape[:2], np.float32)
-    surface = Surface(photo, flat, flat)
-    if rng.uniform() < 0.5:
-        surface, patch = defects.stain(surface, center, severity, rng)
-    else:
-        red, green, blue = (float(value) for value in rng.uniform(0.0, 1.0, 3))
-        surface, patch = defects.color(surface, center, 0.6 * severity, rng, tint=(red, green, blue))
-    return surface.albedo, patch
-
-
-def _region(side: int, center: defects.Point, rng: np.random.Generator) -> Array:
-    return defects.blob(side, center, rng.uniform(0.05, 0.14), 0.25, 0.2, rng)
-
-
-def _patch(
-    photo: Array, center: defects.Point, severity: float, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Lay a piece from elsewhere in the picture, turned, over a region."""
-    side = photo.shape[0]
-    cover = _region(side, center, rng)
-    turned = np.rot90(photo, int(rng.integers(1, 4)))
-    elsewhere = np.roll(turned, tuple(rng.integers(side // 4, side - side // 4, 2).tolist()), (0, 1))
-    return mix(photo, elsewhere, cover * (0.45 + 0.55 * severity)), cover
-
-
-def _blur(
-    photo: Array, center: defects.Point, severity: float, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Wipe out the detail of a region."""
-    side = photo.shape[0]
-    cover = _region(side, center, rng)
-    sigma = (0.008 + 0.016 * severity) * side
-    return mix(photo, ndimage.gaussian_filter(photo, (sigma, sigma, 0)), cover), cover
-
-
-def _texture(
-    photo: Array, center: defects.Point, severity: float, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Roughen a region."""
-    side = photo.shape[0]
-    cover = _region(side, center, rng)
-    grain = (0.04 + 0.09 * severity) * noise(rng, side, rng.uniform(30, 120), 2)
-    return (photo + (grain * cover)[..., None]).astype(np.float32), cover
-
-
-_DRAW: Mapping[str, Draw] = MappingProxyType(
-    {"scratch": _scratch, "stain": _stain, "patch": _patch, "blur": _blur, "texture": _texture}
-)
-KINDS: tuple[str, ...] = tuple(_DRAW)
-"""Kinds of synthetic defects."""
-
-
-def draw_defect(
-    image: NDArray[np.uint8], kind: str, severity: float, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
-    """Draw one defect where it can be seen.
-
-    Args:
-        image: A normal image, (H, W, 3) uint8, its short side at least `MIN_SIDE`.
-        kind: One of `KINDS`.
-        severity: 0 for subtle, 1 for clear.
-        rng: Draws place, form and colour.
-
-    Returns:
-        The image with the defect, (H, W, 3) uint8, and its mask, (H, W) bool; a grey image stays grey. None
-        where the image shows no such defect wherever it is put: a blank sheet cannot be blurred.
-    """
-    side = min(image.shape[:2])
-    is_grey = bool((image == image[..., :1]).all())
-    for _ in range(_PLACES):
-        top, left = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
-        window = image[top : top + side, left : left + side]
-        center = (float(rng.uniform(0.2, 0.8)), float(rng.uniform(0.2, 0.8)))
-        changed, cover = _DRAW[kind]((window / np.float32(255)).astype(np.float32), center, severity, rng)
-        if is_grey:
-            changed = np.repeat(changed.mean(axis=2, keepdims=True), 3, axis=2)
-        drawn = np.clip(changed * 255.0 + 0.5, 0, 255).astype(np.uint8)
-        inside = cover > COVERED
-        reach = ndimage.distance_transform_edt(~inside) if inside.any() else np.full(cover.shape, np.inf)
-        # Outside the edge the picture keeps its very bytes: no faint tail of a brush, no rounding.
-        touched = (cover > 0) & (reach <= max(2.0, EDGE * side))
-        drawn = np.where(touched[..., None], drawn, window)
-        if _is_seen(window, drawn, inside):
-            result, mask = image.copy(), np.zeros(image.shape[:2], dtype=bool)
-            result[top : top + side, left : left + side] = drawn
-            mask[top : top + side, left : left + side] = inside
-            return result, mask
-    return None
-
-
-def _is_seen(before: NDArray[np.uint8], after: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bool:
-    """Whether the marked pixels differ, most of them and by some grey levels: else the mask would lie."""
-    if not mask.any():
-        return False
-    change = np.abs(after[mask].astype(np.int16) - before[mask]).max(axis=1)
-    return bool(change.mean() >= _SEEN_CHANGE and (change >= 2).mean() >= _SEEN_SHARE)
-
-
-VERSION = 1
-"""Goes up when the images change, so that old ones are not taken for new."""
-MIN_HELD_OUT, MAX_HELD_OUT = 8, 60
 _MARKER = "validation.json"
 _RESERVED = ("train", "test", "ground_truth", "score")
+_PLACES = 8
+_SEEN_CHANGE, _SEEN_SHARE = 3.0, 0.5
 
 
 def make_validation(
@@ -174,8 +60,7 @@ def make_validation(
 
     Which images are held out is drawn from a hash of their content, so it depends neither on names nor on
     order, and of identical images all stay in training or all leave it (then the first by name is held out).
-    Images are hard-linked where the file system allows it, else copied. The folder is made beside its place
-    and moved there when complete.
+    Images are hard-linked where the file system allows it, else copied.
 
     Args:
         dataset: Any dataset; a class named A/B gets the folder A_B.
@@ -192,14 +77,18 @@ def make_validation(
         InputError: A parameter is out of range, a class has too few or too small images, an image is bad, or
             the folder holds something else or cannot be written.
     """
-    _check_parameters(held_out, defects_per_image, seed)
+    if not 0.0 < held_out < 1.0:
+        raise InputError(f"held_out: expected a share between 0 and 1, found {held_out}")
+    if defects_per_image not in range(1, len(KINDS) + 1):
+        raise InputError(f"defects_per_image: expected 1 to {len(KINDS)}, found {defects_per_image}")
+    if seed < 0:
+        raise InputError(f"seed: expected 0 or more, found {seed}")
     folder = Path(folder).expanduser()
     home = folder.resolve()
-    parts = [dataset.root / part for part in PARTS] if dataset.name == "union" else [dataset.root]
-    for root in (part.resolve() for part in parts):
+    for part in PARTS if dataset.name == "union" else ("",):
         # A loader would take it for one more class.
-        if home == root or root in home.parents:
-            raise InputError(f"{folder}: lies inside the dataset {root}; give a folder outside of it")
+        if home.is_relative_to((dataset.root / part).resolve()):
+            raise InputError(f"{folder}: lies inside the dataset {dataset.root}; give a folder outside of it")
     names = _folder_names(dataset)
     records = sorted(dataset.train, key=lambda record: (record.class_name, str(record.path)))
     by_class: dict[str, list[tuple[ImageRecord, str]]] = defaultdict(list)
@@ -212,98 +101,52 @@ def make_validation(
         "dataset": "hgadlib validation", "version": VERSION, "of": dataset.name, "held_out": held_out,
         "defects_per_image": defects_per_image, "seed": seed, "training_images": contents.hexdigest(),
     }  # fmt: skip
-    if _is_there(folder, expected):
+    if holds(folder, _MARKER, "a validation set", expected):
         return folder
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{home.name}-unfinished-", dir=home.parent))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}; give another folder") from error
-    try:
-        with progress_bar(len(by_class), "Making the validation set", unit="class") as bar:
+        with (
+            new_folder(home) as unfinished,
+            progress_bar(len(by_class), "Making the validation set", unit="class") as bar,
+        ):
             for name, pairs in by_class.items():
                 _write_class(unfinished / names[name], pairs, held_out, defects_per_image, seed)
                 bar.update(1)
-        (unfinished / _MARKER).write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
-        unfinished.chmod(0o755)
-        os.replace(unfinished, home)
+            (unfinished / _MARKER).write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}; give another folder") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _check_parameters(held_out: float, defects_per_image: int, seed: int) -> None:
-    if not 0.0 < held_out < 1.0:
-        raise InputError(f"held_out: expected a share between 0 and 1, found {held_out}")
-    if defects_per_image not in range(1, len(KINDS) + 1):
-        raise InputError(f"defects_per_image: expected 1 to {len(KINDS)}, found {defects_per_image}")
-    if seed < 0:
-        raise InputError(f"seed: expected 0 or more, found {seed}")
-
-
 def _folder_names(dataset: Dataset) -> dict[str, str]:
-    """Give each class a folder of one level that every loader and file system takes."""
+    """Return for each class a folder of one level that every loader and file system takes."""
     names = {name: name.replace("/", "_").replace("\\", "_") for name in dataset.classes}
     seen: dict[str, str] = {}
     for name, flat in names.items():
         if flat in _RESERVED or flat.startswith("."):
             raise InputError(f"class {name!r} cannot be a folder of the MVTec layout; rename it")
-        key = unicodedata.normalize("NFC", flat).casefold()
-        if key in seen:
-            raise InputError(
-                f"classes {seen[key]!r} and {name!r} would share the folder {flat!r}; rename one"
-            )
-        seen[key] = name
+        other = seen.setdefault(unicodedata.normalize("NFC", flat).casefold(), name)
+        if other != name:
+            raise InputError(f"classes {other!r} and {name!r} would share the folder {flat!r}; rename one")
     return names
 
 
 def _digest(record: ImageRecord) -> str:
     try:
-        return hashlib.sha256(record.path.read_bytes()).hexdigest()
+        return sha256_of(record.path)
     except OSError as error:
         raise InputError(f"{record.path}: cannot be read: {error.strerror}") from error
-
-
-def _is_there(folder: Path, expected: dict[str, object]) -> bool:
-    """Whether the folder holds this very set.
-
-    Raises:
-        InputError: It holds something else.
-    """
-    if not folder.exists():
-        return False
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder, found a file; give another folder")
-    if not any(folder.iterdir()):
-        return False
-    try:
-        found = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        differs = sorted(key for key, value in expected.items() if found.get(key) != value)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{folder}: expected a validation set, found other files; give another folder"
-        ) from error
-    if differs:
-        raise InputError(
-            f"{folder}: holds a validation set that differs in {', '.join(differs)}; remove it or give "
-            "another folder"
-        )
-    return True
 
 
 def _write_class(
     folder: Path, pairs: Sequence[tuple[ImageRecord, str]], held_out: float, copies: int, seed: int
 ) -> None:
     """Split one class's images and write them."""
-    class_name = pairs[0][0].class_name
     # Of one content, the first by name stands for all.
     first = {digest: record for record, digest in reversed(pairs)}
     if len(first) < 2 * MIN_HELD_OUT:
         raise InputError(
-            f"class {class_name!r}: expected at least {2 * MIN_HELD_OUT} different normal training images, "
-            f"half of them to hold out, found {len(first)}; add images or leave the class out"
+            f"class {pairs[0][0].class_name!r}: expected at least {2 * MIN_HELD_OUT} different normal "
+            f"training images, half of them to hold out, found {len(first)}; add images or leave it out"
         )
     count = min(max(round(held_out * len(first)), MIN_HELD_OUT), MAX_HELD_OUT, len(first) // 2)
     drawn = sorted(first, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())[:count]
@@ -312,43 +155,40 @@ def _write_class(
         if digest not in drawn or first[digest] is record:
             part = "test" if digest in drawn else "train"
             _place(record.path, folder / part / GOOD / f"{stems[record]}{record.path.suffix}")
-    held = [first[digest] for digest in drawn]
-    tasks = [(rank, record, stems[record]) for rank, record in enumerate(held)]
-    for _ in parallel_map(
-        lambda task: _write_defects(*task, folder, drawn[task[0]], copies, copies * count, seed),
-        tasks,
-        ahead=8,
-    ):
+
+    def write(rank: int) -> None:
+        digest = drawn[rank]
+        record = first[digest]
+        image = read_image(record.path)
+        if min(image.shape[:2]) < MIN_SIDE:
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            raise InputError(
+                f"{record.path}: expected at least {MIN_SIDE} pixels a side to draw on, found {size}"
+            )
+        # Kinds in turn, severities spread evenly over the images of a kind.
+        left = [KINDS[(rank * copies + number) % len(KINDS)] for number in range(len(KINDS))]
+        for number in range(copies):
+            rng = np.random.default_rng([seed, number, *bytes.fromhex(digest)])
+            level = (rank * copies + number) // len(KINDS) + rng.uniform()
+            severity = level / (copies * count / len(KINDS) + 1)
+            for kind in left:
+                if (drawing := draw_defect(image, kind, severity, rng)) is not None:
+                    break
+            else:
+                raise InputError(
+                    f"{record.path}: no defect can be seen on this image; leave it out of training"
+                )
+            left.remove(kind)
+            _save(drawing[0], folder / "test" / kind / f"{stems[record]}.png")
+            _save(drawing[1], folder / "ground_truth" / kind / f"{stems[record]}_mask.png")
+
+    for _ in parallel_map(write, range(count), ahead=8):
         pass
 
 
-def _write_defects(
-    rank: int, record: ImageRecord, stem: str, folder: Path, digest: str, copies: int, total: int, seed: int
-) -> None:
-    """Draw each copy's defect: kinds in turn, severities spread evenly over the images of a kind."""
-    image = read_image(record.path)
-    if min(image.shape[:2]) < MIN_SIDE:
-        size = f"{image.shape[1]}x{image.shape[0]}"
-        raise InputError(
-            f"{record.path}: expected at least {MIN_SIDE} pixels a side to draw on, found {size}"
-        )
-    left = [KINDS[(rank * copies + number) % len(KINDS)] for number in range(len(KINDS))]
-    for number in range(copies):
-        rng = np.random.default_rng([seed, number, *bytes.fromhex(digest)])
-        severity = ((rank * copies + number) // len(KINDS) + rng.uniform()) / (total / len(KINDS) + 1)
-        for kind in left:
-            drawn = draw_defect(image, kind, severity, rng)
-            if drawn is not None:
-                break
-        else:
-            raise InputError(f"{record.path}: no defect can be seen on this image; leave it out of training")
-        left.remove(kind)
-        for pixels, path in (
-            (drawn[0], folder / "test" / kind / f"{stem}.png"),
-            (drawn[1], folder / "ground_truth" / kind / f"{stem}_mask.png"),
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+def _save(pixels: NDArray[np.uint8] | NDArray[np.bool_], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def _unique_stems(records: Sequence[ImageRecord]) -> dict[ImageRecord, str]:
@@ -374,3 +214,80 @@ def _place(source: Path, target: Path) -> None:
     except OSError:
         # Another file system, or one without hard links.
         shutil.copyfile(source, target)
+
+
+def draw_defect(
+    image: NDArray[np.uint8], kind: str, severity: float, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
+    """Draw one defect where it can be seen.
+
+    Args:
+        image: A normal image, (H, W, 3) uint8, its short side at least `MIN_SIDE`.
+        kind: One of `KINDS`.
+        severity: 0 for subtle, 1 for clear.
+        rng: Draws place, form and colour.
+
+    Returns:
+        The image with the defect, (H, W, 3) uint8, and its mask, (H, W) bool; a grey image stays grey. None
+        where the image shows no such defect wherever it is put: a blank sheet cannot be blurred.
+    """
+    side = min(image.shape[:2])
+    is_grey = bool((image == image[..., :1]).all())
+    for _ in range(_PLACES):
+        top, left = (int(rng.integers(length - side + 1)) for length in image.shape[:2])
+        window = image[top : top + side, left : left + side]
+        center = (float(rng.uniform(0.2, 0.8)), float(rng.uniform(0.2, 0.8)))
+        changed, cover = _change(kind, (window / np.float32(255)).astype(np.float32), center, severity, rng)
+        if is_grey:
+            changed = np.repeat(changed.mean(axis=2, keepdims=True), 3, axis=2)
+        drawn = np.clip(changed * 255.0 + 0.5, 0, 255).astype(np.uint8)
+        inside = cover > COVERED
+        reach = ndimage.distance_transform_edt(~inside) if inside.any() else np.full(cover.shape, np.inf)
+        # Outside the edge the picture keeps its very bytes: no faint tail of a brush, no rounding.
+        touched = (cover > 0) & (reach <= max(2.0, EDGE * side))
+        drawn = np.where(touched[..., None], drawn, window)
+        if _is_seen(window, drawn, inside):
+            result, mask = image.copy(), np.zeros(image.shape[:2], dtype=bool)
+            result[top : top + side, left : left + side] = drawn
+            mask[top : top + side, left : left + side] = inside
+            return result, mask
+    return None
+
+
+def _is_seen(before: NDArray[np.uint8], after: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bool:
+    """Whether the marked pixels differ, most of them and by some grey levels: else the mask would lie."""
+    if not mask.any():
+        return False
+    change = np.abs(after[mask].astype(np.int16) - before[mask]).max(axis=1)
+    return bool(change.mean() >= _SEEN_CHANGE and (change >= 2).mean() >= _SEEN_SHARE)
+
+
+def _change(
+    kind: str, photo: Array, center: defects.Point, severity: float, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Return a picture, (n, n, 3) in 0..1, with a defect around a point, and its coverage, (n, n)."""
+    side = photo.shape[0]
+    flat = np.zeros((side, side), np.float32)
+    if kind == "scratch":
+        # The demo's grooves are lighter on matt ground and darker on gloss.
+        surface, line = defects.scratch(Surface(photo, flat, flat + rng.integers(2)), center, severity, rng)
+        return surface.albedo, line
+    if kind == "stain":
+        surface = Surface(photo, flat, flat)
+        if rng.uniform() < 0.5:
+            surface, patch = defects.stain(surface, center, severity, rng)
+        else:
+            red, green, blue = (float(value) for value in rng.uniform(0.0, 1.0, 3))
+            surface, patch = defects.color(surface, center, 0.6 * severity, rng, tint=(red, green, blue))
+        return surface.albedo, patch
+    cover = defects.blob(side, center, rng.uniform(0.05, 0.14), 0.25, 0.2, rng)
+    if kind == "patch":
+        # A piece from elsewhere in the picture, turned.
+        turned = np.rot90(photo, int(rng.integers(1, 4)))
+        elsewhere = np.roll(turned, tuple(rng.integers(side // 4, side - side // 4, 2).tolist()), (0, 1))
+        return mix(photo, elsewhere, cover * (0.45 + 0.55 * severity)), cover
+    if kind == "blur":
+        sigma = (0.008 + 0.016 * severity) * side
+        return mix(photo, ndimage.gaussian_filter(photo, (sigma, sigma, 0)), cover), cover
+    grain = (0.04 + 0.09 * severity) * noise(rng, side, rng.uniform(30, 120), 2)
+    return (photo + (grain * cover)[..., None]).astype(np.float32), cover

@@ -58,9 +58,8 @@ def scratch(
     fresh = (surface.albedo + change * np.where(change > 0, 1.0 - surface.albedo, 1.0)).astype(np.float32)
     height = surface.height - (0.0015 + 0.0035 * severity) * line
     gloss = surface.gloss * (1.0 - (0.35 + 0.45 * severity) * line)
-    return Surface(
-        mix(surface.albedo, fresh, line), height.astype(np.float32), gloss.astype(np.float32)
-    ), line
+    albedo = mix(surface.albedo, fresh, line)
+    return Surface(albedo, height.astype(np.float32), gloss.astype(np.float32)), line
 
 
 def stain(
@@ -107,12 +106,10 @@ def thread(
     width = rng.uniform(0.010, 0.012 + 0.006 * severity)
     line = _curve(surface.side, center, rng.uniform(0.22, 0.60), width, 0.32, rng)
     dyes = ((0.82, 0.80, 0.74), (0.20, 0.28, 0.46), (0.58, 0.16, 0.14), (0.10, 0.10, 0.11))
-    ground = (
-        surface.albedo[line > 0.2].mean(axis=0) if (line > 0.2).any() else surface.albedo.mean(axis=(0, 1))
-    )
-    dye = ground + (0.40 + 0.60 * severity) * (
-        np.array(dyes[rng.integers(len(dyes))], dtype=np.float32) - ground
-    )
+    marked = line > 0.2
+    ground = surface.albedo[marked].mean(axis=0) if marked.any() else surface.albedo.mean(axis=(0, 1))
+    dyed = np.array(dyes[rng.integers(len(dyes))], dtype=np.float32)
+    dye = ground + (0.40 + 0.60 * severity) * (dyed - ground)
     height = surface.height + 0.016 * line
     albedo = mix(surface.albedo, (float(dye[0]), float(dye[1]), float(dye[2])), 0.92 * line)
     return replace(surface, albedo=albedo, height=height.astype(np.float32)), line
@@ -132,9 +129,8 @@ def contamination(
         angle = rng.uniform(0, np.pi)
         u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
         v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) * rng.uniform(1.0, 2.2)
-        cover = np.maximum(
-            cover, ramp(np.sqrt(u * u + v * v).astype(np.float32), radius * 1.2, radius * 0.75)
-        )
+        distance = np.sqrt(u * u + v * v).astype(np.float32)
+        cover = np.maximum(cover, ramp(distance, radius * 1.2, radius * 0.75))
     tone = rng.uniform(0.16, 0.46)
     crumbs = (float(tone), float(tone * 0.86), float(tone * 0.68))
     rough = 0.3 * noise(rng, side, 90) * cover
@@ -145,17 +141,7 @@ def contamination(
 
 
 def confine(before: Surface, after: Surface, cover: Array, where: NDArray[np.bool_]) -> tuple[Surface, Array]:
-    """Undo a defect outside a region.
-
-    Args:
-        before: The surface without the defect.
-        after: The surface with it.
-        cover: Coverage of the defect, (n, n).
-        where: The region it is kept in, (n, n) bool.
-
-    Returns:
-        The surface and the coverage, changed in the region only.
-    """
+    """Undo a defect, and its coverage, outside a region, (n, n) bool."""
     surface = Surface(
         np.where(where[..., None], after.albedo, before.albedo),
         np.where(where, after.height, before.height),
@@ -165,14 +151,6 @@ def confine(before: Surface, after: Surface, cover: Array, where: NDArray[np.boo
 
 
 def exact_mask(cover: Array, side: int) -> NDArray[np.bool_]:
-    """Turn the coverage of a defect into a mask of the image: at least a third of a pixel's area or strength.
-
-    Args:
-        cover: (n, n) in 0..1, n a multiple of side.
-        side: Pixels of the image along one side.
-
-    Returns:
-        (side, side) bool.
-    """
+    """Turn coverage, (n, n), into a mask, (side, side): at least a third of a pixel's area or strength."""
     factor = cover.shape[0] // side
     return cover.reshape(side, factor, side, factor).mean(axis=(1, 3)) > 0.33

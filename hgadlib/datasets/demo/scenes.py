@@ -9,12 +9,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from hgadlib.datasets.demo.surface import Array, Surface, grid, inside, mix, noise, ramp
+from hgadlib.datasets.demo.surface import Array, Color, Surface, grid, inside, mix, noise, ramp
+
+SIDE = 256
+"""Pixels of an image along one side."""
+_FINE = 2 * SIDE
+"""Objects are rendered at twice the size and reduced."""
+
+Scene = Callable[[str, np.random.Generator, bool], tuple[Surface, NDArray[np.bool_] | None]]
+
+# Photograph -> colours of its darkest and lightest tone; scikit-image ships the three in grey.
+_TONES = {
+    "brick": ((0.13, 0.07, 0.06), (1.10, 0.83, 0.71)),
+    "grass": ((0.05, 0.08, 0.03), (0.72, 0.82, 0.55)),
+    "gravel": ((0.07, 0.065, 0.07), (0.90, 0.87, 0.80)),
+}
+_TRAIN_COLUMNS = 284
+"""Train crops come from the columns before it, test crops from those after: nothing is shared."""
+_CROP = 200
 
 _Fill = int | tuple[int, ...]
 _Values = tuple[_Fill, _Fill, _Fill]
@@ -104,14 +122,11 @@ def draw_board(missing: int | None) -> tuple[Image.Image, Image.Image, Image.Ima
             end = (x + sign * (w - ends), y, ends, h) if flat else (x, y + sign * (h - ends), w, ends)
             box(*end, ((196, 196, 196), 53, 190), 0.008)
         if kind == "resistor":
-            label = Image.new("L", (150, 56), 0)
-            ImageDraw.Draw(label).text(
-                (75, 28), "103", fill=220, font=ImageFont.load_default(44), anchor="mm"
-            )
+            label, small = Image.new("L", (150, 56), 0), ImageFont.load_default(44)
+            ImageDraw.Draw(label).text((75, 28), "103", fill=220, font=small, anchor="mm")
             label = label if flat else label.rotate(90, expand=True)
-            albedo.paste(
-                (205, 205, 205), (round(px(x) - label.width / 2), round(px(y) - label.height / 2)), label
-            )
+            corner = (round(px(x) - label.width / 2), round(px(y) - label.height / 2))
+            albedo.paste((205, 205, 205), corner, label)
         if kind == "diode":
             bar = (x + w * 0.35, y, 0.016, h) if flat else (x, y + h * 0.35, w, 0.016)
             box(*bar, ((190, 190, 190), 52, 40))
@@ -120,24 +135,6 @@ def draw_board(missing: int | None) -> tuple[Image.Image, Image.Image, Image.Ima
         box(-0.62 + index * 0.155, 0.79, 0.038, 0.06, ((18, 18, 20), 60, 20))
         box(-0.62 + index * 0.155, 0.79, 0.020, 0.032, ((212, 176, 96), 96, 200))
     return albedo, height, gloss
-
-
-SIDE = 256
-"""Pixels of an image along one side."""
-_FINE = 2 * SIDE
-"""Objects are rendered at twice the size and reduced."""
-
-Scene = Callable[[str, np.random.Generator, bool], tuple[Surface, NDArray[np.bool_] | None]]
-
-# Photograph -> colours of its darkest and lightest tone; scikit-image ships the three in grey.
-_TONES = {
-    "brick": ((0.13, 0.07, 0.06), (1.10, 0.83, 0.71)),
-    "grass": ((0.05, 0.08, 0.03), (0.72, 0.82, 0.55)),
-    "gravel": ((0.07, 0.065, 0.07), (0.90, 0.87, 0.80)),
-}
-_TRAIN_COLUMNS = 284
-"""Train crops come from the columns before it, test crops from those after: nothing is shared."""
-_CROP = 200
 
 
 @functools.cache
@@ -164,10 +161,8 @@ def texture(name: str, split: str, rng: np.random.Generator, part: bool) -> tupl
     d, e = step * np.sin(angle) * mirror_x, step * np.cos(angle) * mirror_y
     half = SIDE / 2
     affine = (a, b, cx - half * (a + b), d, e, cy - half * (d + e))
-    crop = Image.fromarray(photo).transform(
-        (SIDE, SIDE), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
-    )
-    grey = np.asarray(crop, dtype=np.float32) / 255.0
+    turned = (Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+    grey = np.asarray(Image.fromarray(photo).transform((SIDE, SIDE), *turned), dtype=np.float32) / 255.0
     low, high = (np.array(tone, dtype=np.float32) for tone in _TONES[name])
     high = high * (1.0 + rng.normal(0.0, 0.008, 3)).astype(np.float32)
     grey = np.clip((grey - 0.5) * rng.uniform(0.92, 1.08) + 0.5, 0.0, 1.0)[..., None]
@@ -200,6 +195,15 @@ def _warp(template: Image.Image, pose: tuple[float, ...]) -> Array:
     return np.asarray(warped, dtype=np.float32) / 255.0
 
 
+def _lay(surface: Surface, cover: Array, color: Color, height: Any, gloss: float | None = None) -> Surface:
+    """Lay material, its height a number or (n, n), over a surface; without a gloss it takes the ground's."""
+    return Surface(
+        mix(surface.albedo, color, cover),
+        surface.height + cover * (height - surface.height),
+        surface.gloss if gloss is None else surface.gloss + cover * (gloss - surface.gloss),
+    )
+
+
 def _reduce(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Bring a mask from the fine grid to the image's: at least half of a pixel counts."""
     return mask.reshape(SIDE, 2, SIDE, 2).mean(axis=(1, 3)) >= 0.5
@@ -209,8 +213,7 @@ def hex_nut(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, 
     """Render a steel nut on a rubber mat; as `part`, with a piece broken off its rim."""
     u, v, zoom, _ = _pose(rng, 30.0, 0.03, 1.0)
     weave = noise(rng, _FINE, 130, 2) * 0.5 + noise(rng, _FINE, 7) * 0.35
-    albedo = np.empty((_FINE, _FINE, 3), dtype=np.float32)
-    albedo[:] = (0.115, 0.125, 0.145)
+    albedo = np.full((_FINE, _FINE, 3), (0.115, 0.125, 0.145), dtype=np.float32)
     albedo *= (1.0 + 0.10 * weave)[..., None]
     height = 0.0009 * weave
     radius = np.sqrt(u * u + v * v)
@@ -228,8 +231,7 @@ def hex_nut(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, 
         broken = _reduce((body < 0) & (cut > 0))
         body = np.maximum(body, cut)
     cover = inside(body * zoom / 2, _FINE)
-    # A turned chamfer: the corners slope down outside the inscribed circle, and so does the mouth of the
-    # bore.
+    # A turned chamfer: the corners slope down outside the inscribed circle, as the mouth of the bore does.
     top = 0.115 - 0.55 * np.clip(radius - flat * 0.955, 0, None)
     top -= 0.55 * np.clip(0.43 - radius, 0, None)
     edge = np.clip(-body / 0.025, 0.0, 1.0)
@@ -274,11 +276,9 @@ def _dial() -> Image.Image:
         if index % 10 == 0:
             text = ImageFont.load_default(64)
             draw.text(point(degrees, 0.475), str(index // 5), fill=(34, 34, 38), font=text, anchor="mm")
-    small = ImageFont.load_default(54)
-    draw.text((middle, middle * 1.42), "bar", fill=(34, 34, 38), font=small, anchor="mm")
-    draw.text(
-        (middle, middle * 1.57), "cl. 1.6", fill=(90, 90, 96), font=ImageFont.load_default(36), anchor="mm"
-    )
+    for words, y, fill, size in (("bar", 1.42, (34, 34, 38), 54), ("cl. 1.6", 1.57, (90, 90, 96), 36)):
+        font = ImageFont.load_default(size)
+        draw.text((middle, middle * y), words, fill=fill, font=font, anchor="mm")
     return image
 
 
@@ -287,20 +287,13 @@ def gauge(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, ND
     u, v, zoom, pose = _pose(rng, 5.0, 0.02, 0.98)
     radius = np.sqrt(u * u + v * v)
     grain = noise(rng, _FINE, 160, 2)
-    albedo = np.empty((_FINE, _FINE, 3), dtype=np.float32)
-    albedo[:] = (0.30, 0.37, 0.45)
-    albedo *= (1.0 + 0.025 * grain)[..., None]
-    height = 0.0006 * grain
-    gloss = np.full((_FINE, _FINE), 0.08, dtype=np.float32)
+    panel = np.array((0.30, 0.37, 0.45), dtype=np.float32) * (1.0 + 0.025 * grain)[..., None]
+    surface = Surface(panel, 0.0006 * grain, np.full((_FINE, _FINE), 0.08, dtype=np.float32))
     bezel = inside((radius - 0.90) * zoom / 2, _FINE)
     profile = 0.055 + 0.035 * np.sqrt(np.clip(1.0 - ((radius - 0.825) / 0.078) ** 2, 0.0, 1.0))
-    height = height + bezel * (profile - height)
-    albedo = mix(albedo, (0.58, 0.56, 0.53), bezel)
-    gloss = gloss + bezel * (0.95 - gloss)
+    surface = _lay(surface, bezel, (0.58, 0.56, 0.53), profile, 0.95)
     face = inside((radius - 0.755) * zoom / 2, _FINE)
-    albedo = mix(albedo, _warp(_dial(), pose), face)
-    height = height + face * (0.035 - height)
-    gloss = gloss + face * (0.03 - gloss)
+    surface = _lay(surface, face, _warp(_dial(), pose), 0.035, 0.03)
     degrees = 135 + rng.uniform(70, 150)
     length = 0.62
     lost = rng.uniform(0.10, 0.30) if part else 0.0
@@ -312,18 +305,15 @@ def gauge(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, ND
         return inside(np.maximum(np.maximum(across - width, along - tip), -0.17 - along) * zoom / 2, _FINE)
 
     lifted = needle(length - lost)
-    albedo = mix(albedo, (0.10, 0.10, 0.11), lifted)
-    height = height + lifted * (0.052 - height)
+    surface = _lay(surface, lifted, (0.10, 0.10, 0.11), 0.052)
     hub = inside((radius - 0.075) * zoom / 2, _FINE)
     dome = 0.055 + 0.03 * np.sqrt(np.clip(1.0 - (radius / 0.078) ** 2, 0.0, 1.0))
-    height = height + hub * (dome - height)
-    albedo = mix(albedo, (0.45, 0.43, 0.40), hub)
-    gloss = gloss + hub * (0.8 - gloss)
+    surface = _lay(surface, hub, (0.45, 0.43, 0.40), dome, 0.8)
     # The pane reflects a window, the same in every picture but for the pose.
     streak = face * ramp(u * 0.8 + v + 0.62, 0.0, 0.03) * ramp(u * 0.8 + v + 0.40, 0.03, 0.0)
-    albedo = mix(albedo, (1.0, 1.0, 1.0), 0.10 * streak)
     mask = _reduce((needle(length) > 0.5) & (lifted < 0.5)) if part else None
-    return Surface(albedo, height.astype(np.float32), gloss.astype(np.float32)), mask
+    albedo = mix(surface.albedo, (1.0, 1.0, 1.0), 0.10 * streak)
+    return Surface(albedo, surface.height.astype(np.float32), surface.gloss), mask
 
 
 def circuit(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, NDArray[np.bool_] | None]:

@@ -14,21 +14,19 @@ from PIL import Image
 from scipy import ndimage
 
 Array = NDArray[np.float32]
+Color = Array | tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Surface:
-    """What a camera looks at from above.
-
-    Attributes:
-        albedo: Colour, (n, n, 3) float32 in 0..1.
-        height: Towards the camera, (n, n) float32, in fractions of the side.
-        gloss: 0 for matt, 1 for polished metal, (n, n) float32.
-    """
+    """What a camera looks at from above, float32."""
 
     albedo: Array
+    """Colour, (n, n, 3) in 0..1."""
     height: Array
+    """Towards the camera, (n, n), in fractions of the side."""
     gloss: Array
+    """0 for matt, 1 for polished metal, (n, n)."""
 
     @property
     def side(self) -> int:
@@ -55,17 +53,9 @@ def inside(distance: NDArray[np.floating], side: int, softness: float = 1.0) -> 
 
 
 def noise(rng: np.random.Generator, side: int, cells: float, octaves: int = 1) -> Array:
-    """Draw smooth noise of zero mean and about unit deviation.
+    """Draw smooth noise of zero mean and about unit deviation, (side, side).
 
-    Args:
-        rng: Source of randomness.
-        side: Pixels along one side.
-        cells: Blobs along one side in the coarsest octave; each further octave has twice as many, half as
-            strong.
-        octaves: How many.
-
-    Returns:
-        (side, side) float32.
+    The coarsest octave has so many cells along one side; each further one twice as many, half as strong.
     """
     total = np.zeros((side, side), dtype=np.float32)
     weight = 1.0
@@ -77,21 +67,16 @@ def noise(rng: np.random.Generator, side: int, cells: float, octaves: int = 1) -
     return ((total - total.mean()) / (total.std() + 1e-6)).astype(np.float32)
 
 
-def mix(base: Array, top: Array | tuple[float, float, float], alpha: Array) -> Array:
+def mix(base: Array, top: Color, alpha: Array) -> Array:
     """Lay a colour, (3,) or (n, n, 3), over another with opacity alpha, (n, n)."""
     a = alpha[..., None]
     return (base * (1.0 - a) + np.asarray(top, dtype=np.float32) * a).astype(np.float32)
 
 
 def shade(surface: Surface, rng: np.random.Generator) -> Array:
-    """Light a surface by a large lamp at the upper left, with soft shadows.
+    """Light a surface by a large lamp at the upper left, with soft shadows: radiance, (n, n, 3).
 
-    Args:
-        surface: The surface.
-        rng: Draws the lamp's direction and strength within what a production line would allow.
-
-    Returns:
-        Radiance, (n, n, 3) float32.
+    The lamp's direction and strength are drawn within what a production line would allow.
     """
     side = surface.side
     azimuth = np.deg2rad(rng.uniform(220, 240))
@@ -126,16 +111,7 @@ def _shadow(height: Array, light: NDArray[np.float32]) -> Array:
 
 
 def photograph(radiance: Array, side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Take a picture: reduce to the sensor's pixels, slight blur, vignette, noise, 8 bits.
-
-    Args:
-        radiance: (n, n, 3) float32, n a multiple of side.
-        side: Pixels of the sensor along one side.
-        rng: Draws blur and noise.
-
-    Returns:
-        (side, side, 3) uint8.
-    """
+    """Take a picture, (side, side, 3) uint8: reduce to the sensor's pixels, blur, vignette, noise."""
     factor = radiance.shape[0] // side
     small = radiance.reshape(side, factor, side, factor, 3).mean(axis=(1, 3))
     blur = float(rng.uniform(0.35, 0.6))
