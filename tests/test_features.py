@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from hgadlib.datasets.images import load_images
+from hgadlib.datasets.records import ImageRecord
 from hgadlib.errors import InputError
 from hgadlib.features import cache as feature_cache
 from hgadlib.features import extract
@@ -34,13 +34,11 @@ from hgadlib.features.extract import dataset_features
 from hgadlib.features.store import Features, choose_storage, free_host_bytes, global_features
 
 SIZE = 64
+Records = list[ImageRecord]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A record as far as features look at it."""
-
-    path: Path
+def picture(path: Path) -> ImageRecord:
+    return ImageRecord(path, class_name="noise", split="train", is_anomalous=False, defect_type="good")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> list[Picture]:
+def records(tmp_path: Path) -> Records:
     """Seven images of coarse noise."""
     random = np.random.default_rng(0)
     paths = [tmp_path / "images" / f"{index}.png" for index in range(7)]
@@ -57,7 +55,7 @@ def records(tmp_path: Path) -> list[Picture]:
     for path in paths:
         coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         coarse.resize((80, 80), Image.Resampling.BICUBIC).save(path)
-    return [Picture(path) for path in paths]
+    return [picture(path) for path in paths]
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +74,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backbone, "forward", forward)
 
 
-def compute(records: list[Picture], backbone: Backbone, **changes: Any) -> Features:
+def compute(records: Records, backbone: Backbone, **changes: Any) -> Features:
     parameters: dict[str, Any] = {"image_size": SIZE, "batch_size": 3, "progress": False, "num_workers": 1}
     return dataset_features(records, backbone, **{**parameters, **changes})
 
@@ -99,7 +97,7 @@ def assert_same(one: Features, other: Features) -> None:
 
 
 @torch.no_grad()
-def test_features_are_the_backbones_in_the_records_order(records: list[Picture], backbone: Backbone) -> None:
+def test_features_are_the_backbones_in_the_records_order(records: Records, backbone: Backbone) -> None:
     # Not in the order of names, so that sorting would show.
     records = records[::-1]
     found = compute(records, backbone, dtype="float32")
@@ -116,7 +114,7 @@ def test_features_are_the_backbones_in_the_records_order(records: list[Picture],
         torch.testing.assert_close(level.float(), exact, rtol=2**-11, atol=1e-6)
 
 
-def test_batches_are_the_rows_asked_for(records: list[Picture], backbone: Backbone) -> None:
+def test_batches_are_the_rows_asked_for(records: Records, backbone: Backbone) -> None:
     for storage in ("host", "file"):
         found = compute(records, backbone, storage=storage)
         order = [
@@ -136,7 +134,7 @@ def test_batches_are_the_rows_asked_for(records: list[Picture], backbone: Backbo
         found.batch(torch.tensor([7]))
 
 
-def test_stopping_early_and_failing_leave_no_thread(records: list[Picture], backbone: Backbone) -> None:
+def test_stopping_early_and_failing_leave_no_thread(records: Records, backbone: Backbone) -> None:
     found = compute(records, backbone, storage="file")
     before = threading.active_count()
     batches = found.batches([torch.tensor([0])] * 9)
@@ -148,7 +146,7 @@ def test_stopping_early_and_failing_leave_no_thread(records: list[Picture], back
     assert threading.active_count() == before
 
 
-def test_every_storage_holds_the_same(records: list[Picture], backbone: Backbone, cache: Path) -> None:
+def test_every_storage_holds_the_same(records: Records, backbone: Backbone, cache: Path) -> None:
     kept = [compute(records, backbone, storage=storage) for storage in ("file", "host", "device", "auto")]
     assert [found.storage for found in kept] == ["file", "host", "host", "host"]
     assert [found.cached for found in kept] == [False, True, True, True]
@@ -162,7 +160,7 @@ def test_every_storage_holds_the_same(records: list[Picture], backbone: Backbone
 
 @pytest.mark.usefixtures("cache")
 def test_a_second_call_computes_nothing(
-    records: list[Picture], backbone: Backbone, request: pytest.FixtureRequest
+    records: Records, backbone: Backbone, request: pytest.FixtureRequest
 ) -> None:
     first = compute(records, backbone)
     request.getfixturevalue("forbidden")
@@ -178,16 +176,16 @@ def ingredient_changes() -> dict[str, Any]:
         other.mean = (0.4, 0.5, 0.5)
         return other
 
-    def touched(records: list[Picture]) -> list[Picture]:
+    def touched(records: Records) -> Records:
         stat = records[3].path.stat()
         os.utime(records[3].path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
         return records
 
-    def renamed(records: list[Picture]) -> list[Picture]:
+    def renamed(records: Records) -> Records:
         moved = records[0].path.rename(records[0].path.with_name("moved.png"))
-        return [Picture(moved), *records[1:]]
+        return [picture(moved), *records[1:]]
 
-    def grown(records: list[Picture]) -> list[Picture]:
+    def grown(records: Records) -> Records:
         path = records[3].path
         stat = path.stat()
         path.write_bytes(path.read_bytes() + b"\0")
@@ -212,7 +210,7 @@ def ingredient_changes() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ingredient", ingredient_changes())
-def test_the_key_changes_with(ingredient: str, records: list[Picture], backbone: Backbone) -> None:
+def test_the_key_changes_with(ingredient: str, records: Records, backbone: Backbone) -> None:
     first = compute(records, backbone)
     changed_records, changed_backbone, changes = ingredient_changes()[ingredient](records, backbone)
     second = compute(changed_records, changed_backbone, **changes)
@@ -220,7 +218,7 @@ def test_the_key_changes_with(ingredient: str, records: list[Picture], backbone:
 
 
 def test_the_key_changes_with_the_version_of_the_code(
-    records: list[Picture], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+    records: Records, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = compute(records, backbone)
     monkeypatch.setattr(extract, "FEATURES_VERSION", extract.FEATURES_VERSION + 1)
@@ -232,7 +230,7 @@ def test_the_key_changes_with_the_version_of_the_code(
     "damage", ["cut level", "long level", "no level", "no manifest", "cut manifest", "other key"]
 )
 def test_a_damaged_entry_is_computed_again(
-    damage: str, records: list[Picture], backbone: Backbone, cache: Path
+    damage: str, records: Records, backbone: Backbone, cache: Path
 ) -> None:
     first = compute(records, backbone)
     (entry,) = entries(cache)
@@ -294,7 +292,7 @@ def start(what: str, folder: Path, *others: str) -> subprocess.Popen[str]:
 
 
 def test_two_processes_fill_one_cache(
-    records: list[Picture], backbone: Backbone, tmp_path: Path, cache: Path
+    records: Records, backbone: Backbone, tmp_path: Path, cache: Path
 ) -> None:
     processes = [start("one", tmp_path, "two"), start("two", tmp_path, "one")]
     answers = [process.communicate(timeout=120) for process in processes]
@@ -326,7 +324,7 @@ def test_without_locks_the_first_writer_wins(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_leaves_nothing_that_is_trusted(
-    records: list[Picture], backbone: Backbone, tmp_path: Path, cache: Path
+    records: Records, backbone: Backbone, tmp_path: Path, cache: Path
 ) -> None:
     process = start("killed", tmp_path)
     process.communicate(timeout=120)
@@ -347,7 +345,7 @@ def test_a_killed_writer_leaves_nothing_that_is_trusted(
 
 
 def test_the_same_entrys_next_writer_clears_away_too(
-    records: list[Picture], backbone: Backbone, cache: Path
+    records: Records, backbone: Backbone, cache: Path
 ) -> None:
     found = compute(records, backbone)
     (entry,) = entries(cache)
@@ -357,7 +355,7 @@ def test_the_same_entrys_next_writer_clears_away_too(
 
 
 def test_a_disk_without_room_is_refused(
-    records: list[Picture], backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+    records: Records, backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = SimpleNamespace(total=10**12, used=0, free=2**28 + 1000)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: usage)
@@ -381,7 +379,7 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_a_disk_that_fills_up_leaves_nothing(records: list[Picture], backbone: Backbone, cache: Path) -> None:
+def test_a_disk_that_fills_up_leaves_nothing(records: Records, backbone: Backbone, cache: Path) -> None:
     with pytest.raises(InputError, match="cannot write in") as error:
         compute(records, backbone)
     refusal(error)
@@ -389,7 +387,7 @@ def test_a_disk_that_fills_up_leaves_nothing(records: list[Picture], backbone: B
 
 
 def test_a_cache_that_cannot_be_written_is_refused(
-    records: list[Picture], backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    records: Records, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("HGAD_CACHE", str(tmp_path / "file" / "cache"))
@@ -399,7 +397,7 @@ def test_a_cache_that_cannot_be_written_is_refused(
 
 
 def test_a_read_only_cache_that_holds_the_features_is_used(
-    records: list[Picture], backbone: Backbone, cache: Path
+    records: Records, backbone: Backbone, cache: Path
 ) -> None:
     first = compute(records, backbone)
     shutil.rmtree(cache / "locks")
@@ -425,7 +423,7 @@ def scaled(backbone: Backbone, monkeypatch: pytest.MonkeyPatch, factor: float) -
 
 
 def test_features_too_large_for_float16_are_refused(
-    records: list[Picture], backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+    records: Records, backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scaled(backbone, monkeypatch, 1e5)
     for keep in (True, False):
@@ -437,7 +435,7 @@ def test_features_too_large_for_float16_are_refused(
 
 
 def test_features_that_are_not_finite_are_refused(
-    records: list[Picture], backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+    records: Records, backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scaled(backbone, monkeypatch, float("nan"))
     with pytest.raises(InputError, match="not finite") as error:
@@ -447,7 +445,7 @@ def test_features_that_are_not_finite_are_refused(
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(
-    records: list[Picture], backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+    records: Records, backbone: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = Backbone.forward
 
@@ -462,7 +460,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(
     assert not entries(cache)
 
 
-def test_a_bad_image_leaves_nothing(records: list[Picture], backbone: Backbone, cache: Path) -> None:
+def test_a_bad_image_leaves_nothing(records: Records, backbone: Backbone, cache: Path) -> None:
     records[4].path.write_bytes(records[4].path.read_bytes()[:200])
     with pytest.raises(InputError, match=r"4\.png") as error:
         compute(records, backbone)
@@ -482,7 +480,7 @@ def test_a_bad_image_leaves_nothing(records: list[Picture], backbone: Backbone, 
     ],
 )
 def test_wrong_parameters_are_refused(
-    changes: dict[str, Any], message: str, records: list[Picture], backbone: Backbone, cache: Path
+    changes: dict[str, Any], message: str, records: Records, backbone: Backbone, cache: Path
 ) -> None:
     with pytest.raises(InputError, match=message) as error:
         compute(records, backbone, **changes)
@@ -490,7 +488,7 @@ def test_wrong_parameters_are_refused(
     assert not entries(cache)
 
 
-def test_no_images_and_a_wrong_pyramid_are_refused(records: list[Picture], backbone: Backbone) -> None:
+def test_no_images_and_a_wrong_pyramid_are_refused(records: Records, backbone: Backbone) -> None:
     with pytest.raises(InputError, match="at least one image, found none"):
         compute([], backbone)
     pyramid = build_backbone(out_indices=(3,), pyramid=(64, 32))
@@ -516,7 +514,7 @@ def test_storage_goes_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_room_in_memory_features_go_to_a_file(
-    records: list[Picture], backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+    records: Records, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_store, "free_host_bytes", lambda: 1000)
     found = compute(records, backbone)
@@ -532,7 +530,7 @@ def test_free_memory_is_at_most_the_machines() -> None:
     assert 0 < free_host_bytes() <= psutil.virtual_memory().total
 
 
-def test_global_features_are_averages_of_length_one(records: list[Picture], backbone: Backbone) -> None:
+def test_global_features_are_averages_of_length_one(records: Records, backbone: Backbone) -> None:
     found = compute(records, backbone)
     pooled = global_features(found)
     assert pooled.shape == (7, 112) and pooled.dtype == np.float32
@@ -542,7 +540,7 @@ def test_global_features_are_averages_of_length_one(records: list[Picture], back
 
 
 def test_it_says_where_features_go(
-    records: list[Picture], backbone: Backbone, cache: Path, capsys: pytest.CaptureFixture[str]
+    records: Records, backbone: Backbone, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compute(records, backbone, progress=True)
     text = capsys.readouterr().err

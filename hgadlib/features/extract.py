@@ -8,9 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import PIL
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hgadlib.datasets.images import load_images
+from hgadlib.datasets.records import ImageRecord
 from hgadlib.errors import InputError
 from hgadlib.features.backbone import Backbone, flatten_maps
 from hgadlib.features.cache import cache_dir, locked, open_entry, write_entry
@@ -37,15 +38,8 @@ from hgadlib.progress import progress_bar
 FEATURES_VERSION = 1
 
 
-class _HasPath(Protocol):
-    """What features need of a record."""
-
-    @property
-    def path(self) -> Path: ...
-
-
 def dataset_features(
-    records: Sequence[_HasPath],
+    records: Sequence[ImageRecord],
     backbone: Backbone,
     *,
     image_size: int,
@@ -61,7 +55,7 @@ def dataset_features(
     """Compute the features of some images, or find them in the cache (HGAD_CACHE, else ~/.cache/hgad).
 
     Args:
-        records: N records, each with a `path`.
+        records: N images.
         backbone: The network; it is moved to the device.
         image_size: Side of the images, pixels.
         resize: Policy of `hgadlib.datasets.images.resize_image`.
@@ -85,7 +79,7 @@ def dataset_features(
         raise InputError("features: expected at least one image, found none")
     device = resolve_device(device)
     backbone.to(device)
-    paths = [Path(record.path) for record in records]
+    paths = [record.path for record in records]
     facts = _file_facts(paths)
     ingredients = {
         "version": FEATURES_VERSION,
@@ -96,7 +90,8 @@ def dataset_features(
         "pillow": PIL.__version__,
         "files": facts,
     }
-    key = _cache_key(ingredients)
+    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    key = hashlib.sha256(text.encode()).hexdigest()
     entry = cache_dir() / key
 
     # No lock is needed to read: an entry is complete or absent, and the cache may be read-only.
@@ -185,12 +180,6 @@ def _not_finite(path: str, features: Tensor) -> InputError:
             "set features.dtype to float32"
         )
     return InputError(f"{path}: its features are not finite; the backbone's weights are to blame")
-
-
-def _cache_key(ingredients: Mapping[str, Any]) -> str:
-    """Compute the sha256, hexadecimal, of values that JSON can write."""
-    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_facts(paths: Sequence[Path | str]) -> list[tuple[str, int, int]]:
