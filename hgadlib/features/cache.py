@@ -55,7 +55,7 @@ def open_entry(entry: Path) -> tuple[tuple[tuple[int, int], ...], list[NDArray[A
 
 @contextlib.contextmanager
 def locked(entry: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the right to write an entry, and clear away what writers that are gone left behind.
+    """Lock an entry for writing, and clear away what writers that are gone left behind.
 
     The lock is the operating system's and dies with its process, so an unfinished folder whose lock is free
     has no writer any more. On a file system without locks two writers may both compute; each writes a
