@@ -139,7 +139,10 @@ def read_parameters(options: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise InputError(f"{source}: expected names with values, found {values!r}")
         given |= values
-    return given | {name: _parse(value, f"-p {name}") for name, value in options.parameter}
+    # papermill's -p takes Python's None, which YAML would read as text.
+    for name, value in options.parameter:
+        given[name] = None if value == "None" else _parse(value, f"-p {name}")
+    return given
 
 
 def _text(path: Path) -> str:

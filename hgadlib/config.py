@@ -333,6 +333,13 @@ class _Tree:
         for name, value in values.items():
             self.set(f"{section}.{name}", value, source)
 
+    def scale_pyramid(self, pyramid: Sequence[int] | None) -> None:
+        """Scale the sides of a pyramid along with the image size: all its levels are of the same image."""
+        size = self.values["data.image_size"]
+        if pyramid and isinstance(size, int):
+            scaled = [round(side * size / pyramid[0]) for side in pyramid]
+            self.set("features.pyramid", scaled, self.sources["data.image_size"])
+
     def config(self) -> Config:
         """Check every value against its field and build the configuration."""
         nested: dict[str, Any] = {section: {} for section in SECTIONS}
@@ -410,8 +417,13 @@ def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Con
     # The default experiment is the one whose settings are the dataset's own.
     if experiment != Config.experiment:
         tree.merge(read_params(experiment, folder / "experiments"), f"params/experiments/{experiment}.yaml")
-    tree.merge({k: v for k, v in given.items() if k in PLAIN or k in SHORTCUTS}, here)
-    tree.override(given.get("overrides", {}), here)
+    direct = _Tree()
+    direct.merge({k: v for k, v in given.items() if k in PLAIN or k in SHORTCUTS}, here)
+    direct.override(given.get("overrides", {}), here)
+    if "data.image_size" in direct.values and "features.pyramid" not in direct.values:
+        direct.scale_pyramid(tree.values.get("features.pyramid", FeaturesConfig.pyramid))
+    tree.values |= direct.values
+    tree.sources |= direct.sources
     return tree.config()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from hgadlib import config as config_module
+from hgadlib.__main__ import read_parameters
 from hgadlib.config import (
     PARAMETERS,
     Config,
@@ -154,6 +158,52 @@ def test_a_value_out_of_range_says_the_range(project: Path, key: str) -> None:
 def test_positions_come_in_fours(project: Path) -> None:
     assert "multiple of 4" in message(overrides={"flow.position_dim": 6})
     load_config(overrides={"flow.position_dim": 6, "flow.kind": "convolutional"})
+
+
+def test_a_pyramid_scales_with_the_image_size(project: Path) -> None:
+    write(project, "demo", {"data": {"image_size": 512}, "features": {"pyramid": [512, 256]}})
+    assert load_config(dataset="demo", image_size=128).features.pyramid == (128, 64)
+    assert load_config(overrides={"data.image_size": 300}).features.pyramid == (300, 150)
+    both = load_config(overrides={"data.image_size": 128, "features.pyramid": [128, 96]})
+    assert both.features.pyramid == (128, 96)
+    assert load_config(overrides={"image_size": 128, "features.pyramid": None}).features.pyramid is None
+    write(project, "elpv", {"features": {"pyramid": None}})
+    assert load_config(dataset="elpv", image_size=128).features.pyramid is None
+    # A record of a run says both; neither follows the other.
+    record = {"data": {"image_size": 128}, "features": {"pyramid": [512, 256]}}
+    assert config_from_dict(record).features.pyramid == (512, 256)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "params").glob("*.yaml")), ids=lambda p: p.stem)
+def test_image_size_alone_works_on_every_dataset(path: Path) -> None:
+    found = load_config(dataset=path.stem, image_size=128)
+    assert found.features.pyramid is None or found.features.pyramid[0] == found.data.image_size == 128
+
+
+def test_folders_may_have_numbers_for_names_and_numpy_numbers_count(project: Path) -> None:
+    found = load_config(dataset="demo", data_root=2024, run_dir=7, epochs=np.int64(3), seed=np.int32(1))
+    assert (found.data.root, found.run_dir, found.train.epochs, found.seed) == ("2024", "7", 3, 1)
+    json.dumps(found.to_dict())
+
+
+def test_a_command_line_takes_what_papermill_takes() -> None:
+    options = Namespace(
+        file=[], yaml=["epochs: 2", "{seed: 3, epochs: 4}"], parameter=[["epochs", "5"], ["seed", "None"]]
+    )
+    assert read_parameters(options) == {"epochs": 5, "seed": None}
+    options.parameter = [["data_root", "2024"], ["download", "true"], ["experiment", "null"]]
+    assert read_parameters(options) == {
+        "seed": 3, "epochs": 4, "data_root": 2024, "download": True, "experiment": None,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="expected names with values"):
+        read_parameters(Namespace(file=[], yaml=["3"], parameter=[]))
+
+
+def test_somebody_else_s_params_folder_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "theirs.yaml").write_text("a: 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(dataset="demo").dataset == "demo"
 
 
 def test_yaml_reads_1e_3_as_text_and_it_is_still_a_number(project: Path) -> None:
