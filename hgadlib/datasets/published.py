@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hgadlib.datasets.folder import read_class
 from hgadlib.datasets.records import GOOD, ImageRecord, Split
-from hgadlib.datasets.scan import Findings, class_folders, list_images, some
+from hgadlib.datasets.scan import Findings, check_unique_names, list_folder, list_images, some
 from hgadlib.errors import InputError
 
 Counts = Mapping[str, tuple[int, int, int]]
@@ -110,8 +110,20 @@ def load_union(roots: Mapping[str, Path], findings: Findings) -> list[ImageRecor
 
 
 def _read_classes(root: Path, findings: Findings, **layout: str) -> tuple[Path, list[ImageRecord]]:
-    home, folders = class_folders(root, "train", findings)
-    return home, [r for folder in folders for r in read_class(folder, folder.name, findings, **layout)]
+    """Read all classes, also where the archive's own folder lies between; return their folder and records."""
+    home, folders = root, list_folder(root, findings)[0]
+    if len(folders) == 1 and not (folders[0] / "train").is_dir():
+        home, folders = folders[0], list_folder(folders[0], findings)[0]
+    classes = [folder for folder in folders if (folder / "train").is_dir()]
+    if not classes:
+        raise InputError(f"{root}: expected folders CLASS/train, found none; give the folder of the dataset")
+    for folder in folders:
+        if folder not in classes and (folder / "test").is_dir():
+            findings.bad(folder, f"class {folder.name!r} is in test but not in train")
+        elif folder not in classes:
+            findings.note(f"{folder}: not a class, it has no folder 'train'")
+    distinct = check_unique_names(classes, findings)
+    return home, [r for folder in distinct for r in read_class(folder, folder.name, findings, **layout)]
 
 
 def _read_table(root: Path, findings: Findings) -> list[ImageRecord]:

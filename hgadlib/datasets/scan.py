@@ -88,7 +88,7 @@ def list_folder(folder: Path, findings: Findings) -> tuple[list[Path], list[Path
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name ends like an image's; the content is looked at later."""
+    """Check whether the name ends like an image's; the content is looked at later."""
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -120,34 +120,6 @@ def check_unique_names(folders: Sequence[Path], findings: Findings) -> list[Path
         else:
             seen[key] = folder
     return list(seen.values())
-
-
-def class_folders(root: Path, marker: str, findings: Findings) -> tuple[Path, list[Path]]:
-    """Find the classes of a published set, also where the archive's own folder lies between.
-
-    A class is a folder that holds one named like the marker.
-
-    Returns:
-        The folder that holds the classes, and the classes, sorted.
-
-    Raises:
-        InputError: No class lies there, or (under strict) one is in test only.
-    """
-    folders = list_folder(root, findings)[0]
-    home = root
-    if len(folders) == 1 and not (folders[0] / marker).is_dir():
-        home, folders = folders[0], list_folder(folders[0], findings)[0]
-    classes = [folder for folder in folders if (folder / marker).is_dir()]
-    if not classes:
-        raise InputError(
-            f"{root}: expected folders CLASS/{marker}, found none; give the folder of the dataset"
-        )
-    for folder in folders:
-        if folder not in classes and (folder / "test").is_dir():
-            findings.bad(folder, f"class {folder.name!r} is in test but not in {marker}")
-        elif folder not in classes:
-            findings.note(f"{folder}: not a class, it has no folder {marker!r}")
-    return home, check_unique_names(classes, findings)
 
 
 def holds(folder: Path, marker: str, what: str, expected: Mapping[str, object]) -> bool:

@@ -255,7 +255,7 @@ def draw_defect(
 
 
 def _is_seen(before: NDArray[np.uint8], after: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bool:
-    """Whether the marked pixels differ, most of them and by some grey levels: else the mask would lie."""
+    """Check that the marked pixels differ, most of them and by some grey levels: else the mask would lie."""
     if not mask.any():
         return False
     change = np.abs(after[mask].astype(np.int16) - before[mask]).max(axis=1)

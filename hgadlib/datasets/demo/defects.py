@@ -16,12 +16,13 @@ from PIL import Image, ImageDraw
 from hgadlib.datasets.demo.surface import Array, Surface, grid, mix, noise, ramp
 
 Point = tuple[float, float]
-Defect = Callable[[Surface, Point, float, np.random.Generator], tuple[Surface, Array]]
+Rng = np.random.Generator
+Drawn = tuple[Surface, Array]
+"""The changed surface, and the defect's coverage of it, (n, n) in 0..1."""
+Defect = Callable[[Surface, Point, float, Rng], Drawn]
 
 
-def _curve(
-    side: int, start: Point, length: float, width: float, bend: float, rng: np.random.Generator
-) -> Array:
+def _curve(side: int, start: Point, length: float, width: float, bend: float, rng: Rng) -> Array:
     """Draw a smooth curve through a point, antialiased: coverage, (side, side)."""
     steps = 48
     angle = rng.uniform(0, np.pi) + np.cumsum(np.convolve(rng.normal(0, bend, steps), np.ones(9) / 9, "same"))
@@ -35,9 +36,7 @@ def _curve(
     return np.asarray(canvas.reduce(zoom), dtype=np.float32) / 255.0
 
 
-def blob(
-    side: int, center: Point, radius: float, rough: float, soft: float, rng: np.random.Generator
-) -> Array:
+def blob(side: int, center: Point, radius: float, rough: float, soft: float, rng: Rng) -> Array:
     """Draw a patch with an uneven rim: coverage, (side, side)."""
     x, y = grid(side)
     angle, flat = rng.uniform(0, np.pi), rng.uniform(0.65, 1.0)
@@ -47,9 +46,7 @@ def blob(
     return ramp(distance.astype(np.float32), 1.0 + soft / 2, 1.0 - soft / 2)
 
 
-def scratch(
-    surface: Surface, center: Point, severity: float, rng: np.random.Generator
-) -> tuple[Surface, Array]:
+def scratch(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn:
     """Score a groove: lighter material laid bare; darker on polished metal, where it mirrors no lamp."""
     side = surface.side
     length, width = rng.uniform(0.20, 0.30 + 0.25 * severity), rng.uniform(0.0055, 0.0065 + 0.005 * severity)
@@ -62,9 +59,7 @@ def scratch(
     return Surface(albedo, height.astype(np.float32), gloss.astype(np.float32)), line
 
 
-def stain(
-    surface: Surface, center: Point, severity: float, rng: np.random.Generator
-) -> tuple[Surface, Array]:
+def stain(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn:
     """Soak a patch, darker and browner, with a darker rim where it dried."""
     patch = blob(surface.side, center, rng.uniform(0.08, 0.16), 0.16, 0.35, rng)
     rim = patch * (1.0 - patch) * 4.0
@@ -75,13 +70,8 @@ def stain(
 
 
 def color(
-    surface: Surface,
-    center: Point,
-    severity: float,
-    rng: np.random.Generator,
-    *,
-    tint: tuple[float, float, float],
-) -> tuple[Surface, Array]:
+    surface: Surface, center: Point, severity: float, rng: Rng, *, tint: tuple[float, float, float]
+) -> Drawn:
     """Discolour a patch: rust, a burn, yellowing or spilt paint, by the tint."""
     side = surface.side
     patch = blob(side, center, rng.uniform(0.055, 0.12), 0.22, 0.45, rng)
@@ -91,7 +81,7 @@ def color(
     return replace(surface, albedo=albedo, gloss=gloss.astype(np.float32)), patch
 
 
-def hole(surface: Surface, center: Point, severity: float, rng: np.random.Generator) -> tuple[Surface, Array]:
+def hole(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn:
     """Press or break a hollow: dark at the bottom, lit on the far wall."""
     pit = blob(surface.side, center, rng.uniform(0.042, 0.060 + 0.045 * severity), 0.18, 0.5, rng)
     height = surface.height - (0.010 + 0.030 * severity) * pit
@@ -99,9 +89,7 @@ def hole(surface: Surface, center: Point, severity: float, rng: np.random.Genera
     return replace(surface, albedo=albedo.astype(np.float32), height=height.astype(np.float32)), pit
 
 
-def thread(
-    surface: Surface, center: Point, severity: float, rng: np.random.Generator
-) -> tuple[Surface, Array]:
+def thread(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn:
     """Drop a thread, which casts its own shadow; faint ones come near the ground's colour."""
     width = rng.uniform(0.010, 0.012 + 0.006 * severity)
     line = _curve(surface.side, center, rng.uniform(0.22, 0.60), width, 0.32, rng)
@@ -115,9 +103,7 @@ def thread(
     return replace(surface, albedo=albedo, height=height.astype(np.float32)), line
 
 
-def contamination(
-    surface: Surface, center: Point, severity: float, rng: np.random.Generator
-) -> tuple[Surface, Array]:
+def contamination(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn:
     """Scatter crumbs of swarf or dust."""
     side = surface.side
     x, y = grid(side)
@@ -140,7 +126,7 @@ def contamination(
     return Surface(albedo, height.astype(np.float32), gloss.astype(np.float32)), cover
 
 
-def confine(before: Surface, after: Surface, cover: Array, where: NDArray[np.bool_]) -> tuple[Surface, Array]:
+def confine(before: Surface, after: Surface, cover: Array, where: NDArray[np.bool_]) -> Drawn:
     """Undo a defect, and its coverage, outside a region, (n, n) bool."""
     surface = Surface(
         np.where(where[..., None], after.albedo, before.albedo),
