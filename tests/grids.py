@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import yaml
 from small import image_folder
 
@@ -75,6 +76,12 @@ def crash_once(project: Path, experiment: str, seed: int) -> Path:
     notebook.cells.insert(training + 1, nbformat.v4.new_code_cell(crash))
     nbformat.write(notebook, file)
     return project / "crashed"
+
+
+def assert_resumed(run: Path, crashed: Path) -> None:
+    """Check that a run kept the epochs that it had when it crashed; seconds are no two times the same."""
+    before, after = pd.read_csv(crashed), pd.read_csv(run / "history.csv")
+    pd.testing.assert_frame_equal(after[before.columns], before, check_exact=True)
 
 
 def snakemake(

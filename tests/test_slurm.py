@@ -15,13 +15,13 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from grids import crash_once, grid_project, planned, shorten_chapter, snakemake
+from grids import assert_resumed, crash_once, grid_project, planned, shorten_chapter, snakemake
 
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "sinfo")
 
 
 def obstacle() -> str | None:
-    """Say why no Slurm can be started here."""
+    """Return why no Slurm can be started here, if so."""
     # Debian keeps daemons where only root's path leads.
     os.environ["PATH"] += os.pathsep + "/usr/sbin"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def configuration(folder: Path, name: str) -> str:
-    """Give the slurm.conf of a cluster of one machine, as root, without accounting or control groups."""
+    """Return the slurm.conf of a cluster of one machine, as root, without accounting or control groups."""
     cores, memory = os.cpu_count() or 1, psutil.virtual_memory().total // 2**20
     return f"""
 ClusterName=test
@@ -162,7 +162,7 @@ def test_six_runs_through_slurm_one_of_them_twice(slurm: dict[str, str], tmp_pat
     assert result.stdout.count("has been submitted with SLURM jobid") == 8
     assert result.stdout.count("Trying to restart job") == 1 and "DeadKernelError" in result.stdout
     run = project / "runs" / "folder" / "tab3d_1_50" / "seed1"
-    assert (run / "history.csv").read_text() == crashed.read_text()
+    assert_resumed(run, crashed)
 
     records = [json.loads(file.read_text()) for file in (project / "results" / "runs").glob("*.json")]
     assert len({(record["experiment"], record["seed"]) for record in records}) == 6 == len(records)
