@@ -278,7 +278,9 @@ def unpack(archive: Path, target: Path) -> None:
                     packed.extractall(target, _plain(archive, packed.infolist(), raw, bar))
             elif tarfile.is_tarfile(archive):
                 with tarfile.open(fileobj=raw, mode="r:*") as tar:
-                    tar.extractall(target, _plain(archive, tar, raw, bar), filter="data")
+                    # Before 3.11.4 Python has no filter, and nothing but the refusals below.
+                    tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                    tar.extractall(target, _plain(archive, tar, raw, bar))
             else:
                 raise InputError(f"{archive}: expected a .tar, .tar.gz, .tar.xz or .zip archive")
     except _DAMAGE as error:
