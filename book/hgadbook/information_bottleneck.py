@@ -1,4 +1,7 @@
-"""Figures of the information bottleneck: limits, rates and the information plane."""
+"""App. F, checked numerically: the two informations of the bottleneck, estimated, tabulated and drawn.
+
+All estimates draw the same noise, so that what differs between them is not the draw.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -21,13 +25,101 @@ from hgadlib.errors import InputError
 from hgadlib.features.store import Features
 from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE
 from hgadlib.losses import mutual_information_loss
-from hgadlib.mixture import LOG_2PI, HierarchicalGaussianMixture, mixture_log_prob
+from hgadlib.mixture import LOG_2PI, HierarchicalGaussianMixture, mixture_log_prob, standard_log_prob
 from hgadlib.model import HGAD
 
-Flow = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Features (n, d) to latents (n, d) and log |det dz/dx| (n,)."""
-LogProb = Callable[[Tensor], Tensor]
-"""Latents (n, d) to the log-density of the prior, (n,)."""
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+@dataclass(frozen=True)
+class Density:
+    """A flow and an inter-class mixture in float64, with features to try them on.
+
+    Attributes:
+        flow: Features (n, d) to latents (n, d) and log |det dz/dx| (n,).
+        centers: Main centres, (K, d).
+        log_weights: Log class weights, (K,).
+        x: Features, (n, d).
+        class_idx: Class of each, (n,).
+    """
+
+    flow: Callable[[Tensor], tuple[Tensor, Tensor]]
+    centers: Tensor
+    log_weights: Tensor
+    x: Tensor
+    class_idx: Tensor
+
+    @property
+    def dim(self) -> int:
+        """Channels d."""
+        return self.x.shape[1]
+
+    @property
+    def scale(self) -> float:
+        """The features' root mean variance: the unit in which noise on them is large or small."""
+        return self.x.var(0).mean().sqrt().item()
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of latents under the inter-class mixture (Eq. 13)."""
+        return mixture_log_prob(z, self.centers, self.log_weights)
+
+
+def train_toy(*, steps: int = 200, points: int = 200, seed: int = 0, **weights: Any) -> Density:
+    """Train the toy's flow and its three centres by Eq. 6 and 8.
+
+    Args:
+        steps: Of Adam.
+        points: Of each of the three classes, even.
+        seed: Of the first weights.
+        **weights: See :func:`hgadlib.losses.hgad_losses`; lambda2 is alpha.
+    """
+    features, class_idx = toy_features(points)
+    torch.manual_seed(seed)
+    prior = HierarchicalGaussianMixture(3, 1, 2, init="normal")
+    weights = {"lambda_e": 0.0, "lambda_in": 0.0} | weights
+    net, _ = fit_flow(features, class_idx, prior, steps=steps, seed=seed, **weights)
+    net, prior = net.double().requires_grad_(False), prior.double().requires_grad_(False)
+
+    def flow(x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = net(x[None])
+        return z[0], log_det[0]
+
+    x = features.double().flatten(0, 1)
+    return Density(flow, prior.centers, prior.log_weights, x, class_idx.repeat_interleave(points))
+
+
+def level_density(
+    model: HGAD, features: Features, class_idx: np.ndarray, *, level: int = -1, images: int = 24
+) -> Density:
+    """Take one level of a trained model, with the features of some images spread over the set.
+
+    Args:
+        model: With a mixture prior.
+        features: Of N images.
+        class_idx: (N,).
+        level: The level.
+        images: How many images, at most.
+
+    Raises:
+        InputError: The model has one Gaussian for all classes.
+    """
+    flow, prior = model.levels[level]
+    if not isinstance(prior, HierarchicalGaussianMixture):
+        raise InputError("expected a prior with a centre per class, found one Gaussian for all classes")
+    chosen = torch.from_numpy(np.linspace(0, len(features) - 1, images).round().astype(np.int64)).unique()
+    x = features.batch(chosen, "cpu")[level].double()
+    net = copy.deepcopy(flow).cpu().double().requires_grad_(False)
+    positions = x.shape[1]
+
+    def map_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = net(rows.unflatten(0, (-1, positions)))
+        return z.flatten(0, 1), log_det.flatten()
+
+    labels = torch.from_numpy(class_idx)[chosen].repeat_interleave(positions)
+    centers, log_weights = (t.detach().cpu().double() for t in (prior.centers, prior.log_weights))
+    return Density(map_rows, centers, log_weights, x.flatten(0, 1), labels)
 
 
 @dataclass(frozen=True)
@@ -55,8 +147,8 @@ class InformationEstimate:
 
     @property
     def constants(self) -> float:
-        r"""What separates A + B from the expected loss: :math:`-d\log\sigma - \tfrac d2\log 2\pi e`."""
-        return information_constants(self.dim, self.sigma)
+        r"""Negative entropy of the noise, :math:`-d\log\sigma - \tfrac d2\log 2\pi e` (Eq. 27)."""
+        return -self.dim * math.log(self.sigma) - 0.5 * self.dim * (LOG_2PI + 1.0)
 
     @property
     def gap(self) -> float:
@@ -64,19 +156,7 @@ class InformationEstimate:
         return self.information - self.constants - self.nll
 
 
-def information_constants(dim: int, sigma: float) -> float:
-    r"""Negative entropy of the noise, :math:`-d\log\sigma - \tfrac d2\log 2\pi e`, in nats.
-
-    Args:
-        dim: d.
-        sigma: Standard deviation of the noise.
-
-    Source: paper Eq. 27, with its last term worked out.
-    """
-    return -dim * math.log(sigma) - 0.5 * dim * (LOG_2PI + 1.0)
-
-
-def antithetic_noise(n: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+def antithetic_noise(n: int, dim: int) -> Tensor:
     """Draw standard normal noise in pairs of opposite sign, scaled to a mean square of exactly 1.
 
     Odd moments and the second one then carry no sampling error, which would hide the small terms.
@@ -84,89 +164,57 @@ def antithetic_noise(n: int, dim: int, generator: torch.Generator | None = None)
     Args:
         n: Rows, even.
         dim: d.
-        generator: Source of randomness.
 
     Returns:
         (n, d) float64; row i + n/2 is the opposite of row i.
 
     Raises:
-        ValueError: n is odd or not positive.
+        ValueError: n is odd.
     """
-    if n <= 0 or n % 2:
+    if n % 2:
         raise ValueError(f"expected an even number of samples, found {n}; noise comes in pairs")
-    half = torch.randn(n // 2, dim, generator=generator, dtype=torch.float64)
+    half = torch.randn(n // 2, dim, generator=_generator(), dtype=torch.float64)
     half = half / half.square().mean().sqrt()
     return torch.cat([half, -half])
 
 
-def conditional_log_prob(flow: Flow, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    r"""Log-density of noisy latents given clean features, exactly.
+def _conditional(density: Density, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    r"""Log-density of noisy latents given clean features, exactly: (n, d) to (n,), nats.
 
     .. math:: \log p(\varphi(x+\epsilon)\mid x)
               = \log\mathcal N(\epsilon; 0, \sigma^2 I) - \log|\det J(x+\epsilon)|
-
-    Args:
-        flow: The flow.
-        x: Clean features, (n, d).
-        noise: Of standard deviation sigma, (n, d).
-        sigma: In units of the features.
-
-    Returns:
-        Nats, (n,).
     """
-    return _noise_log_prob(noise, sigma) - flow(x + noise)[1]
+    return _noise_log_prob(noise, sigma) - density.flow(x + noise)[1]
 
 
-def linearised_conditional_log_prob(flow: Flow, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    r"""The same by the paper's first-order expansion.
+def _linearised_conditional(density: Density, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    r"""The same by the paper's first-order expansion, taken at the true noisy latents (Eq. 26 and 27).
 
     .. math:: \log\mathcal N(\varphi(x+\epsilon);\, \varphi(x),\, \sigma^2 JJ^\top)
 
-    Args:
-        flow: The flow; its Jacobian J at x is taken by autograd, d passes.
-        x: Clean features, (n, d).
-        noise: Of standard deviation sigma, (n, d).
-        sigma: In units of the features.
-
-    Returns:
-        The Gaussian's log-density at the true noisy latents, in nats, (n,).
-
-    Source: paper Eq. 26 and 27.
+    The Jacobian J at x is taken by autograd, d passes.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        z = flow(x)[0]
+        z = density.flow(x)[0]
         rows = [torch.autograd.grad(z[:, i].sum(), x, retain_graph=True)[0] for i in range(z.shape[1])]
     jacobian = torch.stack(rows, dim=1)
-    with torch.no_grad():
-        step = flow(x + noise)[0] - z
-        return _noise_log_prob(torch.linalg.solve(jacobian, step), sigma) - torch.linalg.slogdet(jacobian)[1]
+    step = density.flow(x + noise)[0] - z
+    return _noise_log_prob(torch.linalg.solve(jacobian, step), sigma) - torch.linalg.slogdet(jacobian)[1]
 
 
 def _noise_log_prob(noise: Tensor, sigma: float) -> Tensor:
-    dim = noise.shape[-1]
-    return -0.5 * ((noise / sigma).square().sum(-1) + dim * LOG_2PI) - dim * math.log(sigma)
+    return standard_log_prob(noise / sigma) - noise.shape[-1] * math.log(sigma)
 
 
 @torch.no_grad()
-def estimate_information(
-    flow: Flow,
-    log_prob: LogProb,
-    x: Tensor,
-    sigma: float,
-    *,
-    linearised: bool = False,
-    generator: torch.Generator | None = None,
-) -> InformationEstimate:
+def estimate_information(density: Density, sigma: float, *, linearised: bool = False) -> InformationEstimate:
     """Estimate I(X, Z_eps) as the paper defines it, A + B, one draw of noise and its opposite per feature.
 
     Args:
-        flow: The flow.
-        log_prob: The prior's log-density of latents.
-        x: Features, (n, d), float64 for small sigma.
+        density: Flow, prior and features; float64 for small sigma.
         sigma: Standard deviation of the noise, in units of the features, > 0.
         linearised: Take the paper's expansion for B in place of the exact density.
-        generator: Source of randomness.
 
     Returns:
         The estimate, with the expected loss beside it.
@@ -178,38 +226,16 @@ def estimate_information(
     """
     if not sigma > 0:
         raise ValueError(f"expected noise of positive standard deviation, found {sigma}")
-    z, log_det = flow(x)
-    nll = -(log_prob(z) + log_det).mean()
-    pairs = torch.cat([x, x])
-    noise = sigma * antithetic_noise(len(pairs), x.shape[1], generator).to(x)
-    conditional = linearised_conditional_log_prob if linearised else conditional_log_prob
-    a = -log_prob(flow(pairs + noise)[0]).mean()
-    b = conditional(flow, pairs, noise, sigma).mean()
-    return InformationEstimate(sigma, a.item(), b.item(), nll.item(), x.shape[1])
+    z, log_det = density.flow(density.x)
+    nll = -(density.log_prob(z) + log_det).mean()
+    pairs = torch.cat([density.x, density.x])
+    noise = sigma * antithetic_noise(len(pairs), density.dim)
+    a = -density.log_prob(density.flow(pairs + noise)[0]).mean()
+    b = (_linearised_conditional if linearised else _conditional)(density, pairs, noise, sigma).mean()
+    return InformationEstimate(sigma, a.item(), b.item(), nll.item(), density.dim)
 
 
-def nested_information(x: Tensor, sigma: float, *, generator: torch.Generator | None = None) -> float:
-    r"""Estimate I(X, X + E) from samples alone, without a flow; by bijectivity it is the true I(X, Z_eps).
-
-    .. math:: \frac1n\sum_i \log\frac{p(x_i+\epsilon_i\mid x_i)}{\frac1n\sum_j p(x_i+\epsilon_i\mid x_j)}
-
-    Args:
-        x: Features, (n, d), n even.
-        sigma: Standard deviation of the noise.
-        generator: Source of randomness.
-
-    Returns:
-        Nats; never above log n, so small sigma need many samples.
-    """
-    noisy = x + sigma * antithetic_noise(len(x), x.shape[1], generator).to(x)
-    log_kernel = -0.5 * torch.cdist(noisy, x).square() / sigma**2
-    log_mean = torch.logsumexp(log_kernel, dim=1) - math.log(len(x))
-    return (log_kernel.diagonal() - log_mean).mean().item()
-
-
-def nested_class_information(
-    x: Tensor, class_idx: Tensor, sigma: float, *, generator: torch.Generator | None = None
-) -> float:
+def nested_information(x: Tensor, sigma: float, class_idx: Tensor | None = None) -> float:
     r"""Estimate I(X + E, Y) from samples alone, without a flow; by bijectivity it is the true I(Z_eps, Y).
 
     .. math:: \frac1n\sum_i \log\frac{\frac1{n_y}\sum_{j: y_j = y_i} p(x_i+\epsilon_i\mid x_j)}
@@ -217,23 +243,22 @@ def nested_class_information(
 
     Args:
         x: Features, (n, d), n even.
-        class_idx: Class of each, (n,).
         sigma: Standard deviation of the noise.
-        generator: Source of randomness; the same seed gives the noise of :func:`nested_information`.
+        class_idx: Class of each, (n,). None for each a class of its own: then it is I(X, X + E), the true
+            I(X, Z_eps), and never above log n, so that small sigma need many samples.
 
     Returns:
-        Nats, at most the entropy of the classes up to sampling.
+        Nats.
     """
-    noisy = x + sigma * antithetic_noise(len(x), x.shape[1], generator).to(x)
+    class_idx = torch.arange(len(x)) if class_idx is None else class_idx
+    noisy = x + sigma * antithetic_noise(*x.shape)
     log_kernel = -0.5 * torch.cdist(noisy, x).square() / sigma**2
     same = class_idx[:, None] == class_idx[None, :]
     own = torch.logsumexp(log_kernel.masked_fill(~same, -torch.inf), 1) - same.sum(1).to(x).log()
     return (own - torch.logsumexp(log_kernel, 1) + math.log(len(x))).mean().item()
 
 
-def class_information_bound(
-    z: Tensor, class_idx: Tensor, centers: Tensor, log_weights: Tensor
-) -> tuple[float, float]:
+def class_information_bound(density: Density, z: Tensor) -> tuple[float, float]:
     r"""Evaluate :math:`-\mathcal L_{mi}` (Eq. 8) and what its class weights add to it.
 
     .. math:: -\mathcal L_{mi} = I(Z,Y)
@@ -244,117 +269,22 @@ def class_information_bound(
     prior's posterior is the true one.
 
     Args:
-        z: Latents, (n, d).
-        class_idx: (n,).
-        centers: Main centres, (K, d).
-        log_weights: Log class weights, (K,).
+        density: Its centres, weights and classes count.
+        z: Latents of its features, (n, d), with noise or without.
 
     Returns:
         Both terms, -L_mi and the last divergence, in nats.
 
     Source: paper Eq. 19 to 21, App. F.
     """
-    gain = -mutual_information_loss(z[:, None], class_idx, centers, log_weights).mean().item()
-    share = torch.bincount(class_idx, minlength=len(centers)).to(z) / len(class_idx)
-    found = share > 0
-    divergence = (share[found] * (share[found].log() - log_weights[found])).sum().item()
-    return gain, divergence
-
-
-SEED = 1
-
-
-@dataclass(frozen=True)
-class TrainedDensity:
-    """A trained flow and its inter-class mixture in float64, with features to try them on.
-
-    Attributes:
-        flow: Features (n, d) to latents and log-determinants.
-        centers: Main centres, (K, d).
-        log_weights: Log class weights, (K,).
-        x: Features, (n, d).
-        class_idx: Class of each, (n,).
-    """
-
-    flow: Callable[[Tensor], tuple[Tensor, Tensor]]
-    centers: Tensor
-    log_weights: Tensor
-    x: Tensor
-    class_idx: Tensor
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Give the log-density of latents under the inter-class mixture (Eq. 13)."""
-        return mixture_log_prob(z, self.centers, self.log_weights)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(SEED)
-
-
-def train_toy(*, steps: int = 200, points: int = 200, seed: int = 0, **weights: Any) -> TrainedDensity:
-    """Train the toy's flow and its three centres by Eq. 6 and 8.
-
-    Args:
-        steps: Of Adam.
-        points: Of each of the three classes, even.
-        seed: Of the first weights.
-        **weights: See :func:`hgadlib.losses.hgad_losses`; lambda2 is alpha.
-    """
-    features, class_idx = toy_features(points)
-    torch.manual_seed(seed)
-    prior = HierarchicalGaussianMixture(3, 1, 2, init="normal")
-    net, _ = fit_flow(
-        features, class_idx, prior, steps=steps, seed=seed, **{"lambda_e": 0.0, "lambda_in": 0.0, **weights}
-    )
-    net, prior = net.double().requires_grad_(False), prior.double().requires_grad_(False)
-
-    def flow(x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = net(x[None])
-        return z[0], log_det[0]
-
-    x = features.double().flatten(0, 1)
-    return TrainedDensity(flow, prior.centers, prior.log_weights, x, class_idx.repeat_interleave(points))
-
-
-def level_density(
-    model: HGAD, features: Features, class_idx: np.ndarray, *, level: int = -1, images: int = 24
-) -> TrainedDensity:
-    """Take one level of a trained model, with the features of some images spread over the set.
-
-    Args:
-        model: With a mixture prior.
-        features: Of N images.
-        class_idx: (N,).
-        level: The level.
-        images: How many images, at most.
-
-    Raises:
-        InputError: The model has one Gaussian for all classes.
-    """
-    flow, prior = model.levels[level]
-    if not isinstance(prior, HierarchicalGaussianMixture):
-        raise InputError("expected a prior with a centre per class, found one Gaussian for all classes")
-    chosen = torch.from_numpy(np.linspace(0, len(features) - 1, images).round().astype(np.int64)).unique()
-    x = features.batch(chosen, "cpu")[level].double()
-    net = copy.deepcopy(flow).cpu().double().requires_grad_(False)
-    positions = x.shape[1]
-
-    def map_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = net(rows.unflatten(0, (-1, positions)))
-        return z.flatten(0, 1), log_det.flatten()
-
-    labels = torch.from_numpy(class_idx)[chosen].repeat_interleave(positions)
-    centers, log_weights = (t.detach().cpu().double() for t in (prior.centers, prior.log_weights))
-    return TrainedDensity(map_rows, centers, log_weights, x.flatten(0, 1), labels)
-
-
-def feature_scale(density: TrainedDensity) -> float:
-    """Give the features' root mean variance: the unit in which noise on them is large or small."""
-    return density.x.var(0).mean().sqrt().item()
+    loss = mutual_information_loss(z[:, None], density.class_idx, density.centers, density.log_weights)
+    share = torch.bincount(density.class_idx, minlength=len(density.centers)).to(z) / len(z)
+    divergence = torch.special.xlogy(share, share) - share * density.log_weights
+    return -loss.mean().item(), divergence.sum().item()
 
 
 def information_by_noise(
-    density: TrainedDensity, sigmas: Sequence[float], *, linearised: bool = False, per_dimension: bool = False
+    density: Density, sigmas: Sequence[float], *, linearised: bool = False, per_dimension: bool = False
 ) -> pd.DataFrame:
     """Estimate Eq. 24 for several strengths of noise, and what it should approach.
 
@@ -369,12 +299,11 @@ def information_by_noise(
         (their difference), "linearised gap" where asked for, and "last term": the mean of
         |eps|^2 / 2 sigma^2, the last term of Eq. 27 without its sign.
     """
-    dim = density.x.shape[1]
-    unit = dim if per_dimension else 1
+    unit = density.dim if per_dimension else 1
     rows = []
     for sigma in sigmas:
-        found = estimate_information(density.flow, density.log_prob, density.x, sigma, generator=_generator())
-        noise = sigma * torch.randn(len(density.x), dim, generator=_generator(), dtype=torch.float64)
+        found = estimate_information(density, sigma)
+        noise = sigma * torch.randn(density.x.shape, generator=_generator(), dtype=torch.float64)
         row = {
             "sigma": sigma,
             "information": found.information / unit,
@@ -383,10 +312,7 @@ def information_by_noise(
             "last term": (noise.square().sum(1).mean().item() / (2 * sigma**2)) / unit,
         }
         if linearised:
-            paper = estimate_information(
-                density.flow, density.log_prob, density.x, sigma, linearised=True, generator=_generator()
-            )
-            row["linearised gap"] = paper.gap / unit
+            row["linearised gap"] = estimate_information(density, sigma, linearised=True).gap / unit
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -401,7 +327,7 @@ def rate(sigmas: Sequence[float], gaps: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def point_in_plane(density: TrainedDensity, sigma: float) -> dict[str, float]:
+def point_in_plane(density: Density, sigma: float) -> dict[str, float]:
     """Compute what the losses say of the two informations, and what is true.
 
     Args:
@@ -412,66 +338,51 @@ def point_in_plane(density: TrainedDensity, sigma: float) -> dict[str, float]:
         In nats: "A + B" and "true I(X, Z)"; "-L_mi" of the noisy latents, "weights" (what the class weights
         add to it) and "true I(Z, Y)".
     """
-    noise = sigma * antithetic_noise(len(density.x), density.x.shape[1], _generator())
-    noisy = density.flow(density.x + noise)[0]
-    gain, weights = class_information_bound(noisy, density.class_idx, density.centers, density.log_weights)
-    estimate = estimate_information(density.flow, density.log_prob, density.x, sigma, generator=_generator())
+    noisy = density.flow(density.x + sigma * antithetic_noise(*density.x.shape))[0]
+    gain, weights = class_information_bound(density, noisy)
     return {
-        "A + B": estimate.information,
-        "true I(X, Z)": nested_information(density.x, sigma, generator=_generator()),
+        "A + B": estimate_information(density, sigma).information,
+        "true I(X, Z)": nested_information(density.x, sigma),
         "-L_mi": gain,
         "weights": weights,
-        "true I(Z, Y)": nested_class_information(density.x, density.class_idx, sigma, generator=_generator()),
+        "true I(Z, Y)": nested_information(density.x, sigma, density.class_idx),
     }
 
 
 def over_training(steps: Sequence[int], sigma: float, **weights: Any) -> pd.DataFrame:
-    """Give :func:`point_in_plane` of toys trained for longer and longer: a row a number of steps."""
+    """Compute :func:`point_in_plane` of toys trained for longer and longer: a row a number of steps."""
     rows = [point_in_plane(train_toy(steps=n, **weights), sigma) for n in steps]
     return pd.DataFrame(rows, index=pd.Index(list(steps), name="steps of training"))
 
 
 def over_alpha(alphas: Sequence[float], sigma: float, **weights: Any) -> pd.DataFrame:
-    """Give :func:`point_in_plane` of toys trained with several trade-offs alpha = lambda2: a row each."""
+    """Compute :func:`point_in_plane` of toys trained with several trade-offs alpha = lambda2: a row each."""
     rows = [point_in_plane(train_toy(lambda2=alpha, **weights), sigma) for alpha in alphas]
     return pd.DataFrame(rows, index=pd.Index(list(alphas), name="alpha"))
 
 
 @torch.no_grad()
-def class_information(density: TrainedDensity) -> dict[str, float]:
-    """Compute -L_mi of a level's latents, what its class weights add, and the most that is possible.
-
-    Returns:
-        In nats: "-L_mi", "weights", "entropy of the classes".
-    """
-    z = density.flow(density.x)[0]
-    gain, weights = class_information_bound(z, density.class_idx, density.centers, density.log_weights)
+def class_information(density: Density) -> dict[str, float]:
+    """Compute, in nats, -L_mi of a level's latents, what its class weights add, and the most there can be."""
+    gain, weights = class_information_bound(density, density.flow(density.x)[0])
     share = torch.bincount(density.class_idx).double() / len(density.class_idx)
-    share = share[share > 0]
-    entropy = -(share * share.log()).sum().item()
-    return {"-L_mi": gain, "weights": weights, "entropy of the classes": max(entropy, 0.0)}
+    entropy = torch.special.entr(share).sum().abs().item()  # of one class it is 0, not -0
+    return {"-L_mi": gain, "weights": weights, "entropy of the classes": entropy}
 
 
-def largest_nested(n: int) -> float:
-    """Give the most that the estimate from n samples can be, log n, in nats."""
-    return math.log(n)
-
-
-def information_limit(table: pd.DataFrame, *, unit: str = "nats", ax: Axes | None = None) -> Axes:
+def information_limit(table: pd.DataFrame) -> Axes:
     """Draw A + B of Eq. 24 against the noise, and the loss with its constants, which it approaches.
 
     Args:
-        table: Columns "sigma", "information", "limit".
-        unit: Of the informations.
-        ax: Where to draw; a new figure if not given.
+        table: As :func:`information_by_noise` returns it.
     """
-    ax = plt.subplots(figsize=(4.4, 3.0))[1] if ax is None else ax
+    ax = plt.subplots(figsize=(4.4, 3.0))[1]
     ax.plot(table["sigma"], table["limit"], color="0.35", label="loss and constants")
     ax.plot(
         table["sigma"], table["information"], color=PALETTE[0], marker="o", linestyle="none", label="$A + B$"
     )
     ax.set_xscale("log")
-    ax.set(xlabel=r"noise $\sigma$ (units of the features)", ylabel=f"information ({unit})")
+    ax.set(xlabel=r"noise $\sigma$ (units of the features)", ylabel="information (nats)")
     ax.legend()
     return ax
 
@@ -481,7 +392,6 @@ def gap_rates(
     *,
     unit: str = "nats",
     noise_unit: str = "units of the features",
-    ax: Axes | None = None,
 ) -> Axes:
     r"""Draw how fast gaps vanish with the noise, in double logarithms, and a line of slope 2.
 
@@ -489,14 +399,8 @@ def gap_rates(
         gaps: Name to (sigmas, gaps).
         unit: Of the gaps.
         noise_unit: Of the noise.
-        ax: Where to draw; a new figure if not given.
-
-    Raises:
-        InputError: There is nothing to draw.
     """
-    if not gaps:
-        raise InputError("expected at least one series of gaps, found none")
-    ax = plt.subplots(figsize=(4.4, 3.0))[1] if ax is None else ax
+    ax = plt.subplots(figsize=(4.4, 3.0))[1]
     for (name, (sigmas, values)), color, marker in zip(gaps.items(), PALETTE, "osD^v", strict=False):
         ax.plot(sigmas, np.abs(np.asarray(values)), marker=marker, color=color, label=name)
     sigmas, values = (np.asarray(a, dtype=float) for a in next(iter(gaps.values())))
@@ -511,11 +415,11 @@ def gap_rates(
     return ax
 
 
-def bounds_over_training(table: pd.DataFrame) -> plt.Figure:
-    """Draw both informations as the losses have them and as they are, against the length of the training.
+def bounds_over_training(table: pd.DataFrame) -> Figure:
+    """Draw both informations as the losses have them and as they are, by the length of the training.
 
     Args:
-        table: As :func:`hgadbook.information_bottleneck.over_training` gives it.
+        table: As :func:`over_training` returns it.
     """
     figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.0))
     pairs = (
@@ -531,14 +435,13 @@ def bounds_over_training(table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def information_plane(series: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
+def information_plane(series: Mapping[str, pd.DataFrame]) -> Axes:
     """Draw what training with several alphas makes of the two bounds, and the truth that none of them moves.
 
     Args:
-        series: Name to a table as :func:`hgadbook.information_bottleneck.over_alpha` gives it.
-        ax: Where to draw; a new figure if not given.
+        series: Name to a table as :func:`over_alpha` returns it; two at most.
     """
-    ax = plt.subplots(figsize=(5.4, 3.8))[1] if ax is None else ax
+    ax = plt.subplots(figsize=(5.4, 3.8))[1]
     looks = ((NORMAL_COLOR, 9.0, "none"), (PALETTE[2], 4.0, PALETTE[2]))
     for i, ((name, table), (color, size, face)) in enumerate(zip(series.items(), looks, strict=False)):
         # Curves may lie on each other: a ring around a dot shows both.
@@ -548,10 +451,9 @@ def information_plane(series: Mapping[str, pd.DataFrame], *, ax: Axes | None = N
         )  # fmt: skip
     for alpha, x, y in zip(table.index, table["A + B"], table["-L_mi"], strict=True):
         ax.annotate(rf"$\alpha$={alpha:g}", (x, y), textcoords="offset points", xytext=(6, -13), fontsize=8)
-    first = next(iter(series.values())).iloc[0]
     ax.scatter(
-        first["true I(X, Z)"], first["true I(Z, Y)"], s=150, marker="*", color=ANOMALOUS_COLOR, zorder=4,
-        edgecolors="black", label="true values, for every flow",
+        table["true I(X, Z)"].iloc[0], table["true I(Z, Y)"].iloc[0], s=150, marker="*",
+        color=ANOMALOUS_COLOR, zorder=4, edgecolors="black", label="true values, for every flow",
     )  # fmt: skip
     ax.margins(0.12)
     ax.set(xlabel="$A + B$: bound of $I(X, Z_\\mathcal{E})$ from above (nats)")
