@@ -76,8 +76,7 @@ def class_normalisation(
     """Look up the stored constants of one class, or take those of its test images."""
     if normalisation == "transductive":
         return transductive(values, map_size)
-    zero = torch.zeros(())
-    return Normalisation(model.log_prob_max[k].cpu(), model.neg_entropy_max[k].cpu(), zero, zero)
+    return Normalisation(model.log_prob_max[k], model.neg_entropy_max[k]).to("cpu")
 
 
 def map_batches(
