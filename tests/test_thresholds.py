@@ -10,7 +10,6 @@ from hgadlib.evaluation.thresholds import (
     binomial_rate,
     conformal_p_values,
     conformal_threshold,
-    expected_alarms,
     images_needed,
 )
 
@@ -58,20 +57,6 @@ def test_counts_have_exact_intervals() -> None:
     assert none.high == pytest.approx(1 - 0.025 ** (1 / 20))
     assert str(binomial_rate([])) == "no image"
     assert np.isnan(binomial_rate([]).value)
-
-
-def test_expected_range_covers_what_happens() -> None:
-    n, tested, rate = 20, 25, 0.1
-    low, high = expected_alarms(n, tested, rate)
-    rng = np.random.default_rng(2)
-    found = []
-    for _ in range(2000):
-        scores = rng.normal(size=n + tested)
-        found.append((scores[n:] > conformal_threshold(scores[:n], rate)).mean())
-    inside = np.mean([low <= rate <= high for rate in found])
-    assert 0.94 < inside < 1
-    with pytest.raises(InputError, match="at least 9"):
-        expected_alarms(8, tested, rate)
 
 
 def test_bad_input() -> None:

@@ -22,7 +22,7 @@ from hgadlib.errors import InputError
 
 
 def images_needed(false_alarm_rate: float) -> int:
-    """Give the least number of held-out normal images for which a threshold exists.
+    """Return the least number of held-out normal images for which a threshold exists.
 
     Args:
         false_alarm_rate: Share of normal images that may be called anomalous, in (0, 1).
@@ -65,7 +65,7 @@ def conformal_threshold(scores: ArrayLike, false_alarm_rate: float) -> float:
 
 
 def conformal_p_values(scores: ArrayLike, held_out: ArrayLike) -> NDArray[np.float64]:
-    r"""Give how unusual scores are among held-out normal ones: uniform, or above it, for normal images.
+    r"""Compute how unusual scores are among held-out normal ones: uniform, or above it, for normal images.
 
     .. math:: p = \frac{1 + \#\{i: s_i \ge s\}}{n + 1}
 
@@ -90,14 +90,7 @@ def conformal_p_values(scores: ArrayLike, held_out: ArrayLike) -> NDArray[np.flo
 
 @dataclass(frozen=True)
 class Rate:
-    """A share that was counted, with what the count leaves open.
-
-    Attributes:
-        events: How many.
-        trials: Of how many.
-        low: Lower end of the interval.
-        high: Upper end.
-    """
+    """A share that was counted, events of trials, with the interval that the count leaves open."""
 
     events: int
     trials: int
@@ -121,49 +114,13 @@ class Rate:
 
 
 def binomial_rate(events: ArrayLike, *, confidence: float = 0.95) -> Rate:
-    """Count how often something happened, with the exact (Clopper-Pearson) interval of its probability.
-
-    Args:
-        events: True where it happened, (N,) bool.
-        confidence: Of the interval.
-    """
+    """Count events, (N,) bool, with the exact (Clopper-Pearson) interval of their probability."""
     happened = np.asarray(events, dtype=bool)
     count, trials = int(happened.sum()), happened.size
     if not trials:
         return Rate(0, 0, math.nan, math.nan)
     interval = stats.binomtest(count, trials).proportion_ci(confidence, method="exact")
     return Rate(count, trials, float(interval.low), float(interval.high))
-
-
-def expected_alarms(
-    held_out: int, tested: int, false_alarm_rate: float, *, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Give the range in which the false alarm rate on new normal images falls if all is as it should be.
-
-    The threshold itself comes from a finite sample, so the rate behind it is Beta-distributed over draws of
-    the held-out images, and the count on the tested ones beta-binomial.
-
-    Args:
-        held_out: n, images behind the threshold.
-        tested: Normal images that it is tried on.
-        false_alarm_rate: That was asked for.
-        confidence: Probability of the range, at least.
-
-    Returns:
-        Lowest and highest rate.
-
-    Raises:
-        InputError: The rate lies outside (0, 1) or takes more held-out images.
-    """
-    rank = _rank(held_out, false_alarm_rate)
-    if rank > held_out:
-        raise InputError(
-            f"a false alarm rate of {false_alarm_rate:g} takes at least {images_needed(false_alarm_rate)} "
-            f"held-out normal images, found {held_out}"
-        )
-    alarms = stats.betabinom(tested, held_out + 1 - rank, rank)
-    low, high = alarms.ppf([(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low) / tested, float(high) / tested
 
 
 def _rank(n: int, rate: float) -> int:
