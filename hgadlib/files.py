@@ -6,17 +6,13 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sqlite3
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-
-from hgadlib.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+_TICK_NS = 2 * 10**9
 
 
 @contextlib.contextmanager
@@ -65,31 +61,63 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def cache_dir() -> Path:
+    """Return the folder of what can be computed again: $HGAD_CACHE, else ~/.cache/hgad.
+
+    Where nobody has a home, it lies among the temporary files.
+    """
+    if named := os.environ.get("HGAD_CACHE"):
+        return Path(named).expanduser()
+    try:
+        return Path.home() / ".cache" / "hgad"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "hgad"
+
+
+def content_digests(paths: Sequence[Path | str]) -> list[str]:
+    """Compute the sha256 of each file's content, reading only those that changed since the last time.
+
+    What is known lies in ``cache_dir()/contents.sqlite``, by path, size, times of change and inode.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    found = []
+    with contextlib.closing(_known_contents()) as known:
+        for path in map(os.path.abspath, paths):
+            stat = os.stat(path)
+            facts = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            row = known.execute(
+                "select sha256 from contents where path=? and size=? and mtime=? and ctime=? and inode=?",
+                facts,
+            ).fetchone()
+            digest = row[0] if row else sha256_of(Path(path))
+            # Two changes within one tick of the clock have one time: too young to be known by it.
+            if row is None and time.time_ns() - stat.st_ctime_ns > _TICK_NS:
+                with contextlib.suppress(sqlite3.Error):  # the cache may be read-only
+                    known.execute(
+                        "insert or replace into contents values (?, ?, ?, ?, ?, ?)", (*facts, digest)
+                    )
+            found.append(digest)
+        with contextlib.suppress(sqlite3.Error):
+            known.commit()
+    return found
+
+
+def _known_contents() -> sqlite3.Connection:
+    table = "create table if not exists contents (path primary key, size, mtime, ctime, inode, sha256)"
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        known = sqlite3.connect(cache_dir() / "contents.sqlite")
+        known.execute(table)
+    except (OSError, sqlite3.Error):
+        # No place to remember anything: then all is read.
+        known = sqlite3.connect(":memory:")
+        known.execute(table)
+    return known
+
+
 def sha256_of(path: Path) -> str:
     """Compute the sha256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file from tensors on any device."""
-    # Torch takes seconds to import, and most of what writes files, the ledger say, has no tensors.
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata.
-
-    Raises:
-        InputError: The file is missing or is not whole.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: expected a safetensors file, found none")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{path}: expected a whole safetensors file, found: {error}") from None

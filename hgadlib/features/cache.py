@@ -24,11 +24,6 @@ _MANIFEST = "manifest.json"
 _DISK_MARGIN = 256 * 2**20
 
 
-def cache_dir() -> Path:
-    """Return the cache's folder: the environment variable HGAD_CACHE, else ~/.cache/hgad."""
-    return Path(os.environ.get("HGAD_CACHE") or Path.home() / ".cache" / "hgad").expanduser()
-
-
 def open_entry(entry: Path) -> tuple[tuple[tuple[int, int], ...], list[NDArray[Any]]] | None:
     """Open the features in a folder, named by their key, as memory-mapped arrays, if they are whole.
 

@@ -21,7 +21,7 @@ from hgadlib.datasets.images import load_images
 from hgadlib.datasets.records import ImageRecord
 from hgadlib.errors import InputError
 from hgadlib.features.backbone import Backbone, flatten_maps
-from hgadlib.features.cache import cache_dir, locked, open_entry, write_entry
+from hgadlib.features.cache import locked, open_entry, write_entry
 from hgadlib.features.store import (
     Features,
     Storage,
@@ -30,6 +30,7 @@ from hgadlib.features.store import (
     place_levels,
     resolve_device,
 )
+from hgadlib.files import cache_dir, content_digests
 from hgadlib.progress import progress_bar
 
 # Raise this number whenever a change of the code gives other features, by more than the rounding of float32,
@@ -81,6 +82,10 @@ def dataset_features(
     backbone.to(device)
     paths = [record.path for record in records]
     facts = _file_facts(paths)
+    try:
+        contents = content_digests(paths)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
     ingredients = {
         "version": FEATURES_VERSION,
         "backbone": backbone.identity(),
@@ -88,7 +93,7 @@ def dataset_features(
         "resize": resize,
         "dtype": dtype,
         "pillow": PIL.__version__,
-        "files": facts,
+        "contents": contents,
     }
     text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), allow_nan=False)
     key = hashlib.sha256(text.encode()).hexdigest()
