@@ -1,29 +1,38 @@
-"""Counts of products against counts by hand, parameters against the module's own, the paper's row as data."""
+"""Products against counts by hand, parameters against the module's own, the paper's row, rates."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import small
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hgadbook.complexity import (
     PARTS,
     Complexity,
+    benchmark_ratios,
     beside_paper,
     cost_table,
     count_multiply_adds,
     coupling_multiply_adds,
     measure_complexity,
+    measure_throughput,
     nearest_choices,
     paper_row,
+    product_rate,
+    recorded_rates,
     stage_choices,
 )
-from hgadlib.config import FlowConfig, PriorConfig, config_from_dict
+from hgadlib.config import FlowConfig, PriorConfig, config_from_dict, project_dir
 from hgadlib.flow import FeatureFlow
 from hgadlib.model import HGAD
+from hgadlib.runs.ledger import read_records
+from hgadlib.scoring import upsampling_matrix
 
 LAYERS, CHANNELS, GRID, POSITIONS, HIDDEN = 3, 7, (4, 5), 8, 11
 
@@ -116,8 +125,6 @@ def test_whole_training(measured: Complexity) -> None:
 
 def test_nothing_fake_stays_behind(measured: Complexity) -> None:
     # The scores' matrices are cached: counting must leave real ones there.
-    from hgadlib.scoring import upsampling_matrix
-
     assert float(upsampling_matrix(16, 256, 4.0).sum()) == pytest.approx(256)
 
 
@@ -143,21 +150,90 @@ def test_stage_choices_agree_with_the_measured_one(measured: Complexity) -> None
 def test_nearest_choice_of_stages() -> None:
     choices = pd.DataFrame({"GFLOP": [1.0, 9.0], "with rotations (M)": [5.0, 2.0]}, index=["0, 1", "2, 3"])
     found = nearest_choices(choices, {"flops": 7.0, "learnable_parameters": 4.0})
-    assert found == {"GFLOP": "2, 3: 9.0, paper 7", "with rotations (M)": "0, 1: 5.0, paper 4"}
-    assert nearest_choices(choices, {})["GFLOP"] == "the paper's table is not available"
+    assert found["GFLOP"].startswith("2, 3: ") and found["with rotations (M)"].startswith("0, 1: ")
 
 
-def test_paper_row(tmp_path: Path) -> None:
-    file = tmp_path / "table5.csv"
-    assert paper_row("HGAD", file) == {}
-    rows = [("HGAD", "flops", "1.5"), ("HGAD", "training_epochs", ""), ("other", "flops", "3")]
-    pd.DataFrame(rows, columns=["method", "metric", "value"]).to_csv(file, index=False)
-    assert paper_row("HGAD", file) == {"flops": 1.5}
-    assert paper_row("none", file) == {}
+def test_paper_rows_are_those_of_the_committed_table() -> None:
+    row = paper_row("HGAD")
+    assert (row["flops"], row["learnable_parameters"]) == (32.8, 30.8)
+    assert paper_row("none") == {}
 
 
-def test_beside_the_paper(measured: Complexity, tmp_path: Path) -> None:
-    table = beside_paper(measured, ["HGAD"], tmp_path / "none.csv")
-    assert set(table.loc["paper: HGAD"]) == {"not available"}
+def test_beside_the_paper(measured: Complexity) -> None:
+    table = beside_paper(measured, ["HGAD", "none"])
+    assert set(table.loc["paper: none"]) == {"not available"}
+    assert table.loc["paper: HGAD", "FLOPs (G)"] == "32.8"
     assert table.loc["counted here, FLOPs", "FLOPs (G)"] == f"{2 * measured.total / 1e9:.1f}"
     assert table.loc["counted here, multiply-adds", "epochs"] == "5"
+
+
+def test_without_fake_tensors_the_counts_are_the_same(
+    measured: Complexity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(**_: object) -> None:
+        raise RuntimeError("a private class of PyTorch has changed")
+
+    monkeypatch.setattr("torch._subclasses.fake_tensor.FakeTensorMode", gone)
+    assert measure_complexity(config(), 4, name="tiny") == measured  # type: ignore[arg-type]
+
+
+def test_short_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = small.image_folder(tmp_path / "data")
+    monkeypatch.setenv("HGAD_CACHE", str(tmp_path / "cache"))
+    config = small.folder_config(root, tmp_path / "run", features={"out_indices": [2]})
+    rates = measure_throughput(config, images=8, epochs=2)
+    assert set(rates) == {"features", "training", "prediction"}
+    assert all(rate > 0 for rate in rates.values())
+    assert not (tmp_path / "run").exists()
+    assert not [entry for entry in (tmp_path / "cache").glob("*") if entry.is_dir()]  # no features
+
+
+def test_product_rate_counts_multiply_adds() -> None:
+    # Between a pocket calculator and a supercomputer.
+    assert 0.01 < product_rate(torch.device("cpu"), size=128) < 1e6
+
+
+def test_every_record_has_a_row_of_rates() -> None:
+    records = read_records()
+    table = recorded_rates(records)
+    assert sorted(name for names in table["records"] for name in names) == sorted(
+        record["record"] for record in records
+    )
+    assert len(table) < len(records)
+    for row in table.to_dict("records"):
+        own = [r["timing"]["train_images_per_s"] for r in records if r["record"] in row["records"]]
+        assert row["training (images/s)"] == pytest.approx(np.median(own))
+    assert recorded_rates([]).empty
+
+
+def test_benchmark_lines(tmp_path: Path) -> None:
+    assert benchmark_ratios(tmp_path).empty
+    lines = [
+        {"benchmark": "flow", "what": "environment", "machine": "a processor", "device": "cpu", "threads": 2},
+        {
+            "benchmark": "flow", "what": "speedup", "channels": 40, "grid": [32, 16], "setting": "published",
+            "task": "inference", "over": "all_in_one_block", "median": 2.5, "min": 2.0, "max": 3.0,
+        },
+        {"benchmark": "flow", "what": "memory", "added_mib": 1},
+        {"benchmark": "training", "what": "speedup", "of": "the run", "ratio": 4.0},
+    ]  # fmt: skip
+    (tmp_path / "cpu.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    flow, training = benchmark_ratios(tmp_path).to_dict("records")
+    assert flow == {
+        "benchmark": "flow", "case": "40 channels on 32 x 16, published setting, inference",
+        "times as fast": 2.5, "from": 2.0, "to": 3.0, "device": "a processor", "threads": 2,
+        "file": "cpu.jsonl",
+    }  # fmt: skip
+    assert (training["case"], training["times as fast"]) == ("the run", 4.0)
+    assert np.isnan(training["from"])
+
+
+def test_committed_benchmarks_are_read() -> None:
+    """The lines that the benchmarks print are the lines that the chapter looks for."""
+    folder = project_dir() / "results" / "benchmarks"
+    found = benchmark_ratios()
+    for file in folder.glob("*.jsonl"):
+        count = sum(json.loads(line)["what"] == "speedup" for line in file.read_text().splitlines())
+        assert count == (found["file"] == file.name).sum(), file.name
+    assert len(found) and (found["times as fast"] > 0).all() and (found["case"] != "").all()
+    assert (found["device"] != "not recorded").all() and (found["threads"] > 0).all()

@@ -1,4 +1,4 @@
-r"""What a configuration costs (paper Tab. 5): products counted by PyTorch's counter, and parameters.
+r"""What a configuration costs (paper Tab. 5): products by PyTorch's counter, parameters, images per second.
 
 One multiply-add is a multiplication and an addition, two FLOPs. Counted are the matrix products and
 convolutions; element-wise work (activations, exponentials, normalisation) is not, as in every count of this
@@ -8,9 +8,8 @@ is counted in seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,257 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import EngFormatter
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from hgadbook.paper import read_table
 from hgadlib.config import Config, project_dir
 from hgadlib.datasets import load_dataset
 from hgadlib.errors import InputError
-from hgadlib.evaluation.predict import prediction_rate
 from hgadlib.features.backbone import Backbone, build_backbone
 from hgadlib.features.extract import dataset_features
 from hgadlib.figures.theme import ANOMALOUS_COLOR, PALETTE
 from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
-from hgadlib.runs.experiment import build_model
+from hgadlib.runs.experiment import build_model, prediction_rate
 from hgadlib.runs.hardware import select_device
 from hgadlib.runs.inputs import Inputs
 from hgadlib.scoring import LevelValues, anomaly_maps, upsampling_matrix
 from hgadlib.training import fit
-
-
-def measure_throughput(config: Config, *, images: int = 48, epochs: int = 4) -> dict[str, float]:
-    """Time a short run on some images of a dataset, spread over its classes; nothing of it is kept.
-
-    Args:
-        config: Dataset, features, flow, prior, training and scores.
-        images: Training images, and test images, to time with.
-        epochs: Of the training; half without and half with the intra-class terms.
-
-    Returns:
-        Images/s: "features" (file to features), "training" (from stored features, the median epoch of the
-        second stage), "prediction" (file to map).
-    """
-    device = select_device(config.device)
-    dataset = load_dataset(config.dataset, root=config.data.root, download=config.data.download, seed=0)
-    some = [records[:: max(1, len(records) // images)][:images] for records in (dataset.train, dataset.test)]
-    dataset = replace(dataset, records=(*some[0], *some[1]))
-    backbone = build_backbone(
-        config.features.backbone,
-        out_indices=config.features.out_indices,
-        pyramid=config.features.pyramid,
-        weights=config.features.weights,
-    ).to(device)
-    backbone.grids(config.data.image_size)  # the first pass is slow
-    features = dataset_features(
-        dataset.train,
-        backbone,
-        image_size=config.data.image_size,
-        resize=config.data.resize,
-        dtype=config.features.dtype,
-        device=device,
-        keep=False,
-        batch_size=config.features.batch_size,
-        num_workers=config.data.num_workers,
-        progress=False,
-    )
-    inputs = Inputs(dataset, backbone, features, features, device)
-    model = build_model(config, inputs)
-    train = replace(config.train, epochs=epochs, first_stage=0.5)
-    history = fit(model, features, inputs.train_classes, train=train, loss=config.loss, progress=False)
-    second = history[history["stage"] == 2]["images_per_s"]
-    return {
-        "features": len(dataset.train) / features.seconds,
-        "training": float(second.median()),
-        "prediction": prediction_rate(config, inputs, model, images=images),
-    }
-
-
-def product_rate(device: torch.device, *, size: int = 1024, repeats: int = 7) -> float:
-    """Measure the rate of float32 matrix products, the median of some, in 1e9 multiply-adds per second."""
-    a = torch.randn(size, size, device=device)
-    seconds = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return size**3 / statistics.median(seconds[1:]) / 1e9
-
-
-_RATES = {"training (images/s)": "train_images_per_s", "prediction (images/s)": "predict_images_per_s"}
-
-
-def recorded_rates(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Gather the rates that the ledger's runs recorded: a row for equal settings on equal hardware.
-
-    Args:
-        records: What :func:`hgadlib.runs.ledger.read_records` gave.
-
-    Returns:
-        Columns of the settings, device, the medians of both rates, and records, a list of names.
-    """
-    settings = ["backbone", "pixels", "pyramid", "flow layers", "device"]
-    rows = []
-    for record in records:
-        features = record["config"]["features"]
-        rows.append(
-            {
-                "backbone": features["backbone"],
-                "pixels": record["config"]["data"]["image_size"],
-                "pyramid": str(features["pyramid"] or "none").strip("[]"),
-                "flow layers": record["config"]["flow"]["layers"],
-                "device": record["environment"]["device"],
-                **{column: record["timing"][key] for column, key in _RATES.items()},
-                "records": record["record"],
-            }
-        )
-    table = pd.DataFrame(rows, columns=[*settings, *_RATES, "records"])
-    merged = dict.fromkeys(_RATES, "median") | {"records": list}
-    return table.groupby(settings, as_index=False, sort=False).agg(merged)
-
-
-def benchmark_ratios(folder: Path | None = None) -> pd.DataFrame:
-    """Collect the speed-ups that benchmarks committed as JSON lines: a row a line that has one.
-
-    Args:
-        folder: Where the files lie; None for results/benchmarks.
-
-    Returns:
-        Columns benchmark, case (what was compared), times as fast (the median), from, to (NaN where a
-        ratio is of one measurement), device, threads and file; no row where nothing is committed.
-    """
-    folder = folder or project_dir() / "results" / "benchmarks"
-    rows = []
-    for file in sorted(folder.glob("*.jsonl")):
-        device, threads = "not recorded", 0
-        for line in file.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line) if line.strip() else {}
-            if entry.get("what") == "environment":
-                device = entry["machine"] if entry.get("device", "cpu") == "cpu" else entry["device"]
-                threads = entry.get("threads", 0)
-            if entry.get("what") != "speedup":
-                continue
-            rows.append(
-                {
-                    "benchmark": entry["benchmark"],
-                    "case": _case(entry),
-                    "times as fast": float(entry["median"] if "median" in entry else entry["ratio"]),
-                    "from": float(entry.get("min", "nan")),
-                    "to": float(entry.get("max", "nan")),
-                    "device": device,
-                    "threads": threads,
-                    "file": file.name,
-                }
-            )
-    columns = ["benchmark", "case", "times as fast", "from", "to", "device", "threads", "file"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _case(entry: Mapping[str, Any]) -> str:
-    """Say in words what a benchmark's line compares."""
-    words = []
-    if "channels" in entry:
-        words.append(f"{entry['channels']} channels on {entry['grid'][0]} x {entry['grid'][1]}")
-    if "setting" in entry:
-        words.append(f"{entry['setting']} setting")
-    if "at_a_time" in entry:
-        words.append(f"{entry['at_a_time']} at a time")
-    words += [str(entry[key]).replace("_", " ") for key in ("task", "of") if key in entry]
-    if "over" in entry and entry["benchmark"] == "metrics":
-        words.append(f"over {entry['over']}".replace("_", " "))
-    return ", ".join(words)
-
-
-def cost_bars(
-    costs: Mapping[str, Mapping[str, float]],
-    *,
-    label: str = "multiply-adds per image, from pixels to map",
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw what each part of each configuration costs, a group of bars a configuration, on a log scale.
-
-    Args:
-        costs: Name of the configuration to multiply-adds by part.
-        label: Of the axis.
-        ax: Where to draw; a new figure if not given.
-
-    Raises:
-        InputError: There is no configuration, or they differ in their parts.
-    """
-    parts = list(next(iter(costs.values()), ()))
-    if not parts or any(list(cost) != parts for cost in costs.values()):
-        raise InputError("expected the same parts of at least one configuration; found others")
-    ax = plt.subplots(figsize=(6.4, 0.5 + 0.32 * len(parts) * len(costs)))[1] if ax is None else ax
-    height = 0.8 / len(parts)
-    for i, part in enumerate(parts):
-        values = [cost[part] for cost in costs.values()]
-        at = np.arange(len(costs)) + (i - (len(parts) - 1) / 2) * height
-        bars = ax.barh(at, values, 0.9 * height, color=PALETTE[i % len(PALETTE)], label=part)
-        ax.bar_label(bars, [_engineering(value) for value in values], padding=3, fontsize=8)
-    ax.set_xscale("log")
-    ax.margins(x=0.12)
-    ax.set_yticks(range(len(costs)), list(costs))
-    ax.invert_yaxis()
-    ax.set_xlabel(label)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _engineering(value)))
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return ax
-
-
-def _engineering(value: float) -> str:
-    """Write a count with a prefix.
-
-    >>> [_engineering(v) for v in (950, 2.4e9, 6.5e16)]
-    ['950', '2.4 G', '65 P']
-    """
-    for exponent, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**exponent:
-            return (
-                f"{value / 10**exponent:.2g} {prefix}"
-                if value < 100 * 10**exponent
-                else (f"{value / 10**exponent:.0f} {prefix}")
-            )
-    return f"{value:.0f}"
-
-
-def stage_map(choices: pd.DataFrame, paper: Mapping[str, float], *, ax: Axes | None = None) -> Axes:
-    """Draw what the choices of stages would cost against their parameters, and where the paper's row lies.
-
-    Args:
-        choices: As :func:`hgadbook.complexity.stage_choices` gives them.
-        paper: "flops" in 1e9 and "learnable_parameters" in 1e6; empty draws no cross.
-        ax: Where to draw; a new figure if not given.
-    """
-    ax = plt.subplots(figsize=(5.6, 3.8))[1] if ax is None else ax
-    x, y = choices["learnable parameters (M)"], choices["GFLOP"]
-    rotated = choices["with rotations (M)"]
-    for name, a, b, c in zip(choices.index, x, rotated, y, strict=True):
-        ax.plot([a, b], [c, c], color="0.75", linewidth=1, zorder=1)
-        ax.annotate(f" {name}", (b, c), fontsize=7, color="0.35", va="center")
-    ax.scatter(x, y, s=22, color=PALETTE[0], label="learnable parameters", zorder=2)
-    ax.scatter(
-        rotated, y, s=22, facecolor="white", edgecolor=PALETTE[0], label="with the fixed rotations", zorder=2
-    )
-    if paper:
-        ax.scatter(
-            paper["learnable_parameters"], paper["flops"], s=110, marker="X", color=ANOMALOUS_COLOR,
-            edgecolors="black", label="paper, Tab. 5", zorder=3,
-        )  # fmt: skip
-    ax.margins(x=0.12)
-    ax.set(xlabel="parameters (M)", ylabel="GFLOP per image, pixels to latent")
-    ax.legend(loc="best")
-    return ax
-
 
 PARTS = ("backbone", "flow", "prior", "maps")
 
@@ -308,15 +78,7 @@ class Complexity:
         return sum(self.multiply_adds.values())
 
     def training(self, images: int) -> dict[str, int]:
-        """Give the multiply-adds of a whole training.
-
-        Args:
-            images: Training images.
-
-        Returns:
-            "features, once": the backbone on every image once; "features, every epoch": on every image in
-            every epoch, as published; "flow and prior": all steps.
-        """
+        """Count the multiply-adds of a whole training: features once or in every epoch, and all steps."""
         once = images * self.multiply_adds["backbone"]
         return {
             "features, once": once,
@@ -325,7 +87,7 @@ class Complexity:
         }
 
 
-def _addmm_in_place(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+def _addmm(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
@@ -335,14 +97,11 @@ def _mv(matrix: Sequence[int], vector: Sequence[int], **_: Any) -> int:
 
 # The counter sees into our autograd functions, but knows neither products that add in place nor products
 # with a vector: without the first, most of the subnets would be missing.
-_UNKNOWN_TO_TORCH = {torch.ops.aten.addmm_: _addmm_in_place, torch.ops.aten.mv: _mv}
+_UNKNOWN_TO_TORCH = {torch.ops.aten.addmm_: _addmm, torch.ops.aten.mv: _mv}
 
 
 def count_multiply_adds(call: Callable[[], object]) -> int:
     """Count the multiply-adds of the products and convolutions in a call, its backward passes included.
-
-    Args:
-        call: Works on real tensors, or on fake ones inside ``FakeTensorMode``.
 
     >>> a, b = torch.zeros(2, 3), torch.zeros(3, 5)
     >>> count_multiply_adds(lambda: torch.zeros(2, 5).addmm_(a, b))
@@ -359,21 +118,28 @@ def learnable(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
 
 
-def measure_backbone(config: Config) -> tuple[Backbone, int, tuple[tuple[int, int, int], ...]]:
-    """Count what the features of one image cost.
+def _shapes_only() -> contextlib.AbstractContextManager[Any]:
+    """Let tensors made inside be shapes without numbers.
 
-    Returns:
-        The backbone with random weights, its multiply-adds, and (C, H, W) of each level.
-
-    Raises:
-        InputError: The backbone does not exist, or does not take images of that size.
+    PyTorch keeps this mode private, and its public relative, the device "meta", knows no autocast. Without it
+    the numbers are computed: the counts are the same, after minutes.
     """
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        return FakeTensorMode(allow_non_fake_inputs=True)
+    except Exception:
+        return contextlib.nullcontext()
+
+
+def measure_backbone(config: Config) -> tuple[Backbone, int, tuple[tuple[int, int, int], ...]]:
+    """Build a backbone; count the multiply-adds of one image, and (C, H, W) of each level."""
     features, size = config.features, config.data.image_size
     backbone = build_backbone(
         features.backbone, out_indices=features.out_indices, pyramid=features.pyramid, weights="random"
     )
     maps: list[Tensor] = []
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with _shapes_only(), torch.no_grad():
         cost = count_multiply_adds(lambda: maps.extend(backbone(torch.zeros(1, 3, size, size))))
     return backbone, cost, tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps)
 
@@ -419,7 +185,7 @@ def _scoring_costs(model: HGAD, shapes: Sequence[Sequence[int]], config: Config)
             upsampling_matrix(length, size, sigma)
     costs = dict.fromkeys(PARTS[1:], 0)
     log_probs, neg_entropies = [], []
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with _shapes_only(), torch.no_grad():
         own = torch.zeros(1, dtype=torch.int64)
         for (flow, prior), grid, shape in zip(model.levels, model.grids, shapes, strict=True):
             x = torch.zeros(1, *shape)
@@ -440,15 +206,14 @@ def _scoring_costs(model: HGAD, shapes: Sequence[Sequence[int]], config: Config)
 def _step_cost(model: HGAD, shapes: Sequence[Sequence[int]], config: Config) -> int:
     """Count a second-stage training step, forward and backward, per image."""
     images = config.train.batch_size
-    weights = {
-        k: getattr(config.loss, k) for k in ("lambda1", "lambda2", "lambda_e", "lambda_in", "lambda_z")
-    }
+    names = ("lambda1", "lambda2", "lambda_e", "lambda_in", "lambda_z")
+    weights = {name: getattr(config.loss, name) for name in names}
 
     def step() -> None:
         terms = model.losses(features, own, intra=True, extended=config.loss.extended, **weights)
         torch.stack([t["total"] for t in terms]).sum().backward()
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _shapes_only():
         features = [torch.zeros(images, *shape) for shape in shapes]
         own = torch.zeros(images, dtype=torch.int64)
         cost = count_multiply_adds(step)
@@ -525,19 +290,11 @@ def stage_choices(
 
 
 def nearest_choices(choices: pd.DataFrame, paper: Mapping[str, float]) -> dict[str, str]:
-    """Name the choice of stages that comes nearest to the paper's row in each column, and how near.
-
-    Args:
-        choices: Of :func:`stage_choices`.
-        paper: Of :func:`paper_row`.
-    """
+    """Name the choice of stages that comes nearest to the paper's row in each column, and how near."""
     found = {}
     for name in choices:
         column = str(name)
-        wanted = paper.get("learnable_parameters" if "(M)" in column else "flops")
-        if wanted is None:
-            found[column] = "the paper's table is not available"
-            continue
+        wanted = paper["learnable_parameters" if "(M)" in column else "flops"]
         stages = str((choices[column] - wanted).abs().idxmin())
         found[column] = f"{stages}: {choices[column][stages]:.1f}, paper {wanted:g}"
     return found
@@ -566,33 +323,21 @@ def cost_table(costs: Sequence[Complexity]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def paper_row(method: str, file: Path | None = None) -> dict[str, float]:
-    """Read one method's numbers out of the paper's Tab. 5, as data.
+def paper_row(method: str) -> dict[str, float]:
+    """Read what the paper's Tab. 5 says of a method, such as "HGAD" or "CFLOW": number by metric.
 
-    Args:
-        method: Such as "HGAD" or "CFLOW".
-        file: The table; None for results/paper/table5.csv.
-
-    Returns:
-        Number by metric ("flops" in 1e9, "learnable_parameters" in 1e6, "inference_speed" in images/s,
-        "training_epochs"); empty where the table or the method is not there.
+    "flops" are in 1e9, "learnable_parameters" in 1e6, "inference_speed" in images/s; "training_epochs".
     """
-    file = file or project_dir() / "results" / "paper" / "table5.csv"
-    if not file.is_file():
-        return {}
-    table = pd.read_csv(file, keep_default_na=False)
-    mine = table[table["method"] == method]
-    values = pd.to_numeric(mine["value"], errors="coerce")
-    return {name: float(v) for name, v in zip(mine["metric"], values, strict=True) if pd.notna(v)}
+    table = read_table("table5").query("method == @method").dropna(subset="value")
+    return dict(zip(table["metric"], table["value"].astype(float), strict=True))
 
 
-def beside_paper(cost: Complexity, methods: Sequence[str], file: Path | None = None) -> pd.DataFrame:
+def beside_paper(cost: Complexity, methods: Sequence[str]) -> pd.DataFrame:
     """Set rows of the paper's Tab. 5 beside what was counted here.
 
     Args:
         cost: Of the configuration that follows the paper's text.
         methods: Rows of the paper to show.
-        file: See :func:`paper_row`.
 
     Returns:
         Text: a row a method, the last two ours, by multiply-adds and by FLOPs; what is missing is called so.
@@ -601,15 +346,185 @@ def beside_paper(cost: Complexity, methods: Sequence[str], file: Path | None = N
     heads |= {"inference_speed": "images/s", "training_epochs": "epochs"}
     rows: dict[str, dict[str, str]] = {}
     for method in methods:
-        found = paper_row(method, file)
+        found = paper_row(method)
         rows[f"paper: {method}"] = {
             head: f"{found[key]:g}" if key in found else "not available" for key, head in heads.items()
         }
-    ours = {
-        heads["learnable_parameters"]: f"{(cost.flow + cost.prior) / 1e6:.1f}",
-        heads["inference_speed"]: "not measured",
-        heads["training_epochs"]: str(cost.epochs),
-    }
+    ours = [f"{(cost.flow + cost.prior) / 1e6:.1f}", "not measured", str(cost.epochs)]
     for name, unit in (("multiply-adds", 1), ("FLOPs", 2)):
-        rows[f"counted here, {name}"] = {heads["flops"]: f"{unit * cost.total / 1e9:.1f}", **ours}
-    return pd.DataFrame(rows).T[list(heads.values())]
+        values = [f"{unit * cost.total / 1e9:.1f}", *ours]
+        rows[f"counted here, {name}"] = dict(zip(heads.values(), values, strict=True))
+    return pd.DataFrame(rows).T
+
+
+def cost_bars(
+    costs: Mapping[str, Mapping[str, float]],
+    *,
+    label: str = "multiply-adds per image, from pixels to map",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw what each part of each configuration costs, a group of bars a configuration, on a log scale.
+
+    Args:
+        costs: Name of the configuration to multiply-adds by part.
+        label: Of the axis.
+        ax: Where to draw; a new figure if not given.
+
+    Raises:
+        InputError: There is no configuration, or they differ in their parts.
+    """
+    table = pd.DataFrame(costs).T
+    if table.empty or table.isna().to_numpy().any():
+        raise InputError("expected the same parts of at least one configuration; found others")
+    ax = plt.subplots(figsize=(6.4, 0.5 + 0.32 * table.size))[1] if ax is None else ax
+    table.plot.barh(ax=ax, logx=True, width=0.8, color=list(PALETTE), edgecolor="white")
+    for bars in ax.containers:
+        ax.bar_label(bars, fmt=EngFormatter(places=1), padding=3, fontsize=8)  # type: ignore[arg-type]
+    ax.margins(x=0.12)
+    ax.invert_yaxis()
+    ax.set_xlabel(label)
+    ax.xaxis.set_major_formatter(EngFormatter())
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax
+
+
+def stage_map(choices: pd.DataFrame, paper: Mapping[str, float], *, ax: Axes | None = None) -> Axes:
+    """Draw the cost of each choice of stages against its parameters, and where the paper's row lies."""
+    ax = plt.subplots(figsize=(5.6, 3.8))[1] if ax is None else ax
+    x, y = choices["learnable parameters (M)"], choices["GFLOP"]
+    rotated = choices["with rotations (M)"]
+    for name, a, b, c in zip(choices.index, x, rotated, y, strict=True):
+        ax.plot([a, b], [c, c], color="0.75", linewidth=1, zorder=1)
+        ax.annotate(f" {name}", (b, c), fontsize=7, color="0.35", va="center")
+    ax.scatter(x, y, s=22, color=PALETTE[0], label="learnable parameters", zorder=2)
+    ax.scatter(
+        rotated, y, s=22, facecolor="white", edgecolor=PALETTE[0], label="with the fixed rotations", zorder=2
+    )
+    ax.scatter(
+        paper["learnable_parameters"], paper["flops"], s=110, marker="X", color=ANOMALOUS_COLOR,
+        edgecolors="black", label="paper, Tab. 5", zorder=3,
+    )  # fmt: skip
+    ax.margins(x=0.12)
+    ax.set(xlabel="parameters (M)", ylabel="GFLOP per image, pixels to latent")
+    ax.legend(loc="best")
+    return ax
+
+
+def measure_throughput(config: Config, *, images: int = 48, epochs: int = 4) -> dict[str, float]:
+    """Time a short run on some images of a dataset, spread over its classes; nothing of it is kept.
+
+    Args:
+        config: Dataset, features, flow, prior, training and scores.
+        images: Training images, and test images, to time with.
+        epochs: Of the training; half without and half with the intra-class terms.
+
+    Returns:
+        Images/s: "features" (file to features), "training" (from stored features, the median epoch of the
+        second stage), "prediction" (file to map).
+    """
+    device = select_device(config.device)
+    dataset = load_dataset(config.dataset, root=config.data.root, download=config.data.download, seed=0)
+    some = [records[:: max(1, len(records) // images)][:images] for records in (dataset.train, dataset.test)]
+    dataset = replace(dataset, records=(*some[0], *some[1]))
+    backbone = build_backbone(
+        config.features.backbone,
+        out_indices=config.features.out_indices,
+        pyramid=config.features.pyramid,
+        weights=config.features.weights,
+    ).to(device)
+    backbone.grids(config.data.image_size)  # the first pass is slow
+    features = dataset_features(
+        dataset.train,
+        backbone,
+        image_size=config.data.image_size,
+        resize=config.data.resize,
+        dtype=config.features.dtype,
+        device=device,
+        keep=False,
+        batch_size=config.features.batch_size,
+        num_workers=config.data.num_workers,
+        progress=False,
+    )
+    inputs = Inputs(dataset, backbone, features, features, device)
+    model = build_model(config, inputs)
+    train = replace(config.train, epochs=epochs, first_stage=0.5)
+    history = fit(model, features, inputs.train_classes, train=train, loss=config.loss, progress=False)
+    second = history[history["stage"] == 2]["images_per_s"]
+    return {
+        "features": len(dataset.train) / features.seconds,
+        "training": float(second.median()),
+        "prediction": prediction_rate(config, inputs, model, images=images),
+    }
+
+
+def product_rate(device: torch.device, *, size: int = 1024) -> float:
+    """Measure the rate of float32 matrix products, the median of some, in 1e9 multiply-adds per second."""
+    a = torch.randn(size, size, device=device)
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return size**3 / timer.blocked_autorange().median / 1e9
+
+
+_RECORDED = {
+    "config.features.backbone": "backbone",
+    "config.data.image_size": "pixels",
+    "config.features.pyramid": "pyramid",
+    "config.flow.layers": "flow layers",
+    "environment.device": "device",
+    "timing.train_images_per_s": "training (images/s)",
+    "timing.predict_images_per_s": "prediction (images/s)",
+    "record": "records",
+}
+
+
+def recorded_rates(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Gather the rates that the ledger's runs recorded: a row for equal settings on equal hardware.
+
+    Returns:
+        Columns of the settings, device, the medians of both rates, and records, a list of names.
+    """
+    table = pd.json_normalize([dict(record) for record in records])
+    table = table.reindex(columns=list(_RECORDED)).rename(columns=_RECORDED)
+    table["pyramid"] = [", ".join(map(str, sizes or [])) or "none" for sizes in table["pyramid"]]
+    *settings, training, prediction, names = _RECORDED.values()
+    groups = table.groupby(settings, as_index=False, sort=False)
+    return groups.agg({training: "median", prediction: "median", names: list})
+
+
+def benchmark_ratios(folder: Path | None = None) -> pd.DataFrame:
+    """Collect the speed-ups that benchmarks committed as JSON lines: a row a line that has one.
+
+    Args:
+        folder: Where the files lie; None for results/benchmarks.
+
+    Returns:
+        Columns benchmark, case (what was compared), times as fast (the median), from, to (NaN where a
+        ratio is of one measurement), device, threads and file; no row where nothing is committed.
+    """
+    rows = []
+    for file in sorted((folder or project_dir() / "results" / "benchmarks").glob("*.jsonl")):
+        machine: dict[str, Any] = {"device": "not recorded", "threads": 0, "file": file.name}
+        for entry in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if entry["what"] == "environment":
+                device = entry["machine"] if entry.get("device", "cpu") == "cpu" else entry["device"]
+                machine |= {"device": device, "threads": entry.get("threads", 0)}
+            elif entry["what"] == "speedup":
+                times = entry["median"] if "median" in entry else entry["ratio"]
+                row = {"benchmark": entry["benchmark"], "case": _case(entry), "times as fast": times}
+                rows.append(row | {"from": entry.get("min"), "to": entry.get("max")} | machine)
+    columns = ["benchmark", "case", "times as fast", "from", "to", "device", "threads", "file"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:5], float))
+
+
+def _case(entry: Mapping[str, Any]) -> str:
+    """Put in words what a benchmark's line compares."""
+    words = []
+    if "channels" in entry:
+        words.append(f"{entry['channels']} channels on {entry['grid'][0]} x {entry['grid'][1]}")
+    if "setting" in entry:
+        words.append(f"{entry['setting']} setting")
+    if "at_a_time" in entry:
+        words.append(f"{entry['at_a_time']} at a time")
+    words += [str(entry[key]).replace("_", " ") for key in ("task", "of") if key in entry]
+    if "over" in entry and entry["benchmark"] == "metrics":
+        words.append(f"over {entry['over']}".replace("_", " "))
+    return ", ".join(words)
