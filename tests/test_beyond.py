@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from hgadbook.beyond import (
     alarm_rates,
     discovery_table,
+    expected_alarms,
     held_out,
     hold_out,
     inference_table,
@@ -27,11 +29,11 @@ from hgadlib.errors import InputError
 from hgadlib.evaluation.class_inference import (
     auroc_by_class,
     class_log_probs,
-    image_log_probs,
     infer_classes,
     score_as,
 )
 from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
+from hgadlib.evaluation.thresholds import conformal_threshold
 from hgadlib.runs.inputs import Inputs
 from hgadlib.training import calibrate
 
@@ -72,7 +74,7 @@ def config(**more: Any) -> Config:
 def test_log_prob_of_every_class() -> None:
     model = small.model(n_classes=3)
     features, _ = small.features(5, n_classes=3)
-    found = class_log_probs(model, list(features.levels))
+    found = torch.from_numpy(class_log_probs(model, features))
     assert found.shape == (5, 3)
     by_hand = torch.zeros(5, 3, dtype=torch.float64)
     for (flow, prior), x in zip(model.levels, features.levels, strict=True):
@@ -90,7 +92,7 @@ def test_log_prob_of_every_class() -> None:
 def test_one_gaussian_cannot_tell_classes_apart() -> None:
     features, _ = small.features(2)
     with pytest.raises(InputError, match="one Gaussian for all"):
-        class_log_probs(small.model(kind="single"), list(features.levels))
+        class_log_probs(small.model(kind="single"), features)
 
 
 def test_scores_are_those_of_the_evaluation_and_of_the_image_alone() -> None:
@@ -139,7 +141,6 @@ def test_trained_model_knows_its_classes(part: Any) -> None:
     normal = ~data.test_labels  # some of the shifted images lie nearer to another class
     np.testing.assert_array_equal(found[normal], data.test_classes[normal])
     found = data.test_classes
-    assert image_log_probs(part.model, data.test).shape == (len(data.test), 3)
     wrong = (data.test_classes + 1) % 3
     table = inference_table(part.model, data, SCORE, {"likeliest": found, "wrong": wrong})
     assert (table["likeliest", "right"] == 100).all() and (table["wrong", "right"] == 0).all()
@@ -156,6 +157,20 @@ def test_thresholds_by_class(part: Any) -> None:
     with pytest.raises(InputError, match="at least 9 held-out"):
         part.thresholds(SCORE, 0.1)
     assert part.training_thresholds(SCORE, 0.2)["a"] < limits["a"]
+
+
+def test_expected_range_covers_what_happens() -> None:
+    n, tested, rate = 20, 25, 0.1
+    low, high = expected_alarms(n, tested, rate)
+    rng = np.random.default_rng(2)
+    found = []
+    for _ in range(2000):
+        scores = rng.normal(size=n + tested)
+        found.append((scores[n:] > conformal_threshold(scores[:n], rate)).mean())
+    inside = np.mean([low <= rate <= high for rate in found])
+    assert 0.94 < inside < 1
+    with pytest.raises(InputError, match="at least 9"):
+        expected_alarms(8, tested, rate)
 
 
 def test_alarms_are_counted_by_class() -> None:
@@ -201,10 +216,7 @@ def test_discovery_is_compared_with_the_folders() -> None:
     table = discovery_table(data, data)
     assert (table["adjusted Rand index"] == 1).all()
     assert table.loc["test", "images"] == 45
-    merged = select_train(data, np.ones(45, bool))
     names = ["a" if record.class_name == "b" else record.class_name for record in data.dataset.records]
-    from dataclasses import replace
-
     records = tuple(replace(r, class_name=n) for r, n in zip(data.dataset.records, names, strict=True))
     merged = replace(data, dataset=replace(data.dataset, classes=("a", "c"), records=records))
     worse = discovery_table(data, merged)

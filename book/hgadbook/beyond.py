@@ -1,4 +1,4 @@
-"""What the chapter `beyond` asks of a dataset: classes inferred, thresholds tried, a class left out."""
+"""Classes inferred, classes discovered, thresholds from normal images alone, a class left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from scipy import stats
+from sklearn.metrics import ConfusionMatrixDisplay, adjusted_rand_score, normalized_mutual_info_score
 
 from hgadlib.config import Config, ScoreConfig
 from hgadlib.errors import InputError
@@ -25,13 +26,11 @@ from hgadlib.runs.experiment import build_model
 from hgadlib.runs.inputs import Inputs
 from hgadlib.training import fit
 
+Classes = NDArray[np.int64]
+
 
 def select_features(features: Features, chosen: ArrayLike) -> Features:
-    """Copy the features of some images.
-
-    Args:
-        features: Of N images.
-        chosen: True for those to keep, (N,) bool.
+    """Copy the features of the images for which `chosen`, (N,) bool, is true.
 
     Raises:
         InputError: No image is kept, or the mask is of another length.
@@ -70,16 +69,8 @@ def select_train(inputs: Inputs, chosen: ArrayLike) -> Inputs:
     return replace(inputs, dataset=replace(dataset, classes=classes, records=records), train=train, test=test)
 
 
-def held_out(class_idx: NDArray[np.int64], share: float, *, seed: int = 0) -> NDArray[np.bool_]:
-    """Draw the images to hold out, the same share of every class, at least one and never all.
-
-    Args:
-        class_idx: (N,).
-        share: In (0, 1).
-        seed: Of the draw.
-
-    Returns:
-        True where held out, (N,).
+def held_out(class_idx: Classes, share: float, *, seed: int = 0) -> NDArray[np.bool_]:
+    """Draw the images to hold out: of every class the same share in (0, 1), at least one and never all.
 
     Raises:
         InputError: The share lies outside (0, 1), or a class has a single image.
@@ -97,124 +88,11 @@ def held_out(class_idx: NDArray[np.int64], share: float, *, seed: int = 0) -> ND
     return out
 
 
-def train_in_memory(config: Config, inputs: Inputs, *, progress: bool = False) -> HGAD:
-    """Train and calibrate a model on these inputs; no run directory is written.
-
-    Args:
-        config: Of the model and its training.
-        inputs: For instance a part of a dataset.
-        progress: Show a bar.
-
-    Raises:
-        FloatingPointError: The loss is no longer finite.
-    """
-    model = build_model(config, inputs)
-    fit(
-        model,
-        inputs.train,
-        inputs.train_classes,
-        train=config.train,
-        loss=config.loss,
-        seed=config.seed,
-        progress=progress,
-    )
+def train_in_memory(config: Config, inputs: Inputs) -> HGAD:
+    """Train and calibrate a model on these inputs; no run directory is written."""
+    model, own = build_model(config, inputs), inputs.train_classes
+    fit(model, inputs.train, own, train=config.train, loss=config.loss, seed=config.seed, progress=False)
     return model
-
-
-def rate_intervals(
-    rates: Mapping[str, Mapping[str, Rate]],
-    *,
-    target: float | None = None,
-    label: str = "share (%)",
-    colors: Sequence[str] = (PALETTE[2], PALETTE[1], PALETTE[4], PALETTE[7]),
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw counted shares with their intervals, a row a name and a colour a series.
-
-    Args:
-        rates: Series to name to rate.
-        target: What was asked for, drawn as a dashed line.
-        label: Of the axis.
-        colors: Of the series; blue and vermilion are for normal and anomalous images.
-        ax: Where to draw; a new figure if not given.
-
-    Raises:
-        InputError: There is no rate, or the series differ in their names.
-    """
-    names = list(next(iter(rates.values()), ()))
-    if not names or any(list(series) != names for series in rates.values()):
-        raise InputError("expected the same names in at least one series of rates; found others")
-    ax = plt.subplots(figsize=(5.6, 0.9 + 0.34 * len(names)))[1] if ax is None else ax
-    spread = 0.5 / max(len(rates), 1)
-    for i, ((series, found), color, marker) in enumerate(zip(rates.items(), colors, "osD^", strict=False)):
-        at = np.arange(len(names)) + (i - (len(rates) - 1) / 2) * spread
-        known = [(y, rate) for y, rate in zip(at, found.values(), strict=True) if rate.trials]
-        value = np.array([100 * rate.value for _, rate in known])
-        reach = [
-            [100 * (rate.value - rate.low) for _, rate in known],
-            [100 * (rate.high - rate.value) for _, rate in known],
-        ]
-        ax.errorbar(
-            value, [y for y, _ in known], xerr=reach, fmt=marker, color=color, capsize=3, markersize=5,
-            linewidth=1.2, label=series,
-        )  # fmt: skip
-    if target is not None:
-        ax.axvline(
-            100 * target, color="0.4", linestyle=(0, (4, 3)), linewidth=1.2, zorder=0, label="asked for"
-        )
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlim(-2, 102)
-    ax.set_xlabel(label)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return ax
-
-
-def confusion(
-    true: ArrayLike,
-    inferred: ArrayLike,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    title: str = "",
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw how many images of each class were taken for which, in percent of the row.
-
-    Args:
-        true: Row of each image, (N,) int.
-        inferred: Column of each image, (N,) int.
-        rows: Names of the true classes.
-        columns: Names of the classes to choose from.
-        title: Of the panel.
-        ax: Where to draw; a new figure if not given.
-
-    Raises:
-        InputError: Shapes differ, or there is no image.
-    """
-    true, inferred = np.asarray(true), np.asarray(inferred)
-    if true.shape != inferred.shape or true.ndim != 1 or not len(true):
-        raise InputError(f"expected two classes per image, (N,), found {true.shape} and {inferred.shape}")
-    counts = np.zeros((len(rows), len(columns)))
-    np.add.at(counts, (true, inferred), 1)
-    total = counts.sum(1, keepdims=True)
-    share = np.divide(100 * counts, total, out=np.zeros_like(counts), where=total > 0)
-    size = (1.4 + 0.52 * len(columns), 0.9 + 0.36 * len(rows))
-    ax = plt.subplots(figsize=size)[1] if ax is None else ax
-    ax.imshow(share, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    if len(rows) * len(columns) <= 400:
-        for (i, j), value in np.ndenumerate(share):
-            if counts[i, j]:
-                color = "white" if value > 55 else "black"
-                ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-    ax.set_xticks(range(len(columns)), list(columns), rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.set_title(title, loc="left")
-    ax.set(xlabel="taken for (% of the row)", ylabel="true class")
-    return ax
-
-
-Classes = NDArray[np.int64]
 
 
 def inference_table(
@@ -250,6 +128,21 @@ def inference_table(
     return table
 
 
+def confusion(true: Classes, inferred: Classes, names: Sequence[str], *, title: str) -> Axes:
+    """Draw how many images of each class were taken for which, in percent of the row."""
+    size = (1.4 + 0.52 * len(names), 0.9 + 0.36 * len(names))
+    ax = plt.subplots(figsize=size)[1]
+    ConfusionMatrixDisplay.from_predictions(
+        true, inferred, labels=range(len(names)), display_labels=names, normalize="true", values_format=".0%",
+        include_values=len(names) <= 20, cmap="Blues", im_kw={"aspect": "auto", "vmin": 0, "vmax": 1},
+        text_kw={"fontsize": 8}, colorbar=False, ax=ax,
+    )  # fmt: skip
+    plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_title(title, loc="left")
+    ax.set(xlabel="taken for (% of the row)", ylabel="true class")
+    return ax
+
+
 def discovery_table(inputs: Inputs, discovered: Inputs) -> pd.DataFrame:
     """Compare discovered classes with the folders' names, which discovery did not see.
 
@@ -260,15 +153,10 @@ def discovery_table(inputs: Inputs, discovered: Inputs) -> pd.DataFrame:
     Returns:
         A row a split: images, classes there and found, adjusted Rand index and normalised mutual information
         (both 1 where the partitions agree).
-
-    Raises:
-        InputError: They are not of the same images.
     """
     rows = {}
     for split in ("train", "test"):
         ours, theirs = getattr(inputs, f"{split}_classes"), getattr(discovered, f"{split}_classes")
-        if len(ours) != len(theirs):
-            raise InputError(f"expected the same images twice, found {len(ours)} and {len(theirs)}")
         rows[split] = {
             "images": len(ours),
             "classes": len(np.unique(ours)),
@@ -328,9 +216,7 @@ class HeldOutModel:
         }
 
 
-def hold_out(
-    config: Config, inputs: Inputs, share: float, *, without: str | None = None, progress: bool = False
-) -> HeldOutModel:
+def hold_out(config: Config, inputs: Inputs, share: float, *, without: str | None = None) -> HeldOutModel:
     """Train on all but a share of each class's normal images, and perhaps without a class altogether.
 
     Args:
@@ -338,7 +224,6 @@ def hold_out(
         inputs: The dataset.
         share: Of each class to hold out; the same images whatever class is left out.
         without: A class to leave out.
-        progress: Show a bar.
 
     Raises:
         InputError: No such class, no other class, or a share outside (0, 1).
@@ -354,9 +239,34 @@ def hold_out(
     order = {name: k for k, name in enumerate(rest.dataset.classes)}
     held = wanted & out
     class_idx = np.array([order[names[k]] for k in classes[held]], dtype=np.int64)
-    return HeldOutModel(
-        train_in_memory(config, rest, progress=progress), rest, select_features(inputs.train, held), class_idx
-    )
+    return HeldOutModel(train_in_memory(config, rest), rest, select_features(inputs.train, held), class_idx)
+
+
+def expected_alarms(
+    held_out: int, tested: int, false_alarm_rate: float, *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Compute the range in which the false alarm rate on new normal images falls if all is as it should be.
+
+    The threshold itself comes from a finite sample, so the rate behind it is Beta-distributed over draws of
+    the held-out images, and the count on the tested ones beta-binomial.
+
+    Args:
+        held_out: n, images behind the threshold.
+        tested: Normal images that it is tried on.
+        false_alarm_rate: That was asked for.
+        confidence: Probability of the range, at least.
+
+    Returns:
+        Lowest and highest rate.
+
+    Raises:
+        InputError: The rate lies outside (0, 1) or takes more held-out images.
+    """
+    # Of n ranks the threshold is the rank of the threshold.
+    rank = round(conformal_threshold(np.arange(1, held_out + 1), false_alarm_rate))
+    alarms = stats.betabinom(tested, held_out + 1 - rank, rank)
+    low, high = alarms.ppf([(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low) / tested, float(high) / tested
 
 
 def alarm_rates(
@@ -366,7 +276,7 @@ def alarm_rates(
     class_idx: Classes,
     names: Sequence[str],
 ) -> tuple[dict[str, Rate], dict[str, Rate]]:
-    """Count alarms on normal and on anomalous images.
+    """Count alarms: false ones on normal images and true ones on anomalous ones, by class name and of "all".
 
     Args:
         scores: (N,).
@@ -374,9 +284,6 @@ def alarm_rates(
         labels: True where anomalous, (N,).
         class_idx: True classes, (N,).
         names: Class names.
-
-    Returns:
-        False alarm rate and recall by class name, and of "all".
     """
     alarms = scores > thresholds
     rates: tuple[dict[str, Rate], dict[str, Rate]] = ({}, {})
@@ -385,6 +292,40 @@ def alarm_rates(
             found[name] = binomial_rate(alarms[(class_idx == k) & (labels == anomalous)])
         found["all"] = binomial_rate(alarms[labels == anomalous])
     return rates
+
+
+def rate_intervals(
+    rates: Mapping[str, Mapping[str, Rate]],
+    *,
+    target: float,
+    label: str,
+    colors: Sequence[str] = (PALETTE[2], PALETTE[1], PALETTE[4], PALETTE[7]),
+) -> Axes:
+    """Draw counted shares with their intervals, a row a name and a colour a series.
+
+    Args:
+        rates: Series to name to rate; the same names in each.
+        target: What was asked for, drawn as a dashed line.
+        label: Of the axis.
+        colors: Of the series; blue and vermilion are for normal and anomalous images.
+    """
+    names = list(next(iter(rates.values())))
+    ax = plt.subplots(figsize=(5.6, 0.9 + 0.34 * len(names)))[1]
+    for i, ((series, found), color, marker) in enumerate(zip(rates.items(), colors, "osD^", strict=False)):
+        shift = (i - (len(rates) - 1) / 2) * 0.5 / len(rates)
+        rows = [(y + shift, rate) for y, rate in enumerate(found[name] for name in names) if rate.trials]
+        at, value, low, high = np.array([(y, rate.value, rate.low, rate.high) for y, rate in rows]).T
+        ax.errorbar(
+            100 * value, at, xerr=100 * np.array([value - low, high - value]), fmt=marker, color=color,
+            capsize=3, markersize=5, linewidth=1.2, label=series,
+        )  # fmt: skip
+    ax.axvline(100 * target, color="0.4", linestyle=(0, (4, 3)), linewidth=1.2, zorder=0, label="asked for")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(-2, 102)
+    ax.set_xlabel(label)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax
 
 
 @dataclass(frozen=True)
@@ -411,9 +352,7 @@ class Unseen:
     novelty: float | None
 
 
-def leave_out(
-    config: Config, inputs: Inputs, name: str, share: float, rate: float, *, progress: bool = False
-) -> Unseen:
+def leave_out(config: Config, inputs: Inputs, name: str, share: float, rate: float) -> Unseen:
     """Train without a class and look at its images, each taken for the class that makes it most likely.
 
     Args:
@@ -422,14 +361,13 @@ def leave_out(
         name: The class to leave out.
         share: Of each known class to hold out for its threshold.
         rate: False alarm rate that the thresholds are chosen for.
-        progress: Show a bar.
 
     Raises:
         InputError: As :func:`hold_out`, or too few images were held out.
 
     Source: paper App. A.5.
     """
-    part = hold_out(config, inputs, share, without=name, progress=progress)
+    part = hold_out(config, inputs, share, without=name)
     limits = part.thresholds(config.score, rate)
     by_class = np.array([limits[known] for known in part.model.classes])
     mine = (inputs.test_classes == inputs.dataset.classes.index(name)) & inputs.test_labelled
