@@ -24,7 +24,7 @@ import torch
 from small import folder_config, image_folder
 
 from hgadbook import explore as module
-from hgadbook.explore import Explorer, ExplorerApp, State, describe, draw, open_explorer, overview
+from hgadbook.explore import Explorer, ExplorerApp, State, draw, open_explorer, overview
 from hgadlib.config import Config
 from hgadlib.errors import InputError
 from hgadlib.figures.theme import theme
@@ -157,7 +157,7 @@ def test_a_finished_run_of_other_images_is_refused(done: Done, tmp_path: Path) -
     root = Path(shutil.copytree(done.root, tmp_path / "images"))
     (root / "disc" / "test" / "good" / "000.png").unlink()
     other = replace(done.config, data=replace(done.config.data, root=str(root)))
-    with pytest.raises(InputError, match="expected the images that it was trained on"):
+    with pytest.raises(InputError, match=r"holds another run \(its images differ"):
         open_explorer(other, progress=False)
 
 
@@ -242,7 +242,8 @@ def test_the_overview_counts_images_called_right(done: Done) -> None:
 
 
 def test_the_figure_for_a_page_has_all_panels(done: Done) -> None:
-    titles = [ax.get_title(loc="left") for ax in draw(done.explorer, done.explorer.first()).figure.axes]
+    figure = draw(done.explorer, done.explorer.view(done.explorer.first()))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert [title.partition(" (")[0].partition(":")[0] for title in titles if title] == [
         "image", "anomaly map", "true mask", "at or above the threshold",
         "latents at the deepest level", "scores of the class's test images",
@@ -267,7 +268,7 @@ def test_the_notebook_runs_headlessly_and_shows_the_first_state(done: Done, tmp_
     cells = nbformat.read(out, as_version=4).cells
     (figure,) = [c for c in cells if "figure" in c.metadata.get("mystnb", {})]
     (output,) = figure.outputs
-    assert "image/png" in output.data and output.metadata["image/png"]["width"] == 1100
+    assert "image/png" in output.data and 1000 < output.metadata["image/png"]["width"] < 1200
     kinds = [kind for c in cells for output in c.get("outputs", []) for kind in output.get("data", {})]
     assert "application/vnd.jupyter.widget-view+json" in kinds
 
@@ -422,7 +423,7 @@ def test_in_a_browser_widgets_change_the_figure(done: Done, tmp_path: Path) -> N
 
         def shows(state: State, other_than: Any = None) -> Any:
             """Wait for the line of a state and for another figure; give the figure's address."""
-            line = describe(done.explorer.view(state))
+            line = str(done.explorer.view(state))
             until(lambda _: line in all_of(".hgad-verdict")[0].text, message=f"expected: {line}")
             figure = ".hgad-explorer img"
             return until(lambda _: (src := all_of(figure)[0].get_attribute("src")) != other_than and src)

@@ -15,7 +15,6 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.contour import QuadContourSet
 
-from hgadbook.explore import latent_scatter
 from hgadlib.errors import InputError
 from hgadlib.figures.histograms import log_likelihood_histogram, log_likelihood_histograms
 from hgadlib.figures.maps import anomaly_map_grid, outline_mask
@@ -184,28 +183,6 @@ def test_wrong_maps_are_refused() -> None:
         anomaly_map_grid(images, maps * np.nan)
 
 
-def test_latent_scatter_names_classes_and_marks_centres() -> None:
-    rng = np.random.default_rng(0)
-    class_idx = np.repeat([0, 1, 2], 10)
-    ax = latent_scatter(rng.normal(size=(30, 2)), class_idx, np.eye(3)[:, :2], classes=["b", "a", "c"])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["b", "a", "c"]  # type: ignore[union-attr]
-    assert len(ax.collections) == 4
-    colors = class_colors(["a", "b", "c"])
-    np.testing.assert_allclose(np.asarray(ax.collections[0].get_facecolor())[:, :3], [to_rgb(colors["b"])])
-    np.testing.assert_array_equal(ax.collections[3].get_offsets(), np.eye(3)[:, :2])
-    assert ax.get_aspect() == 1
-    assert "latent direction" in ax.get_xlabel()
-
-
-def test_wrong_latents_are_refused() -> None:
-    with pytest.raises(InputError, match=r"positions \(N, 2\)"):
-        latent_scatter(np.zeros((3, 4)), [0, 0, 0])
-    with pytest.raises(InputError, match="expected classes 0 to 0"):
-        latent_scatter(np.zeros((3, 2)), [0, 1, 0], classes=["a"])
-    with pytest.raises(InputError, match="a centre"):
-        latent_scatter(np.zeros((3, 2)), [0, 1, 0], np.zeros((3, 2)))
-
-
 def test_class_colors_do_not_depend_on_order() -> None:
     names = [f"class {i}" for i in range(40)]
     colors = class_colors(names)
@@ -217,7 +194,6 @@ def test_figures_draw_into_given_axes() -> None:
     ax = plt.subplots()[1]
     counts = (np.arange(3.0), [1, 2])
     assert log_likelihood_histogram(counts, counts, ax=ax) is ax
-    assert latent_scatter(np.zeros((1, 2)), [0], ax=ax) is ax
 
 
 def test_theme_gives_an_opaque_ground() -> None:

@@ -1,32 +1,23 @@
-"""Widgets over :mod:`hgadbook.explore`: choose class, image, criterion, threshold, projection; look."""
+"""Look at a trained model: an image, a criterion, a threshold and a projection in, one figure out."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
-from numpy.typing import ArrayLike, NDArray
-from PIL import Image
-from scipy.ndimage import binary_dilation
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -35,7 +26,8 @@ from hgadlib.datasets.images import load_masks, read_image, resize_image
 from hgadlib.errors import InputError
 from hgadlib.evaluation.evaluate import class_normalisation, level_values, map_batches
 from hgadlib.features.store import spread_sample
-from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE, class_colors
+from hgadlib.figures.maps import outline_mask
+from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, class_colors
 from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_config
@@ -43,342 +35,10 @@ from hgadlib.runs.experiment import finish_run, train_model
 from hgadlib.runs.inputs import Inputs, image_name, prepare
 from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores
 
-_MARKERS = "o^sDvP*X"
-
-
-def latent_scatter(
-    z2d: ArrayLike,
-    class_idx: ArrayLike,
-    centers2d: ArrayLike | None = None,
-    *,
-    classes: Sequence[str] | None = None,
-    axis_labels: tuple[str, str] = ("latent direction 1 (no unit)", "latent direction 2 (no unit)"),
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw latent positions in two dimensions, coloured by class, with the class centres as crosses.
-
-    Args:
-        z2d: Positions, (N, 2).
-        class_idx: Class of each, (N,) int.
-        centers2d: Class centres, (K, 2).
-        classes: Class names, (K,); "class 0" and so on if not given.
-        axis_labels: What the two axes are.
-        ax: Where to draw; a new figure if not given.
-
-    Raises:
-        InputError: Shapes disagree, or a class has no name.
-    """
-    z2d, class_idx = np.asarray(z2d, dtype=float), np.asarray(class_idx)
-    if z2d.ndim != 2 or z2d.shape[1] != 2 or class_idx.shape != z2d.shape[:1] or not len(z2d):
-        raise InputError(
-            f"expected positions (N, 2) and classes (N,), found {z2d.shape} and {class_idx.shape}"
-        )
-    classes = [f"class {k}" for k in range(int(class_idx.max()) + 1)] if classes is None else list(classes)
-    if class_idx.min() < 0 or class_idx.max() >= len(classes):
-        raise InputError(
-            f"expected classes 0 to {len(classes) - 1}, found {class_idx.min()} to {class_idx.max()}"
-        )
-    # The legend stands beside the square; it grows by columns of 15 names.
-    legend_columns = math.ceil(len(classes) / 15)
-    width = 4.2 + legend_columns * (0.5 + 0.08 * max(map(len, classes)))
-    ax = plt.subplots(figsize=(width, 4.0))[1] if ax is None else ax
-    colors = class_colors(classes)
-    halo = [effects.withStroke(linewidth=4, foreground="white")]
-    for k, name in enumerate(classes):
-        mine = z2d[class_idx == k]
-        marker = _MARKERS[sorted(classes).index(name) // len(PALETTE) % len(_MARKERS)]
-        ax.scatter(
-            mine[:, 0],
-            mine[:, 1],
-            s=14,
-            marker=marker,
-            color=colors[name],
-            alpha=0.55,
-            linewidths=0,
-            label=name,
-        )
-    if centers2d is not None:
-        centers = np.asarray(centers2d, dtype=float)
-        if centers.shape != (len(classes), 2):
-            raise InputError(
-                f"expected a centre (2,) for each of {len(classes)} classes, found {centers.shape}"
-            )
-        edge = [colors[name] for name in classes]
-        ax.scatter(
-            centers[:, 0],
-            centers[:, 1],
-            s=150 if len(classes) <= 12 else 60,
-            marker="X",
-            c=edge,
-            edgecolors="black",
-            linewidths=1.2,
-            path_effects=halo,
-        )
-    ax.set_xlabel(axis_labels[0])
-    ax.set_ylabel(axis_labels[1])
-    ax.set_aspect("equal", adjustable="datalim")
-    ax.locator_params(nbins=6)
-    legend = ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=legend_columns, markerscale=1.8)
-    for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
-    return ax
-
-
-KINDS = {"normal": NORMAL_COLOR, "anomalous": ANOMALOUS_COLOR, "unlabelled": "0.5"}
-_DASHED: dict[str, Any] = {"color": "0.2", "linestyle": (0, (4, 3)), "linewidth": 1.2}
-_PANELS = ("image", "anomaly map (score, no unit)", "true mask", "at or above the threshold")
-
-
-class ImageView:
-    """A figure that is made once and then shows one image after the other, fast enough to follow a slider.
-
-    Above, an image, its map, its true mask and the mask at a threshold; below, latents and scores. What never
-    changes is drawn once and kept as pixels; places are fixed, since solving a layout takes longer than all
-    the rest.
-
-    Args:
-        points: Normal latents in two dimensions, (N, 2).
-        class_idx: Their classes, (N,).
-        classes: Names, (K,).
-        centers: Class centres, (K, 2); None where there are none.
-        axis_labels: Of the latents' two directions.
-        dpi: Of :meth:`png`.
-
-    Attributes:
-        figure: The figure, for a page.
-    """
-
-    def __init__(
-        self,
-        points: ArrayLike,
-        class_idx: ArrayLike,
-        classes: Sequence[str],
-        centers: ArrayLike | None = None,
-        *,
-        axis_labels: tuple[str, str] = ("latent direction 1 (no unit)", "latent direction 2 (no unit)"),
-        dpi: float = 100,
-    ) -> None:
-        self.classes, self.colors = list(classes), class_colors(classes)
-        self.figure = Figure(figsize=(11, 6.1), dpi=dpi)
-        self.figure.set_layout_engine("none")
-        self.canvas = FigureCanvasAgg(self.figure)
-        self._title = self.figure.text(0.055, 0.985, "", ha="left", va="top", fontsize=11)
-        blank = np.zeros((2, 2, 3))
-        panels = [self.figure.add_axes((0.055 + 0.24 * i, 0.5, 0.2, 0.36)) for i in range(4)]
-        for ax, name in zip(panels, _PANELS, strict=True):
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-            ax.set_title(name, loc="left")
-        self._images = [ax.imshow(blank, extent=(0, 1, 0, 1), vmin=0, vmax=1) for ax in panels]
-        self._images[1].set_cmap("inferno")
-        self._nothing = panels[2].text(0.5, 0.5, "nobody drew one", ha="center", va="center")
-        self._bar = self.figure.add_axes((0.495, 0.5, 0.008, 0.36))
-        self._bar.yaxis.set_label_position("right")
-        latents = self.figure.add_axes((0.055, 0.085, 0.42, 0.32))
-        self._own = [
-            latents.scatter([], [], s=24, edgecolors="black", linewidths=0.9, zorder=4) for _ in "ab"
-        ]
-        self._own[1].set_facecolor(ANOMALOUS_COLOR)
-        _draw_latents(latents, points, class_idx, self.classes, centers, self._own[1], axis_labels)
-        self._scores = self.figure.add_axes((0.72, 0.085, 0.265, 0.32))
-        self._lines = (self._scores.axvline(1, **_DASHED), self._scores.axvline(1, color="black"))
-        self._of_class: tuple[Any, ...] = ()
-        # Pixels under what changes: with each projection, and with each class and criterion.
-        self._fixed: Any = None
-        self._ground: Any = None
-
-    def show(
-        self,
-        image: NDArray[np.uint8],
-        anomaly_map: ArrayLike,
-        mask: ArrayLike | None,
-        flagged: ArrayLike,
-        *,
-        title: str,
-        class_name: str,
-        positions: ArrayLike,
-        flagged_positions: ArrayLike,
-        scores: ArrayLike,
-        kinds: Sequence[str],
-        score: float,
-        threshold: float,
-        limits: tuple[float, float],
-    ) -> Figure:
-        """Show one image.
-
-        Args:
-            image: RGB, (S, S, 3) uint8.
-            anomaly_map: (S, S); higher is more anomalous.
-            mask: True where anomalous, (S, S) bool; None where nobody drew one.
-            flagged: Where the map reaches the threshold, (S, S) bool.
-            title: Of the whole.
-            class_name: The image's class.
-            positions: This image's latents in two dimensions, (P, 2).
-            flagged_positions: Those under flagged pixels, (P,) bool.
-            scores: Of the class's test images, (n,).
-            kinds: "normal", "anomalous" or "unlabelled" for each of them.
-            score: Of this image.
-            threshold: In the scores' scale.
-            limits: Positive scores at the two ends of the scores' axis; the upper one ends the map's colours.
-        """
-        flagged, drawn = (
-            np.asarray(flagged, dtype=bool),
-            None if mask is None else np.asarray(mask, dtype=bool),
-        )
-        grey = np.repeat(image.mean(-1, keepdims=True), 3, axis=-1) / 255
-        tinted = np.where(flagged[..., None], 0.35 * grey + 0.65 * np.array(to_rgb(ANOMALOUS_COLOR)), grey)
-        if drawn is not None:
-            # White within black shows on any image.
-            inner = binary_dilation(drawn, iterations=2)
-            tinted[binary_dilation(inner) & ~inner], tinted[inner & ~drawn] = 0, 1
-        self._title.set_text(title)
-        blank = np.full((2, 2, 3), 0.93)
-        shown = (
-            image,
-            np.asarray(anomaly_map),
-            blank if drawn is None else drawn[..., None] * np.ones(3),
-            tinted,
-        )
-        for artist, pixels in zip(self._images, shown, strict=True):
-            artist.set_data(pixels)
-        self._images[1].set_clim(0, limits[1])
-        self._nothing.set_text("nobody drew one" if drawn is None else "")
-        found, where = np.asarray(flagged_positions, dtype=bool), np.asarray(positions, dtype=float)
-        for dots, chosen in zip(self._own, (~found, found), strict=True):
-            dots.set_offsets(where[chosen])
-        self._own[0].set_facecolor(self.colors[class_name])
-        of_class = (np.asarray(scores).tobytes(), tuple(kinds), limits)
-        if of_class != self._of_class:
-            self._of_class, self._ground = of_class, None
-            _draw_bar(self._bar, limits[1])
-            _draw_scores(self._scores, scores, kinds, limits)
-            self._lines = (self._scores.axvline(1, **_DASHED), self._scores.axvline(1, color="black"))
-        for line, value in zip(self._lines, (threshold, score), strict=True):
-            line.set_xdata([value, value])
-        return self.figure
-
-    def png(self) -> bytes:
-        """Give what is shown as the bytes of a PNG."""
-        changing = [self._title, *self._images, self._nothing, *self._own, *self._lines]
-        if self._fixed is None:
-            with _hidden(changing), _hidden([self._bar, self._scores]):
-                self.canvas.draw()
-            self._fixed = self.canvas.copy_from_bbox(self.figure.bbox)
-        if self._ground is None:
-            self.canvas.restore_region(self._fixed)
-            with _hidden(changing):
-                for ax in (self._bar, self._scores):
-                    self.figure.draw_artist(ax)
-            self._ground = self.canvas.copy_from_bbox(self.figure.bbox)
-        self.canvas.restore_region(self._ground)
-        for artist in changing:
-            self.figure.draw_artist(artist)
-        buffer = io.BytesIO()
-        pixels = np.asarray(self.canvas.buffer_rgba())[..., :3]
-        Image.fromarray(pixels).save(buffer, "png", compress_level=1)
-        return buffer.getvalue()
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        # A notebook shows it at its size in inches, however many pixels that has.
-        return self.png(), {"width": round(100 * self.figure.get_figwidth())}
-
-
-@contextlib.contextmanager
-def _hidden(artists: Sequence[Artist]) -> Iterator[None]:
-    for artist in artists:
-        artist.set_visible(False)
-    try:
-        yield
-    finally:
-        for artist in artists:
-            artist.set_visible(True)
-
-
-def _draw_bar(ax: Axes, top: float) -> None:
-    """Draw the scale of the map's colours, from 0."""
-    ax.clear()
-    ax.imshow(np.linspace(1, 0, 64)[:, None], cmap="inferno", aspect="auto", extent=(0, 1, 0, top))
-    ax.set(xticks=[], ylim=(0, top))
-    ax.yaxis.tick_right()
-    ax.yaxis.set_major_locator(MaxNLocator(4))
-    ax.tick_params(labelsize=7, length=2)
-    ax.spines[:].set_visible(False)
-
-
-def _draw_latents(
-    ax: Axes,
-    points: ArrayLike,
-    class_idx: ArrayLike,
-    classes: Sequence[str],
-    centers: ArrayLike | None,
-    flagged: Artist,
-    axis_labels: tuple[str, str],
-) -> None:
-    """Draw the normal latents of all classes and the class centres."""
-    points, class_idx, colors = np.asarray(points), np.asarray(class_idx), class_colors(classes)
-    handles: list[Artist] = [
-        ax.scatter(
-            points[class_idx == k, 0],
-            points[class_idx == k, 1],
-            s=6,
-            color=colors[name],
-            alpha=0.45,
-            linewidths=0,
-            label=name,
-        )
-        for k, name in enumerate(classes)
-    ]
-    if centers is not None:
-        x, y = np.asarray(centers).T
-        ax.scatter(
-            x, y, s=90, marker="X", c=[colors[name] for name in classes],
-            edgecolors="black", linewidths=1.0, zorder=3,
-        )  # fmt: skip
-    # Anomalous latents may lie far out: they must not squeeze the classes into a corner.
-    low, high = np.quantile(points, [0.005, 0.995], axis=0)
-    margin = 0.4 * (high - low)
-    ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
-    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
-    ax.set_title(
-        "latents at the deepest level: training positions, centres (crosses), this image (rings)", loc="left"
-    )
-    legend = ax.legend(
-        [*handles, flagged],
-        [*classes, "this image, flagged"],
-        loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.6,
-        ncols=1 + len(classes) // 12,
-    )  # fmt: skip
-    for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set_alpha(1)
-
-
-def _draw_scores(
-    ax: Axes,
-    scores: ArrayLike,
-    kinds: Sequence[str],
-    limits: tuple[float, float],
-) -> None:
-    """Draw the class's scores as dots, a row for each thing that the images are."""
-    ax.clear()
-    scores, present = np.asarray(scores), [kind for kind in KINDS if kind in kinds]
-    spread = np.random.default_rng(0).uniform(-0.22, 0.22, len(scores))
-    for row, kind in enumerate(present):
-        mine = np.array([found == kind for found in kinds])
-        ax.scatter(scores[mine], row + spread[mine], s=16, color=KINDS[kind], alpha=0.6, linewidths=0)
-    ax.set(xscale="log", xlim=limits, ylim=(-0.6, len(present) - 0.4), yticks=range(len(present)))
-    ax.set_yticklabels(present)
-    # Few ticks: a logarithmic axis of less than a decade would label every step.
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if limits[1] < 50 * limits[0] else (1.0,)))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("image score; dashed: threshold, line: this image")
-    ax.set_title("scores of the class's test images", loc="left")
-
-
 Projection = Literal["lda", "pca"]
+CRITERIA = {"likelihood": "likelihood", "entropy": "entropy", "both": "both: their product"}
+PROJECTIONS = {"lda": "LDA: classes apart", "pca": "PCA: most variance"}
+KINDS = {"normal": NORMAL_COLOR, "anomalous": ANOMALOUS_COLOR, "unlabelled": "0.5"}
 
 # Training images of each class, and positions of each, that the picture of the latents is made of.
 _IMAGES, _POSITIONS = 8, 24
@@ -417,8 +77,6 @@ class View:
         score: Of the image.
         verdict: "anomalous" where the score reaches the threshold, else "normal".
         truth: "anomalous", "normal" or "unlabelled", and the kind of defect.
-        scores: Of all test images of the class under this criterion, (n,).
-        truths: "anomalous", "normal" or "unlabelled" for each of them.
         positions: The image's positions at the deepest level in two dimensions, (h * w, 2).
         flagged_positions: Those under flagged pixels, (h * w,) bool.
     """
@@ -432,10 +90,16 @@ class View:
     score: float
     verdict: str
     truth: str
-    scores: np.ndarray
-    truths: list[str]
     positions: np.ndarray
     flagged_positions: np.ndarray
+
+    def __str__(self) -> str:
+        """Return in a line what the model says of the image, and what it is."""
+        relation = "at or above" if self.verdict == "anomalous" else "below"
+        return (
+            f"score {self.score:.4g}, {relation} the threshold {self.state.threshold:.4g}: "
+            f"called {self.verdict}; it is {self.truth}"
+        )
 
 
 @dataclass(frozen=True)
@@ -476,7 +140,7 @@ class Explorer:
         )
         # A linear discriminant of K classes has K - 1 directions.
         self.projections: tuple[Projection, ...] = ("lda", "pca") if len(model.classes) > 2 else ("pca",)
-        self._classes, self._truths = inputs.test_classes, [_truth(r) for r in inputs.dataset.test]
+        self._truths = np.array([_truth(record) for record in inputs.dataset.test])
         # Bound to this object: what is kept goes with it.
         self.constants = lru_cache(maxsize=None)(self._constants)
         self.class_scores = lru_cache(maxsize=None)(self._class_scores)
@@ -491,24 +155,24 @@ class Explorer:
         test = self.inputs.dataset.test
         return [(f"{test[i].defect_type}/{test[i].path.name}", int(i)) for i in members[order]]
 
-    def truths(self, class_name: str) -> list[str]:
-        """Say of each of a class's test images "normal", "anomalous" or "unlabelled"."""
-        return [self._truths[i] for i in self._members(class_name)]
+    def truths(self, class_name: str) -> np.ndarray:
+        """Return "normal", "anomalous" or "unlabelled" for each of a class's test images."""
+        truths: np.ndarray = self._truths[self._members(class_name)]
+        return truths
 
     def first(self) -> State:
-        """Give the state to begin with: the run's criterion, the first class's most anomalous image."""
+        """Return the state to begin with: the run's criterion, the first class's most anomalous image."""
         name, criterion = self.classes[0], self.config.criterion
         index = self.images(name)[0][1]
         return State(name, index, criterion, self.threshold(name, criterion), self.projections[0])
 
     def threshold(self, class_name: str, criterion: Criterion) -> float:
-        """Give a threshold to begin with: of largest F1 on the class's test images.
+        """Choose a threshold to begin with: of largest F1 on the class's test images.
 
         It is chosen with the labels of the images it is tried on: good to look at, no estimate. Without
         anomalous and normal images it is the score that one image in twenty exceeds.
         """
-        scores = self.class_scores(class_name, criterion)
-        truths = np.array(self.truths(class_name))
+        scores, truths = self.class_scores(class_name, criterion), self.truths(class_name)
         anomalous, normal = scores[truths == "anomalous"], scores[truths == "normal"]
         if not len(anomalous) or not len(normal):
             return float(np.quantile(scores, 0.95))
@@ -519,7 +183,7 @@ class Explorer:
         return float((steps[best] + steps[max(best - 1, 0)]) / 2)
 
     def limits(self, class_name: str, criterion: Criterion) -> tuple[float, float]:
-        """Give the smallest and the largest threshold of use: positive, around all scores of the class."""
+        """Return the smallest and the largest threshold of use: positive, around all scores of the class."""
         scores = self.class_scores(class_name, criterion)
         high = max(float(scores.max()) * 1.1, 1e-9)
         return float(np.clip(scores.min() / 4, high / 1e4, high / 2)), high
@@ -531,19 +195,18 @@ class Explorer:
             InputError: No such class, image, criterion or projection in this run.
         """
         self._check(state)
-        size, k = self.config.score.map_size, self.inputs.dataset.classes.index(state.class_name)
+        score = self.config.score
         anomaly_map = anomaly_maps(
             self.values[slice(state.index, state.index + 1)],
-            self.constants(k),
-            size=size,
-            sigma=self.config.score.sigma,
+            self.constants(state.class_name),
+            size=score.map_size,
+            sigma=score.sigma,
             criterion=state.criterion,
         )
-        score = float(image_scores(anomaly_map)[0])
+        image_score = float(image_scores(anomaly_map)[0])
         flagged = anomaly_map >= state.threshold
-        grid = self.model.grids[-1]
         image, mask = self._picture(state.index)
-        record = self.inputs.dataset.test[state.index]
+        record, truth = self.inputs.dataset.test[state.index], str(self._truths[state.index])
         return View(
             state,
             image_name(self.inputs.dataset, record),
@@ -551,15 +214,11 @@ class Explorer:
             anomaly_map[0].numpy(),
             mask,
             flagged[0].numpy(),
-            score,
-            "anomalous" if score >= state.threshold else "normal",
-            f"{self._truths[state.index]}, {record.defect_type}"
-            if record.is_anomalous
-            else self._truths[state.index],
-            self.class_scores(state.class_name, state.criterion),
-            self.truths(state.class_name),
+            image_score,
+            "anomalous" if image_score >= state.threshold else "normal",
+            f"{truth}, {record.defect_type}" if record.is_anomalous else truth,
             self._positions(state.index, state.projection),
-            F.adaptive_max_pool2d(flagged[None].float(), grid)[0, 0].bool().flatten().numpy(),
+            F.adaptive_max_pool2d(flagged[None].float(), self.model.grids[-1])[0, 0].bool().flatten().numpy(),
         )
 
     def _check(self, state: State) -> None:
@@ -574,25 +233,24 @@ class Explorer:
             raise InputError(f"image {state.index} is no test image of {state.class_name}; see images()")
 
     def _members(self, class_name: str) -> np.ndarray:
-        return np.flatnonzero(self._classes == self.inputs.dataset.classes.index(class_name))
+        return np.flatnonzero(self.inputs.test_classes == self.inputs.dataset.classes.index(class_name))
 
-    def _constants(self, k: int) -> Normalisation:
-        mine = self.values[torch.from_numpy(np.flatnonzero(self._classes == k))]
-        score = self.config.score
+    def _values_of(self, class_name: str) -> LevelValues:
+        return self.values[torch.from_numpy(self._members(class_name))]
+
+    def _constants(self, class_name: str) -> Normalisation:
+        k, score = self.inputs.dataset.classes.index(class_name), self.config.score
+        mine = self._values_of(class_name)
         return class_normalisation(self.model, mine, k, score.normalisation, score.map_size)
 
     def _class_scores(self, class_name: str, criterion: Criterion) -> np.ndarray:
-        mine = self.values[torch.from_numpy(self._members(class_name))]
-        constants = self.constants(self.inputs.dataset.classes.index(class_name))
+        mine, constants = self._values_of(class_name), self.constants(class_name)
         batches = map_batches(mine, constants, self.config.score, criterion)
         return torch.cat([image_scores(maps) for _, maps in batches]).numpy()
 
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        record, size, resize = (
-            self.inputs.dataset.test[index],
-            self.config.score.map_size,
-            self.config.data.resize,
-        )
+        record, resize = self.inputs.dataset.test[index], self.config.data.resize
+        size = self.config.score.map_size
         image = resize_image(read_image(record.path), size, resize)
         drawn = record.mask_path is not None or (record.is_labelled and not record.is_anomalous)
         return image, load_masks([record], size=size, resize=resize)[0] if drawn else None
@@ -609,9 +267,8 @@ class Explorer:
         labels = self.inputs.train_classes
         sample = spread_sample(labels, len(self.model.classes), _IMAGES)
         z = self._latents(self.inputs.train, sample)
-        chosen = np.random.default_rng(0).permuted(np.tile(np.arange(z.shape[1]), (len(z), 1)), axis=1)[
-            :, :_POSITIONS
-        ]
+        places = np.tile(np.arange(z.shape[1]), (len(z), 1))
+        chosen = np.random.default_rng(0).permuted(places, axis=1)[:, :_POSITIONS]
         z = np.take_along_axis(z, chosen[..., None], axis=1)
         class_idx = np.repeat(labels[sample.numpy()], z.shape[1])
         flat = z.reshape(len(class_idx), -1)
@@ -633,6 +290,10 @@ class Explorer:
         return positions
 
 
+def _truth(record: Any) -> str:
+    return "unlabelled" if not record.is_labelled else "anomalous" if record.is_anomalous else "normal"
+
+
 def open_explorer(config: Config, *, progress: bool = True) -> Explorer:
     """Load the finished run of this dataset, experiment and seed, or train the configuration given.
 
@@ -643,95 +304,129 @@ def open_explorer(config: Config, *, progress: bool = True) -> Explorer:
         InputError: The run is of other images than those found now.
     """
     stored = run_dir(config)
-    if (stored / "metrics.json").is_file() and (stored / "model.safetensors").is_file():
-        here = config
-        config = read_config(stored)
-        config = replace(
-            config, device=here.device, data=replace(config.data, root=here.data.root or config.data.root)
-        )
-        inputs = prepare(config, progress=progress)
-        seen = json.loads((stored / "data.json").read_text(encoding="utf-8"))["digest"]
-        if seen != inputs.identity()["digest"]:
-            raise InputError(
-                f"{stored}: expected the images that it was trained on, found others; name its data_root"
-            )
-        model = HGAD.load(stored / "model.safetensors", inputs.device)
-        values = level_values(model, inputs.test, inputs.test_classes)
-        return Explorer(config, inputs, model, values, source=f"{_short(stored)}, found finished")
-    if config.run_dir is None:
-        own = f"{stored.name}-{config.digest[:8]}"
-        config = replace(config, run_dir=str(stored.parents[1] / "explore" / own))
-    run = RunDirectory.open(config)
-    inputs = prepare(config, progress=progress)
+    finished = (stored / "metrics.json").is_file() and (stored / "model.safetensors").is_file()
+    if finished:
+        own = read_config(stored)
+        data = replace(own.data, root=config.data.root or own.data.root)
+        config = replace(own, device=config.device, run_dir=str(stored), data=data)
+    elif config.run_dir is None:
+        place = stored.parents[1] / "explore" / f"{stored.name}-{config.digest[:8]}"
+        config = replace(config, run_dir=str(place))
+    run, inputs = RunDirectory.open(config), prepare(config, progress=progress)
     model = train_model(config, inputs, run, progress=progress)
-    result = finish_run(config, inputs, model, run)
-    return Explorer(config, inputs, model, result.values, source=f"{_short(run.path)}, a small run")
-
-
-def _short(path: Path) -> str:
-    return "/".join(path.parts[-4:])
-
-
-def _truth(record: Any) -> str:
-    return "unlabelled" if not record.is_labelled else "anomalous" if record.is_anomalous else "normal"
-
-
-CRITERIA = {"likelihood": "likelihood", "entropy": "entropy", "both": "both: their product"}
-PROJECTIONS = {"lda": "LDA: classes apart", "pca": "PCA: most variance"}
-
-
-def describe(view: View) -> str:
-    """Say in a line what the model says of an image, and what it is."""
-    relation = "at or above" if view.verdict == "anomalous" else "below"
-    return (
-        f"score {view.score:.4g}, {relation} the threshold {view.state.threshold:.4g}: "
-        f"called {view.verdict}; it is {view.truth}"
+    values = (
+        level_values(model, inputs.test, inputs.test_classes)
+        if run.complete
+        else finish_run(config, inputs, model, run).values
     )
+    source = f"{'/'.join(run.path.parts[-4:])}, {'found finished' if finished else 'a small run'}"
+    return Explorer(config, inputs, model, values, source=source)
 
 
-class Painter:
-    """Draws the views of an explorer, one figure for each projection of the latents."""
-
-    def __init__(self, explorer: Explorer, *, dpi: int = 100) -> None:
-        self.explorer, self.dpi = explorer, dpi
-        self._figures: dict[Projection, ImageView] = {}
-
-    def draw(self, view: View) -> ImageView:
-        """Bring a view into the figure of its projection."""
-        state = view.state
-        if state.projection not in self._figures:
-            plane = self.explorer.plane(state.projection)
-            name = state.projection.upper()
-            self._figures[state.projection] = ImageView(
-                plane.points,
-                plane.class_idx,
-                self.explorer.model.classes,
-                plane.centers,
-                axis_labels=(f"{name} direction 1 (no unit)", f"{name} direction 2 (no unit)"),
-                dpi=self.dpi,
-            )
-        figure = self._figures[state.projection]
-        figure.show(
-            view.image,
-            view.anomaly_map,
-            view.mask,
-            view.flagged,
-            title=f"{view.name}, {CRITERIA[state.criterion]}\n{describe(view)}",
-            class_name=state.class_name,
-            positions=view.positions,
-            flagged_positions=view.flagged_positions,
-            scores=view.scores,
-            kinds=view.truths,
-            score=view.score,
-            threshold=state.threshold,
-            limits=self.explorer.limits(state.class_name, state.criterion),
-        )
-        return figure
+def overview(explorer: Explorer) -> pd.DataFrame:
+    """Count, for each class and criterion, the labelled test images called right at the first threshold."""
+    rows = {}
+    for name in explorer.classes:
+        truths = explorer.truths(name)
+        known = truths != "unlabelled"
+        row: dict[str, object] = {"test images": int(known.sum())}
+        for criterion in explorer.criteria:
+            called = explorer.class_scores(name, criterion) >= explorer.threshold(name, criterion)
+            row[f"right by {criterion}"] = int((called == (truths == "anomalous"))[known].sum())
+        rows[name] = row
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
 
 
-def draw(explorer: Explorer, state: State) -> ImageView:
-    """Draw one state, for a page."""
-    return Painter(explorer, dpi=200).draw(explorer.view(state))
+def draw(explorer: Explorer, view: View) -> Figure:
+    """Draw an image, its map, its true mask and the mask at the threshold; below, latents and scores."""
+    state, limits = view.state, explorer.limits(view.state.class_name, view.state.criterion)
+    # Places are fixed, since solving a layout takes longer than all the rest.
+    figure = plt.figure(figsize=(11, 6.1), dpi=100, layout="none")
+    plt.close(figure)  # a notebook shows it where it is asked for, not at the end of the cell
+    figure.text(0.055, 0.985, f"{view.name}, {CRITERIA[state.criterion]}\n{view}", va="top", fontsize=11)
+    grid = {"left": 0.055, "right": 0.975, "bottom": 0.5, "top": 0.86, "wspace": 0.2}
+    panels = figure.subplots(1, 4, gridspec_kw=grid)
+    _draw_images(panels, view, figure.add_axes((0.495, 0.5, 0.008, 0.36)), limits[1])
+    _draw_latents(figure.add_axes((0.055, 0.085, 0.42, 0.32)), explorer, view)
+    _draw_scores(figure.add_axes((0.72, 0.085, 0.265, 0.32)), explorer, view, limits)
+    return figure
+
+
+def _draw_images(panels: np.ndarray, view: View, bar: Axes, top: float) -> None:
+    """Draw the image, its map up to the score `top`, the true mask, and the flagged pixels in it."""
+    grey = np.repeat(view.image.mean(-1, keepdims=True), 3, axis=-1) / 255
+    tinted = np.where(view.flagged[..., None], 0.35 * grey + 0.65 * np.array(to_rgb(ANOMALOUS_COLOR)), grey)
+    blank = np.full((*view.flagged.shape, 3), 0.93)
+    mask = blank if view.mask is None else np.repeat(view.mask[..., None], 3, axis=-1).astype(float)
+    titles = ("image", "anomaly map (score, no unit)", "true mask", "at or above the threshold")
+    for ax, pixels, title in zip(panels, (view.image, view.anomaly_map, mask, tinted), titles, strict=True):
+        shown = ax.imshow(pixels, cmap="inferno", vmin=0, vmax=top)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.set_title(title, loc="left")
+        if pixels is view.anomaly_map:
+            panels[0].figure.colorbar(shown, cax=bar, ticks=MaxNLocator(4))
+    bar.tick_params(labelsize=7, length=2)
+    bar.spines[:].set_visible(False)
+    if view.mask is None:
+        panels[2].text(0.5, 0.5, "not drawn", transform=panels[2].transAxes, ha="center", va="center")
+    else:
+        outline_mask(panels[3], view.mask)
+
+
+def _draw_latents(ax: Axes, explorer: Explorer, view: View) -> None:
+    """Draw the normal latents of all classes, the class centres, and the image's positions."""
+    plane, classes = explorer.plane(view.state.projection), explorer.model.classes
+    colors = class_colors(classes)
+    for k, name in enumerate(classes):
+        mine = plane.points[plane.class_idx == k]
+        ax.scatter(*mine.T, s=6, color=colors[name], alpha=0.45, linewidths=0, label=name)
+    if plane.centers is not None:
+        crosses: dict[str, Any] = {"s": 90, "marker": "X", "c": [colors[name] for name in classes]}
+        ax.scatter(*plane.centers.T, edgecolors="black", linewidths=1.0, zorder=3, **crosses)
+    rings: dict[str, Any] = {"s": 24, "edgecolors": "black", "linewidths": 0.9, "zorder": 4}
+    found = view.flagged_positions
+    ax.scatter(*view.positions[~found].T, color=colors[view.state.class_name], **rings)
+    ax.scatter(*view.positions[found].T, color=ANOMALOUS_COLOR, label="this image, flagged", **rings)
+    # Anomalous latents may lie far out: they must not squeeze the classes into a corner.
+    low, high = np.quantile(plane.points, [0.005, 0.995], axis=0)
+    margin = 0.4 * (high - low)
+    ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+    name = view.state.projection.upper()
+    ax.set(xlabel=f"{name} direction 1 (no unit)", ylabel=f"{name} direction 2 (no unit)")
+    ax.set_title(
+        "latents at the deepest level: training positions, centres (crosses), this image (rings)", loc="left"
+    )
+    columns = 1 + len(classes) // 12
+    legend = ax.legend(
+        loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=1.6, ncols=columns
+    )
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+
+
+def _draw_scores(ax: Axes, explorer: Explorer, view: View, limits: tuple[float, float]) -> None:
+    """Draw the class's scores as dots, a row for each thing that the images are."""
+    state = view.state
+    scores = explorer.class_scores(state.class_name, state.criterion)
+    kinds = explorer.truths(state.class_name)
+    present = [kind for kind in KINDS if kind in kinds]
+    spread = np.random.default_rng(0).uniform(-0.22, 0.22, len(scores))
+    for row, kind in enumerate(present):
+        mine = kinds == kind
+        ax.scatter(scores[mine], row + spread[mine], s=16, color=KINDS[kind], alpha=0.6, linewidths=0)
+    ax.axvline(state.threshold, color="0.2", linestyle=(0, (4, 3)), linewidth=1.2)
+    ax.axvline(view.score, color="black")
+    ax.set(xscale="log", xlim=limits, ylim=(-0.6, len(present) - 0.4))
+    ax.set_yticks(range(len(present)), present)
+    # Few ticks: a logarithmic axis of less than a decade would label every step.
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if limits[1] < 50 * limits[0] else (1.0,)))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("image score; dashed: threshold, line: this image")
+    ax.set_title("scores of the class's test images", loc="left")
 
 
 class ExplorerApp:
@@ -743,19 +438,20 @@ class ExplorerApp:
     """
 
     def __init__(self, explorer: Explorer) -> None:
-        # Here, so that the library needs no widgets.
+        # Here, so that the rest needs no widgets.
         import ipywidgets
 
         self.explorer, self.state = explorer, explorer.first()
         wide = {"style": {"description_width": "5.5em"}, "layout": ipywidgets.Layout(width="24em")}
-        self.class_name = ipywidgets.Dropdown(options=explorer.classes, description="class", **wide)
-        self.image = ipywidgets.Dropdown(description="image", **wide)
-        self.criterion = ipywidgets.Dropdown(
-            options=[(CRITERIA[c], c) for c in explorer.criteria], description="criterion", **wide
-        )
-        self.projection = ipywidgets.Dropdown(
-            options=[(PROJECTIONS[p], p) for p in explorer.projections], description="latents", **wide
-        )
+
+        def choice(name: str, words: dict[str, str], known: tuple[str, ...]) -> Any:
+            options = [(words.get(value, value), value) for value in known]
+            return ipywidgets.Dropdown(options=options, description=name, **wide)
+
+        self.class_name = choice("class", {}, explorer.classes)
+        self.image = choice("image", {}, ())
+        self.criterion = choice("criterion", CRITERIA, explorer.criteria)
+        self.projection = choice("latents", PROJECTIONS, explorer.projections)
         self.threshold = ipywidgets.FloatLogSlider(
             description="threshold", readout_format=".4g", style=wide["style"], layout={"width": "48em"}
         )
@@ -766,26 +462,47 @@ class ExplorerApp:
         self.box = ipywidgets.VBox([*boxes, self.verdict, self.figure])
         self.box.add_class("hgad-explorer")
         self.verdict.add_class("hgad-verdict")
-        self._quiet, self._painter = False, Painter(explorer)
-        self._put(self.state, images=True)
-        self.class_name.observe(self._on_class, "value")
-        self.criterion.observe(self._on_criterion, "value")
-        for widget in (self.image, self.projection, self.threshold):
-            widget.observe(self._on_other, "value")
+        self._quiet = False
+        self._put(self.state)
+        self._show(self.state)
+        for widget in (self.class_name, self.image, self.criterion, self.projection, self.threshold):
+            widget.observe(self._changed, "value")
 
-    def _put(self, state: State, *, images: bool = False) -> None:
-        """Bring all widgets to a state, and show it."""
+    def _changed(self, change: dict[str, Any]) -> None:
+        if self._quiet:
+            return
+        now = State(
+            self.class_name.value,
+            self.image.value,
+            self.criterion.value,
+            self.threshold.value,
+            self.projection.value,
+        )
+        # Each class and each criterion has a scale of its own, so the threshold starts anew.
+        if (now.class_name, now.criterion) != (self.state.class_name, self.state.criterion):
+            if now.class_name != self.state.class_name:
+                now = replace(now, index=self.explorer.images(now.class_name)[0][1])
+            now = replace(now, threshold=self.explorer.threshold(now.class_name, now.criterion))
+            self._put(now)
+        self._show(now)
+
+    def _show(self, state: State) -> None:
+        self.state, view, png = state, self.explorer.view(state), io.BytesIO()
+        self.verdict.value = f"<b>{view}</b>"
+        # Not savefig, which the theme has draw twice, at the resolution of paper.
+        FigureCanvasAgg(draw(self.explorer, view)).print_png(png, pil_kwargs={"compress_level": 1})
+        self.figure.value = png.getvalue()
+
+    def _put(self, state: State) -> None:
+        """Bring the widgets that a class and a criterion decide on to a state."""
         self._quiet = True
         try:
-            if images:
-                self.class_name.value = state.class_name
-                self.image.options = self.explorer.images(state.class_name)
+            self.image.options = self.explorer.images(state.class_name)
             self.image.value = state.index
-            self.criterion.value, self.projection.value = state.criterion, state.projection
+            self.criterion.value = state.criterion
             self._put_threshold(state)
         finally:
             self._quiet = False
-        self._show(state)
 
     def _put_threshold(self, state: State) -> None:
         low, high = (math.log10(v) for v in self.explorer.limits(state.class_name, state.criterion))
@@ -801,49 +518,3 @@ class ExplorerApp:
             slider.min, slider.max = min(low, slider.min), max(high, slider.max)
             slider.value = state.threshold
             slider.min, slider.max, slider.step = low, high, step
-
-    def _on_class(self, change: dict[str, Any]) -> None:
-        if not self._quiet:
-            name, criterion = change["new"], self.state.criterion
-            index = self.explorer.images(name)[0][1]
-            threshold = self.explorer.threshold(name, criterion)
-            self._put(State(name, index, criterion, threshold, self.state.projection), images=True)
-
-    def _on_criterion(self, change: dict[str, Any]) -> None:
-        # Each criterion has a scale of its own, so the threshold starts anew.
-        if not self._quiet:
-            now, criterion = self.state, change["new"]
-            threshold = self.explorer.threshold(now.class_name, criterion)
-            self._put(State(now.class_name, now.index, criterion, threshold, now.projection))
-
-    def _on_other(self, change: dict[str, Any]) -> None:
-        if not self._quiet:
-            now = self.state
-            self._show(
-                State(
-                    now.class_name,
-                    self.image.value,
-                    now.criterion,
-                    self.threshold.value,
-                    self.projection.value,
-                )
-            )
-
-    def _show(self, state: State) -> None:
-        self.state, view = state, self.explorer.view(state)
-        self.verdict.value = f"<b>{describe(view)}</b>"
-        self.figure.value = self._painter.draw(view).png()
-
-
-def overview(explorer: Explorer) -> pd.DataFrame:
-    """Count, for each class and criterion, the labelled test images called right at the first threshold."""
-    rows = {}
-    for name in explorer.classes:
-        truths = np.array(explorer.truths(name))
-        known = truths != "unlabelled"
-        row: dict[str, object] = {"test images": int(known.sum())}
-        for criterion in explorer.criteria:
-            called = explorer.class_scores(name, criterion) >= explorer.threshold(name, criterion)
-            row[f"right by {criterion}"] = int((called == (truths == "anomalous"))[known].sum())
-        rows[name] = row
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
