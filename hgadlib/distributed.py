@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from hgadlib.errors import InputError
 
 # Processes wait this long for the first one, which alone evaluates in between.
-_PATIENCE = timedelta(hours=4)
+_TIMEOUT = timedelta(hours=4)
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those that train together.
+    """Those that train together, seen from one of them.
 
     Attributes:
-        rank: Its number, from 0; the first one writes the record.
-        size: How many there are.
+        rank: This process's number, from 0; the first one writes the record.
+        size: How many processes there are.
     """
 
     rank: int = 0
@@ -62,13 +62,9 @@ class Group:
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        torch._foreach_copy_(
-            gradients,
-            [
-                part.view_as(g)
-                for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)
-            ],
-        )
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def sum_(self, values: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, and return it."""
@@ -121,7 +117,7 @@ def process_group(device: str = "auto") -> Iterator[tuple[Group, str]]:
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
     try:
         yield Group(dist.get_rank(), dist.get_world_size()), device
     finally:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hgadlib.mixture import (
     GaussianPrior,
     HierarchicalGaussianMixture,
+    center_entropy,
     center_logits,
     mixture_log_prob,
     standard_log_prob,
@@ -94,8 +95,7 @@ def entropy_loss(z: Tensor, centers: Tensor) -> Tensor:
 
     Source: paper Eq. 9.
     """
-    log_p = F.log_softmax(center_logits(z, centers), dim=-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    return center_entropy(z, centers)
 
 
 def intra_class_nll(
@@ -207,33 +207,26 @@ def hgad_losses(
     if isinstance(prior, GaussianPrior):
         nll = scale * gaussian_nll(z, log_det).mean()
         return {"total": nll, "nll": nll}
-    log_weights = prior.log_weights
-    terms: dict[str, Tensor] = {}
-    weights: dict[str, float] = {}
-
-    def add(name: str, weight: float, value: Tensor) -> None:
-        terms[name], weights[name] = value.mean(), weight
-
+    log_weights, log_weights_intra = prior.log_weights, prior.log_weights_intra
+    terms: dict[str, tuple[float, Tensor]] = {}
     if extended and intra:
         centers = prior.intra_centers(detach_main=False)
-        add(
-            "nll",
-            lambda1,
-            scale * full_mixture_nll(z, log_det, log_weights, centers, prior.log_weights_intra),
-        )
+        nll = full_mixture_nll(z, log_det, log_weights, centers, log_weights_intra)
     else:
-        add("nll", lambda1, scale * inter_class_nll(z, log_det, prior.centers, log_weights))
+        nll = inter_class_nll(z, log_det, prior.centers, log_weights)
+    terms["nll"] = lambda1, scale * nll
     if lambda2:
         mi_weights = log_weights.detach() if detach_class_weights else log_weights
         mi = mutual_information_loss(z, class_idx, prior.centers, mi_weights, label_smoothing=label_smoothing)
-        add("mi", lambda2, mi)
+        terms["mi"] = lambda2, mi
     if lambda_e:
-        add("entropy", lambda_e, entropy_loss(z, prior.centers))
+        terms["entropy"] = lambda_e, entropy_loss(z, prior.centers)
     if intra and not extended and (lambda_in or lambda_z):
-        nll = intra_class_nll(z, log_det, class_idx, prior.intra_centers(), prior.log_weights_intra)
+        nll = intra_class_nll(z, log_det, class_idx, prior.intra_centers(), log_weights_intra)
         if lambda_in:
-            add("intra", lambda_in, scale * nll)
+            terms["intra"] = lambda_in, scale * nll
         if lambda_z:
-            add("log_sigmoid", lambda_z, log_sigmoid_nll(nll, z.shape[-1]))
-    total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-    return {"total": total, **terms}
+            terms["log_sigmoid"] = lambda_z, log_sigmoid_nll(nll, z.shape[-1])
+    means = {name: value.mean() for name, (_, value) in terms.items()}
+    total = torch.stack([weight * means[name] for name, (weight, _) in terms.items()]).sum()
+    return {"total": total, **means}

@@ -12,9 +12,12 @@ exactly, whatever its magnitude.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 LOG_2PI = math.log(2.0 * math.pi)
@@ -69,12 +72,35 @@ def mixture_log_prob(z: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
     return torch.logsumexp(logits, dim=-1) + standard_log_prob(z)
 
 
+def center_entropy(z: Tensor, centers: Tensor) -> Tensor:
+    """Entropy of the softmax over centres (paper Eq. 9), in nats: (..., N, D) and (K, D) to (..., N)."""
+    log_p = F.log_softmax(center_logits(z, centers), dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 class GaussianPrior(nn.Module):
     """One standard Gaussian for everything: the many-to-one prior of CFLOW and FastFlow (Eq. 3)."""
 
     def log_prob(self, z: Tensor, class_idx: Tensor) -> Tensor:
         """Log-density per position, (B, N, D) to (B, N); the class plays no part."""
         return standard_log_prob(z)
+
+
+def _index_centers(n_classes: int, dim: int) -> Tensor:
+    return torch.randn(n_classes, dim) + torch.arange(1, n_classes + 1)[:, None]
+
+
+def _tiled_identity(n_classes: int, dim: int) -> Tensor:
+    rows = torch.arange(dim)[None, :] % n_classes == torch.arange(n_classes)[:, None]
+    return rows.float() * (5.0 / math.sqrt(2.0 * max(dim // n_classes, 1)))
+
+
+_INITIAL_CENTERS: dict[str, Callable[[int, int], Tensor]] = {
+    "index": _index_centers,
+    "normal": torch.randn,
+    "tiled_identity": _tiled_identity,
+    "class_means": torch.randn,
+}
 
 
 class HierarchicalGaussianMixture(nn.Module):
@@ -108,15 +134,7 @@ class HierarchicalGaussianMixture(nn.Module):
         learn_weights: bool = True,
     ) -> None:
         super().__init__()
-        if init == "tiled_identity":
-            block = max(dim // n_classes, 1)
-            rows = torch.arange(dim)[None, :] % n_classes == torch.arange(n_classes)[:, None]
-            centers = rows.float() * (5.0 / math.sqrt(2.0 * block))
-        else:
-            centers = torch.randn(n_classes, dim)
-            if init == "index":
-                centers = centers + torch.arange(1, n_classes + 1)[:, None]
-        self.centers = nn.Parameter(centers, requires_grad=learn_centers)
+        self.centers = nn.Parameter(_INITIAL_CENTERS[init](n_classes, dim), requires_grad=learn_centers)
         self.deltas = nn.Parameter(delta_std * torch.randn(n_classes, n_centers - 1, dim))
         self.psi = nn.Parameter(torch.zeros(n_classes), requires_grad=learn_weights)
         self.psi_intra = nn.Parameter(torch.zeros(n_classes, n_centers))
@@ -147,6 +165,26 @@ class HierarchicalGaussianMixture(nn.Module):
         """Put the main centres, (K, D), in place."""
         self.centers.copy_(centers)
 
+    @torch.no_grad()
+    def split(self, z: Tensor, k: int, *, seed: int = 0) -> None:
+        """Put a class's offsets on the k-means clusters of its latents; the main centre stays.
+
+        In D dimensions an offset drawn from N(0, I) lies some sqrt(D) away from every latent of its class:
+        its share of a latent is about e^(-D/2), so it would never be learnt.
+
+        Args:
+            z: Latents of the class, (N, D); fewer than there are offsets leave all as it was.
+            k: The class.
+            seed: Of k-means.
+        """
+        clusters = self.deltas.shape[1]
+        if not clusters or len(z) < clusters:
+            return
+        # Threads add up in the order they finish: one alone gives a resumed run the same bits.
+        with threadpool_limits(1):
+            found = KMeans(clusters, n_init=1, max_iter=30, random_state=seed).fit(z.cpu().numpy())
+        self.deltas[k] = torch.from_numpy(found.cluster_centers_).to(self.deltas) - self.centers[k]
+
     def log_prob(self, z: Tensor, class_idx: Tensor) -> Tensor:
         """Intra-class log-likelihood under each image's own class, in nats.
 
@@ -163,5 +201,11 @@ class HierarchicalGaussianMixture(nn.Module):
 
     def neg_entropy(self, z: Tensor) -> Tensor:
         """Negative entropy over the main centres (Sec. 3.4), in nats: (..., N, D) to (..., N)."""
-        log_p = F.log_softmax(center_logits(z, self.centers), dim=-1)
-        return (log_p.exp() * log_p).sum(-1)
+        return -center_entropy(z, self.centers)
+
+    def extra_repr(self) -> str:
+        """Name the sizes, and what does not learn."""
+        (n_classes, n_centers), dim = self.psi_intra.shape, self.centers.shape[1]
+        fixed = [name for name in ("centers", "psi") if not getattr(self, name).requires_grad]
+        sizes = f"classes={n_classes}, centers={n_centers} each, dim={dim}"
+        return sizes + "".join(f", {name} fixed" for name in fixed)

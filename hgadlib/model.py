@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hgadlib.config import FlowConfig, PriorConfig
 from hgadlib.errors import InputError
-from hgadlib.files import read_tensors, write_tensors
+from hgadlib.files import replacing
 from hgadlib.flow import FeatureFlow, FixedAffine, Moments
 from hgadlib.losses import hgad_losses
 from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture
 from hgadlib.scoring import LevelValues, Normalisation, inductive
 
 Prior = HierarchicalGaussianMixture | GaussianPrior
-
-
 # Positions of each image that k-means sees.
 _POSITIONS = 64
 
@@ -64,30 +62,17 @@ class HGAD(nn.Module):
             inputs = dim - dim // 2 + (flow.position_dim if flow.kind == "positional" else 0)
             self.flows.append(
                 FeatureFlow(
-                    dim,
-                    grid,
-                    kind=flow.kind,
-                    layers=flow.layers,
-                    position_dim=flow.position_dim,
-                    hidden=max(1, round(flow.hidden_ratio * inputs)),
-                    clamp=flow.clamp,
+                    dim, grid, kind=flow.kind, layers=flow.layers, position_dim=flow.position_dim,
+                    hidden=max(1, round(flow.hidden_ratio * inputs)), clamp=flow.clamp,
                     normalise=flow.normalise != "none",
                 )
-            )
-            if prior.kind == "single":
-                self.priors.append(GaussianPrior())
-            else:
-                self.priors.append(
-                    HierarchicalGaussianMixture(
-                        len(self.classes),
-                        prior.n_centers,
-                        dim,
-                        init=prior.init,
-                        delta_std=prior.delta_std,
-                        learn_centers=prior.learn_centers,
-                        learn_weights=prior.learn_weights,
-                    )
+            )  # fmt: skip
+            self.priors.append(
+                GaussianPrior() if prior.kind == "single" else HierarchicalGaussianMixture(
+                    len(self.classes), prior.n_centers, dim, init=prior.init, delta_std=prior.delta_std,
+                    learn_centers=prior.learn_centers, learn_weights=prior.learn_weights,
                 )
+            )  # fmt: skip
         # Largest value of each class and level among the training features: see scoring.inductive.
         maxima = torch.zeros(len(self.classes), len(self.channels))
         self.register_buffer("log_prob_max", maxima.clone())
@@ -116,7 +101,7 @@ class HGAD(nn.Module):
         """Set from data what is not learnt: the flows' normalisers, then centres that start at class means.
 
         Args:
-            batches: Gives, at each call, the same training images a batch at a time: features, one
+            batches: Returns, at each call, the same training images a batch at a time: features, one
                 (B, H*W, C) a level, and class indices, (B,). Not called where nothing comes from data.
         """
         if self.flow_config.normalise != "none":
@@ -142,35 +127,31 @@ class HGAD(nn.Module):
 
     @torch.no_grad()
     def split_centers(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], *, seed: int = 0) -> None:
-        """Put the offsets within each class on the k-means clusters of its latents; main centres stay.
-
-        In D dimensions an offset drawn from N(0, I) lies some sqrt(D) away from every latent of its class:
-        its share of a latent is about e^(-D/2), so it would never be learnt.
+        """Put the offsets within each class on the clusters of its latents; see the mixture's ``split``.
 
         Args:
             batches: Training images: features, one (B, H*W, C) a level, and class indices, (B,).
             seed: Of the positions taken and of k-means.
+
+        Raises:
+            FloatingPointError: A latent is not finite.
         """
         generator = torch.Generator().manual_seed(seed)
-        n_classes = len(self.classes)
-        latents: list[list[list[Tensor]]] = [[[] for _ in range(n_classes)] for _ in self.levels]
+        latents: list[list[list[Tensor]]] = [[[] for _ in self.classes] for _ in self.levels]
         for features, class_idx in batches:
-            for level, ((flow, _), x) in enumerate(zip(self.levels, features, strict=True)):
+            for (flow, _), x, own in zip(self.levels, features, latents, strict=True):
                 chosen = torch.randperm(x.shape[1], generator=generator)[:_POSITIONS].to(x.device)
                 z = flow(x)[0][:, chosen].cpu()
                 for k in class_idx.unique().tolist():
-                    latents[level][k].append(z[class_idx.cpu() == k].flatten(0, 1))
-        for (_, prior), own in zip(self.levels, latents, strict=True):
-            mixture = cast(HierarchicalGaussianMixture, prior)
-            clusters = mixture.deltas.shape[1]
-            for k in range(n_classes):
-                z = torch.cat(own[k]) if own[k] else torch.empty(0)
-                if clusters and len(z) >= clusters:
-                    # Threads add up in the order they finish: one alone gives a resumed run the same bits.
-                    with threadpool_limits(1):
-                        found = KMeans(clusters, n_init=1, max_iter=30, random_state=seed).fit(z.numpy())
-                    centers = torch.from_numpy(found.cluster_centers_).to(mixture.deltas)
-                    mixture.deltas[k] = centers - mixture.centers[k]
+                    own[k].append(z[class_idx.cpu() == k].flatten(0, 1))
+        for level, ((_, prior), own) in enumerate(zip(self.levels, latents, strict=True)):
+            for k, parts in enumerate(own):
+                z = torch.cat(parts) if parts else torch.empty(0)
+                if not z.isfinite().all():
+                    raise FloatingPointError(
+                        f"level {level + 1}: latents of class {self.classes[k]!r} are not finite"
+                    )
+                cast(HierarchicalGaussianMixture, prior).split(z, k, seed=seed)
 
     def losses(
         self,
@@ -200,6 +181,28 @@ class HGAD(nn.Module):
             terms.append(hgad_losses(z, log_det, class_idx, prior, intra=intra, **weights))
         return terms
 
+    def log_prob(self, features: Sequence[Tensor], class_idx: Tensor) -> list[Tensor]:
+        r"""Compute the log-density of features under the mixture of their image's class, in nats.
+
+        .. math:: \log p(x|y) = \log\sum_i p_i(y)\,\mathcal N(\varphi(x);\mu_i^y, I) + \log|\det J|
+
+        Args:
+            features: One (B, H*W, C) a level.
+            class_idx: Class of each image, (B,) int64; without meaning where the prior is a single Gaussian.
+
+        Returns:
+            One (B, H*W) a level.
+
+        Source: paper Eq. 1 and Sec. 3.4.
+        """
+        return [log_prob for _, log_prob in self._densities(features, class_idx)]
+
+    def _densities(self, features: Sequence[Tensor], class_idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each level's latents, (B, H*W, C), and log-densities, (B, H*W)."""
+        for (flow, prior), x in zip(self.levels, features, strict=True):
+            z, log_det = flow(x)
+            yield z, prior.log_prob(z, class_idx) + log_det
+
     @torch.inference_mode()
     def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
         """Compute what scores are made of.
@@ -209,15 +212,13 @@ class HGAD(nn.Module):
             class_idx: Class of each image, (B,).
 
         Returns:
-            Log-likelihoods and negative entropies, one (B, H, W) a level.
+            Log-likelihoods (per dimension where so configured) and negative entropies, one (B, H, W) a level.
         """
         log_probs, neg_entropies = [], []
-        for (flow, prior), grid, x in zip(self.levels, self.grids, features, strict=True):
-            z, log_det = flow(x)
-            log_prob = prior.log_prob(z, class_idx) + log_det
-            if self.per_dimension:
-                log_prob = log_prob / z.shape[-1]
-            log_probs.append(log_prob.unflatten(1, grid))
+        densities = self._densities(features, class_idx)
+        for (z, log_prob), prior, grid in zip(densities, self.priors, self.grids, strict=True):
+            scale = z.shape[-1] if self.per_dimension else 1
+            log_probs.append((log_prob / scale).unflatten(1, grid))
             if isinstance(prior, HierarchicalGaussianMixture):
                 neg_entropies.append(prior.neg_entropy(z).unflatten(1, grid))
         return LevelValues(tuple(log_probs), tuple(neg_entropies))
@@ -250,12 +251,23 @@ class HGAD(nn.Module):
         self.neg_entropy_max.copy_(neg_entropy_max)
 
     def normalisation(self, class_idx: Tensor) -> Normalisation:
-        """Give the stored constants, (B, L), for images of these classes."""
-        zero = torch.zeros((), device=self.device)
-        return Normalisation(self.log_prob_max[class_idx], self.neg_entropy_max[class_idx], zero, zero)
+        """Return the stored constants, (B, L), for images of these classes."""
+        return Normalisation(self.log_prob_max, self.neg_entropy_max)[class_idx]
+
+    def extra_repr(self) -> str:
+        """Name the classes, the levels and the settings that shape the model."""
+        names = ", ".join(self.classes[:4]) + (", ..." if len(self.classes) > 4 else "")
+        levels = ", ".join(f"{c} x {h} x {w}" for c, (h, w) in zip(self.channels, self.grids, strict=True))
+        flow, prior = self.flow_config, self.prior_config
+        centers = f", {prior.n_centers} centers per class" if self.has_entropy else ""
+        return (
+            f"{len(self.classes)} classes: {names}\nlevels (C x H x W): {levels}\n"
+            f"flow: {flow.kind}, {flow.layers} blocks, clamp {flow.clamp:g}, "
+            f"hidden ratio {flow.hidden_ratio:g}, normalise {flow.normalise}\nprior: {prior.kind}{centers}"
+        )
 
     def architecture(self) -> dict[str, Any]:
-        """Give the constructor's arguments as plain values."""
+        """Return the constructor's arguments as plain values."""
         return {
             "classes": list(self.classes),
             "channels": list(self.channels),
@@ -292,3 +304,24 @@ class HGAD(nn.Module):
                 f"{' '.join(str(error).split())[:200]}"
             ) from None
         return model.to(device)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file from tensors on any device, atomically."""
+    with replacing(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and its metadata.
+
+    Raises:
+        InputError: The file is missing or is not whole.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a safetensors file, found none")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path}: expected a whole safetensors file, found: {error}") from None

@@ -19,7 +19,7 @@ smallest deviations keep their digits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -67,14 +67,26 @@ class Normalisation:
     Attributes:
         log_prob_max: Largest log-likelihood per level, (L,) or per image (B, L).
         neg_entropy_max: Likewise, of the negative entropy.
-        likelihood_offset: Taken off the likelihood map, scalar or (B,).
+        likelihood_offset: Taken off the likelihood map.
         entropy_offset: Taken off the entropy map.
     """
 
     log_prob_max: Tensor
     neg_entropy_max: Tensor
-    likelihood_offset: Tensor
-    entropy_offset: Tensor
+    likelihood_offset: float = 0.0
+    entropy_offset: float = 0.0
+
+    def __getitem__(self, index: Tensor | slice | int) -> Normalisation:
+        """Take the constants of some of the images or classes."""
+        return replace(
+            self, log_prob_max=self.log_prob_max[index], neg_entropy_max=self.neg_entropy_max[index]
+        )
+
+    def to(self, device: torch.device | str) -> Normalisation:
+        """Move the constants to a device."""
+        return replace(
+            self, log_prob_max=self.log_prob_max.to(device), neg_entropy_max=self.neg_entropy_max.to(device)
+        )
 
 
 @lru_cache(maxsize=64)
@@ -89,7 +101,6 @@ def upsampling_matrix(length: int, size: int, sigma: float) -> Tensor:
     Returns:
         (size, length) float64; each row sums to 1.
     """
-    # (a one-position axis is constant; interpolate copes with it)
     matrix = F.interpolate(
         torch.eye(length, dtype=torch.float64)[None], size=size, mode="linear", align_corners=True
     )[0].T
@@ -129,9 +140,8 @@ def level_maxima(values: Sequence[Tensor]) -> Tensor:
 
 
 def inductive(values: LevelValues) -> Normalisation:
-    """Take the constants from a class's training images; offsets are 0."""
-    zero = torch.zeros(())
-    return Normalisation(level_maxima(values.log_prob), level_maxima(values.neg_entropy), zero, zero)
+    """Take the constants from a class's training images."""
+    return Normalisation(level_maxima(values.log_prob), level_maxima(values.neg_entropy))
 
 
 def transductive(values: LevelValues, size: int) -> Normalisation:
@@ -140,15 +150,15 @@ def transductive(values: LevelValues, size: int) -> Normalisation:
     The offset is such that the most normal pixel of the set scores 0 before the blur.
     """
 
-    def offset(levels: Sequence[Tensor], maxima: Tensor) -> Tensor:
+    def offset(levels: Sequence[Tensor], maxima: Tensor) -> float:
         if not levels:
-            return torch.zeros(())
+            return 0.0
         # An image at a time: the set's maps need not exist at once.
         least = [
             missing_normality([v[i : i + 1] for v in levels], maxima, size, 0.0).amin()
             for i in range(len(values))
         ]
-        return torch.stack(least).amin()
+        return float(torch.stack(least).amin())
 
     log_prob_max, neg_entropy_max = level_maxima(values.log_prob), level_maxima(values.neg_entropy)
     return Normalisation(
@@ -178,8 +188,8 @@ def anomaly_maps(
     Source: paper Sec. 3.4.
     """
 
-    def part(levels: Sequence[Tensor], maxima: Tensor, offset: Tensor) -> Tensor:
-        return missing_normality(levels, maxima, size, sigma) - offset.view(-1, 1, 1).to(levels[0])
+    def part(levels: Sequence[Tensor], maxima: Tensor, offset: float) -> Tensor:
+        return missing_normality(levels, maxima, size, sigma) - offset
 
     likelihood = (values.log_prob, constants.log_prob_max, constants.likelihood_offset)
     entropy = (values.neg_entropy, constants.neg_entropy_max, constants.entropy_offset)

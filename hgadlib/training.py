@@ -19,14 +19,15 @@ from hgadlib.config import LossConfig, TrainConfig
 from hgadlib.distributed import ALONE, Group
 from hgadlib.errors import InputError
 from hgadlib.features.store import Features, spread_sample
-from hgadlib.files import read_tensors, write_tensors
-from hgadlib.model import HGAD
+from hgadlib.model import HGAD, read_tensors, write_tensors
 from hgadlib.progress import progress_bar
 from hgadlib.scoring import LevelValues
 
+_ADVICE = "lower train.lr or set train.gradient_clip"
+
 
 def learning_rate(progress: float, config: TrainConfig) -> float:
-    """Give the learning rate at a share of the training.
+    """Return the learning rate at a share of the training.
 
     Args:
         progress: Share of all steps done, 0 to 1.
@@ -59,7 +60,7 @@ def build_optimiser(model: HGAD, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def first_stage_epochs(config: TrainConfig) -> int:
-    """Number of epochs without intra-class terms: the configured share, rounded up, but never all."""
+    """Return how many epochs have no intra-class terms: the configured share, rounded up, but never all."""
     # 0.07 * 100 is a little more than 7 in binary; that is no eighth epoch.
     share = math.ceil(round(config.first_stage * config.epochs, 6))
     return min(share, config.epochs - 1)
@@ -115,67 +116,26 @@ def fit(
 
     Source: paper Alg. 1, Sec. 4.2 and App. C.
     """
-    device = model.device
-    labels = torch.as_tensor(class_idx, dtype=torch.int64, device=device)
+    labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
+    n_images, stage_two = len(labels), first_stage_epochs(train)
     group.align(model)
     optimiser = build_optimiser(model, train)
-    parameters = [p for settings in optimiser.param_groups for p in settings["params"]]
-    n_images, n_levels = len(labels), len(model.flows)
     rows: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
         rows = load_checkpoint(checkpoint, model, optimiser)
-    saved_at = time.monotonic()
-    steps_per_epoch = math.ceil(n_images / train.batch_size)
-    stage_two = first_stage_epochs(train)
-    precision = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
-    # The levels share no parameter, so one backward pass over their sum serves all of them, and one step
-    # of Adam is a step per level. Alg. 1 averages over levels, which scales gradients (not Adam's steps).
-    scale = 1.0 if train.step_per_level else 1.0 / n_levels
-    done = len(rows)
-    show = progress and group.is_main
-    bar = progress_bar(train.epochs * n_images, "train", initial=done * n_images, show=show)
-    with bar:
+    done, saved_at, show = len(rows), time.monotonic(), progress and group.is_main
+    with progress_bar(train.epochs * n_images, "train", initial=done * n_images, show=show) as bar:
         for epoch in range(done, train.epochs):
             started = time.perf_counter()
-            intra = epoch >= stage_two
             if epoch == stage_two and model.has_entropy and model.prior_config.delta_init == "kmeans":
                 split_centers(model, features, labels, seed=seed)
                 group.align(model)
-            weights = asdict(loss)
-            if not intra and not train.entropy_in_first_stage:
-                weights["lambda_e"] = 0.0
-            sums: dict[str, Tensor] = {}
-            order = batch_order(n_images, train.batch_size, seed, epoch)
-            parts, shares = zip(*map(group.share, order), strict=True)
-            # Moved once an epoch: a copy per step would have the host wait for the device each time.
-            own_labels = labels[torch.cat(parts).to(device)].split([len(part) for part in parts])
-            places = torch.cat(parts).to(features.levels[0].device).split([len(part) for part in parts])
-            for step, (_, batch) in enumerate(features.batches(places, device)):
-                lr = learning_rate((epoch * steps_per_epoch + step) / (train.epochs * steps_per_epoch), train)
-                for settings in optimiser.param_groups:
-                    settings["lr"] = lr
-                terms = model.losses(batch, own_labels[step], intra=intra, precision=precision, **weights)
-                optimiser.zero_grad(set_to_none=True)
-                torch.stack([t["total"] for t in terms]).sum().mul(scale * shares[step]).backward()
-                group.sum_gradients(parameters)
-                if train.gradient_clip is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
-                optimiser.step()
-                share = shares[step] * len(order[step]) / (n_images * n_levels)
-                for t in terms:
-                    for name, value in t.items():
-                        mine = value.detach() * share
-                        sums[name] = sums[name] + mine if name in sums else mine
-                bar.update(len(order[step]))
-            totals = group.sum_(torch.stack(list(sums.values()))).tolist()  # the one wait for the device
-            means = dict(zip(sums, totals, strict=True))
-            if not math.isfinite(means["total"]):
-                raise FloatingPointError(
-                    f"the loss is {means['total']} in epoch {epoch + 1}; lower train.lr or set "
-                    "train.gradient_clip"
-                )
+            means = _epoch(
+                model, optimiser, features, labels, epoch,
+                train=train, loss=loss, seed=seed, group=group, advance=bar.update,
+            )  # fmt: skip
             seconds = time.perf_counter() - started
-            rows.append({"epoch": epoch + 1, "stage": 2 if intra else 1, **means, "lr": lr})
+            rows.append({"epoch": epoch + 1, "stage": 1 if epoch < stage_two else 2, **means})
             rows[-1] |= {"seconds": seconds, "images_per_s": n_images / seconds}
             bar.set_postfix_str(f"epoch {epoch + 1}/{train.epochs}, loss {means['total']:.3f}")
             if not group.is_main:
@@ -193,11 +153,94 @@ def fit(
     return pd.DataFrame(rows)
 
 
+def _epoch(
+    model: HGAD,
+    optimiser: torch.optim.Optimizer,
+    features: Features,
+    labels: Tensor,
+    epoch: int,
+    *,
+    train: TrainConfig,
+    loss: LossConfig,
+    seed: int,
+    group: Group,
+    advance: Callable[[int], object],
+) -> dict[str, float]:
+    """Take a step of Adam for each batch of an epoch, counted from 0, as :func:`fit` was told.
+
+    Returns the mean of every term over images and levels, and the last learning rate, "lr".
+    """
+    n_images, device = len(labels), model.device
+    parameters = [p for settings in optimiser.param_groups for p in settings["params"]]
+    precision = torch.bfloat16 if train.precision == "bfloat16" else torch.float32
+    intra = epoch >= first_stage_epochs(train)
+    weights = asdict(loss)
+    if not intra and not train.entropy_in_first_stage:
+        weights["lambda_e"] = 0.0
+    # The levels share no parameter, so one backward pass over their sum serves all of them, and one step
+    # of Adam is a step per level. Alg. 1 averages over levels, which scales gradients (not Adam's steps).
+    scale = 1.0 if train.step_per_level else 1.0 / len(model.flows)
+    order = batch_order(n_images, train.batch_size, seed, epoch)
+    parts, shares = zip(*map(group.share, order), strict=True)
+    # Moved once an epoch: a copy per step would have the host wait for the device each time.
+    own_labels = labels[torch.cat(parts).to(device)].split([len(part) for part in parts])
+    places = torch.cat(parts).to(features.levels[0].device).split([len(part) for part in parts])
+    found: list[list[dict[str, Tensor]]] = []
+    for step, (_, batch) in enumerate(features.batches(places, device)):
+        lr = learning_rate((epoch * len(order) + step) / (train.epochs * len(order)), train)
+        for settings in optimiser.param_groups:
+            settings["lr"] = lr
+        terms = model.losses(batch, own_labels[step], intra=intra, precision=precision, **weights)
+        optimiser.zero_grad(set_to_none=True)
+        torch.stack([t["total"] for t in terms]).sum().mul(scale * shares[step]).backward()
+        group.sum_gradients(parameters)
+        if train.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
+        optimiser.step()
+        found.append([{name: value.detach() for name, value in t.items()} for t in terms])
+        advance(len(order[step]))
+    total = n_images * len(model.flows)
+    counts = [share * len(batch) / total for share, batch in zip(shares, order, strict=True)]
+    return _mean_terms(found, counts, epoch, group) | {"lr": lr}
+
+
+def _mean_terms(
+    found: list[list[dict[str, Tensor]]], counts: list[float], epoch: int, group: Group
+) -> dict[str, float]:
+    """Sum each term over steps and levels, a step's terms times its count; refuse what is not finite."""
+    sums: dict[str, Tensor] = {}
+    for levels, count in zip(found, counts, strict=True):
+        for terms in levels:
+            for name, value in terms.items():
+                sums[name] = sums[name] + value * count if name in sums else value * count
+    totals = group.sum_(torch.stack(list(sums.values()))).tolist()  # the one wait for the device
+    means = dict(zip(sums, totals, strict=True))
+    if not math.isfinite(means["total"]):
+        broken = [
+            f": level {level + 1}, {name} is {value.item()}"
+            for levels in found
+            for level, terms in enumerate(levels)
+            for name, value in terms.items()
+            if name != "total" and not value.isfinite()
+        ]
+        raise FloatingPointError(
+            f"the loss is {means['total']} in epoch {epoch + 1}{''.join(broken[:1])}; {_ADVICE}"
+        )
+    return means
+
+
 def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int, per_class: int = 64) -> None:
-    """Start the second stage with the centres within each class on clusters of its latents."""
+    """Start the second stage with the centres within each class on clusters of its latents.
+
+    Raises:
+        FloatingPointError: The last step of the first stage has left weights that are not finite.
+    """
     sample = spread_sample(labels.cpu().numpy(), len(model.classes), per_class)
     batches = features.batches(sample.split(32), model.device)
-    model.split_centers(((x, labels[index.to(model.device)]) for index, x in batches), seed=seed)
+    try:
+        model.split_centers(((x, labels[index.to(model.device)]) for index, x in batches), seed=seed)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"at the start of the second stage, {error}; {_ADVICE}") from None
 
 
 def calibrate(model: HGAD, features: Features, class_idx: np.ndarray, *, batch_size: int = 32) -> None:
@@ -224,7 +267,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, model: HGAD, optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Put a checkpoint's state in place and return its history's rows.
+    """Load a checkpoint's state into model and optimiser, and return its history's rows.
 
     Raises:
         InputError: It is damaged, or of another model; the line says what to delete.

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from hgadlib.config import Config, FlowConfig, PriorConfig, config_from_dict
 from hgadlib.features.store import Features
@@ -15,6 +17,13 @@ from hgadlib.model import HGAD
 
 GRIDS = ((3, 4), (2, 2))
 CHANNELS = (6, 4)
+
+
+def reference_log_prob(z: Tensor, centers: Tensor, weights: Tensor) -> Tensor:
+    """Mixture log-density by torch.distributions, in float64: z (N, D), centers (K, D), weights (K,)."""
+    centers = centers.double()
+    components = Independent(Normal(centers, torch.ones_like(centers)), 1)
+    return MixtureSameFamily(Categorical(weights.double()), components).log_prob(z.double())
 
 
 def features(n: int, *, n_classes: int = 2, seed: int = 0, shift: float = 0.0) -> tuple[Features, np.ndarray]:

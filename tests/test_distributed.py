@@ -31,8 +31,9 @@ def test_shares_cover_a_batch_once(n: int) -> None:
     assert all(len(part) for part, _ in parts)  # a process without images still has gradients, of weight 0
 
 
-def test_weighted_means_of_the_shares_are_the_mean_of_the_batch() -> None:
-    values, batch = torch.linspace(-1, 2, 7, dtype=torch.float64), torch.arange(7)
+@pytest.mark.parametrize("n", [7, 2])  # more and fewer images than processes
+def test_weighted_means_of_the_shares_are_the_mean_of_the_batch(n: int) -> None:
+    values, batch = torch.linspace(-1, 2, n, dtype=torch.float64), torch.arange(n)
     parts = [Group(rank, 3).share(batch) for rank in range(3)]
     assert sum(float(values[part].mean()) * weight for part, weight in parts) == pytest.approx(
         float(values.mean())

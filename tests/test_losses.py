@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mixture import reference_log_prob
+from small import reference_log_prob
 from torch import Tensor
 
 from hgadlib.config import FlowConfig, LossConfig, PriorConfig

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from small import reference_log_prob
+from torch.distributions import Independent, Normal
 
 from hgadlib.mixture import (
     GaussianPrior,
@@ -16,13 +16,6 @@ from hgadlib.mixture import (
     mixture_log_prob,
     standard_log_prob,
 )
-
-
-def reference_log_prob(z: Tensor, centers: Tensor, weights: Tensor) -> Tensor:
-    """Mixture log-density by torch.distributions, in float64: z (N, D), centers (K, D), weights (K,)."""
-    centers = centers.double()
-    components = Independent(Normal(centers, torch.ones_like(centers)), 1)
-    return MixtureSameFamily(Categorical(weights.double()), components).log_prob(z.double())
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 10.0])
@@ -97,23 +90,46 @@ def test_entropy_lies_between_0_and_log_k(n_classes: int) -> None:
         assert -prior.neg_entropy(prior.centers.detach()[None]).max() == 0
 
 
-def test_initial_centres() -> None:
+def test_main_centres_start_as_named() -> None:
     torch.manual_seed(0)
-    text = HierarchicalGaussianMixture(4, 3, 20_000)  # mu_y = y + r, y from 1 (Alg. 1)
-    torch.testing.assert_close(text.centers.mean(-1), torch.arange(1.0, 5.0), rtol=0, atol=0.05)
-    torch.testing.assert_close(text.centers.std(-1), torch.ones(4), rtol=0, atol=0.05)
-    torch.testing.assert_close(text.deltas.std(), torch.tensor(1.0), rtol=0, atol=0.05)
-    assert text.deltas.shape == (4, 2, 20_000)  # the main centre's own offset is fixed at 0
-    assert text.intra_centers()[:, 0].equal(text.centers)
-    assert HierarchicalGaussianMixture(4, 3, 9, delta_std=0.0).deltas.abs().max() == 0
-    normal = HierarchicalGaussianMixture(4, 3, 20_000, init="normal")
-    torch.testing.assert_close(normal.centers.mean(-1), torch.zeros(4), rtol=0, atol=0.05)
+    text = HierarchicalGaussianMixture(4, 3, 20_000).centers  # mu_y = y + r, y from 1 (Alg. 1)
+    torch.testing.assert_close(text.mean(-1), torch.arange(1.0, 5.0), rtol=0, atol=0.05)
+    torch.testing.assert_close(text.std(-1), torch.ones(4), rtol=0, atol=0.05)
+    for init in ("normal", "class_means"):
+        normal = HierarchicalGaussianMixture(4, 3, 20_000, init=init).centers
+        torch.testing.assert_close(normal.mean(-1), torch.zeros(4), rtol=0, atol=0.05)
     tiled = HierarchicalGaussianMixture(3, 1, 8, init="tiled_identity").centers
     # rows of the identity, repeated along the channels; every pair of centres is about 5 apart
     assert (tiled != 0).sum(0).tolist() == [1] * 8
     assert torch.cdist(tiled, tiled)[0, 1].item() == pytest.approx(5 * math.sqrt(6 / 4))
-    for prior in (text, normal):
-        assert prior.psi.abs().max() == prior.psi_intra.abs().max() == 0
+
+
+def test_offsets_start_about_the_main_centre() -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(4, 3, 20_000)
+    torch.testing.assert_close(prior.deltas.std(), torch.tensor(1.0), rtol=0, atol=0.05)
+    assert prior.deltas.shape == (4, 2, 20_000)  # the main centre's own offset is fixed at 0
+    assert prior.intra_centers()[:, 0].equal(prior.centers)
+    assert HierarchicalGaussianMixture(4, 3, 9, delta_std=0.0).deltas.abs().max() == 0
+    assert prior.psi.abs().max() == prior.psi_intra.abs().max() == 0  # all weights equal
+
+
+def test_a_split_puts_the_offsets_on_clusters() -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(2, 3, 5)
+    main, other = prior.centers.detach().clone(), prior.deltas.detach()[0].clone()
+    clusters = torch.tensor([[4.0], [-6.0]]).expand(2, 5)
+    z = clusters.repeat(50, 1) + 0.1 * torch.randn(100, 5)
+    prior.split(z, 1)
+    found = prior.intra_centers().detach()[1, 1:]
+    found = found[found[:, 0].argsort(descending=True)]
+    torch.testing.assert_close(found, clusters, rtol=0, atol=0.1)
+    assert prior.centers.equal(main)
+    assert prior.deltas[0].equal(other)
+    before = prior.deltas.detach().clone()
+    prior.split(z[:1], 1)  # one latent, two offsets
+    HierarchicalGaussianMixture(2, 1, 5).split(z, 0)  # no offset
+    assert prior.deltas.equal(before)
 
 
 def test_fixed_centres_and_weights_do_not_learn() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,8 +18,10 @@ import yaml
 
 from hgadlib.config import Config, load_config
 from hgadlib.errors import InputError
-from hgadlib.files import read_tensors, replacing, write_atomically, write_tensors
+from hgadlib.files import replacing, write_atomically
+from hgadlib.model import read_tensors, write_tensors
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
+from hgadlib.runs.hardware import matmul_rate
 
 DATA = {"digest": "images", "train": 3, "test": 2}
 OTHER_DATA = {"digest": "other images", "train": 4, "test": 2}
@@ -111,6 +114,11 @@ def test_the_environment_says_hardware_versions_and_time() -> None:
     assert torch.__version__.startswith(found["packages"]["torch"])
     assert "threads" in found["device"]
     assert set(found) >= {"python", "platform", "cpu", "cores", "threads", "commit", "started"}
+
+
+def test_rate_of_matrix_products_counts_two_operations_a_multiply_add() -> None:
+    seconds = itertools.count()  # a clock by which every product takes one second
+    assert matmul_rate(torch.device("cpu"), size=4, clock=lambda: float(next(seconds))) == 2 * 4**3
 
 
 def test_no_number_that_is_none_reaches_a_record() -> None:

@@ -128,13 +128,13 @@ def test_constants_per_image_are_those_of_its_class() -> None:
     joint = type(constants[0])(
         torch.stack([c.log_prob_max for c in constants]),
         torch.stack([c.neg_entropy_max for c in constants]),
-        torch.zeros(2),
-        torch.zeros(2),
-    )
+    ).to("cpu")
     maps = anomaly_maps(values, joint, size=SIZE, sigma=4.0)
     for image, own in enumerate(constants):
         expected = anomaly_maps(values[image : image + 1], own, size=SIZE, sigma=4.0)
         torch.testing.assert_close(maps[image : image + 1], expected)
+        alone = anomaly_maps(values[image : image + 1], joint[image], size=SIZE, sigma=4.0)
+        torch.testing.assert_close(alone, expected)
 
 
 def test_without_classes_the_likelihood_decides() -> None:

@@ -152,14 +152,27 @@ def test_history_has_a_row_an_epoch_with_means_over_images() -> None:
         assert other == pytest.approx(one, rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path, level: int) -> None:
     broken = model()
     with torch.no_grad():
-        broken.priors[0].centers.fill_(math.nan)  # type: ignore[union-attr, operator, unused-ignore]
+        broken.priors[level].centers.fill_(math.nan)  # type: ignore[union-attr, operator, unused-ignore]
     path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(FloatingPointError, match=r"epoch 1; lower train\.lr or set train\.gradient_clip"):
+    said = rf"is nan in epoch 1: level {level + 1}, nll is nan; lower train\.lr or set train\.gradient_clip"
+    with pytest.raises(FloatingPointError, match=said):
         run(config(), into=broken, checkpoint=path)
     assert not path.exists()
+
+
+def test_weights_that_broke_in_the_last_step_of_the_first_stage_do_not_reach_k_means() -> None:
+    def spoil(epoch: int, current: HGAD) -> dict[str, float]:
+        if epoch == 3:
+            next(current.flows[1].parameters()).data.fill_(math.nan)
+        return {}
+
+    said = r"start of the second stage, level 2: latents of class 'class0' are not finite; lower train\.lr"
+    with pytest.raises(FloatingPointError, match=said):
+        run(config(), on_epoch=spoil)
 
 
 def test_weights_that_broke_in_the_last_step_do_not_pass() -> None:
@@ -284,7 +297,10 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
     again = HGAD.load(tmp_path / "model.safetensors")
     data, class_idx = features(4)
     one, other = (m.level_values(list(data.levels), torch.from_numpy(class_idx)) for m in (fitted, again))
-    assert all(torch.equal(a, b) for a, b in zip(one.log_prob, other.log_prob, strict=True))
+    for name in ("log_prob", "neg_entropy"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(one, name), getattr(other, name), strict=True))
+    for name in ("log_prob_max", "neg_entropy_max"):
+        assert torch.equal(getattr(again, name), getattr(fitted, name)) and getattr(again, name).any()
     assert again.architecture() == fitted.architecture()
 
 

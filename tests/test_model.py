@@ -1,0 +1,109 @@
+"""The whole model: its density, what print says, and the names of its weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from small import CHANNELS, GRIDS, features, model
+from torch import Tensor
+
+from hgadlib.config import FlowConfig, PriorConfig
+from hgadlib.model import HGAD, read_tensors, write_tensors
+
+
+def one_level(channels: int, grid: tuple[int, int], n_classes: int, n_centers: int, kind: str) -> HGAD:
+    """A model of one level in float64, with nothing at its initial value."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = HGAD(
+            [f"class{k}" for k in range(n_classes)], [channels], [grid],
+            flow=FlowConfig(layers=3, position_dim=4), prior=PriorConfig(kind=kind, n_centers=n_centers),  # type: ignore[arg-type]
+        )  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    normaliser = made.levels[0][0].normaliser
+    assert normaliser is not None
+    normaliser.fit(torch.ones(channels), 2 * torch.eye(channels) + 0.3, whiten=True)
+    return made
+
+
+PRIORS = [(3, 4, "mixture"), (1, 1, "mixture"), (2, 3, "single")]
+
+
+@pytest.mark.parametrize(("n_classes", "n_centers", "kind"), PRIORS)
+def test_log_prob_is_prior_and_jacobian(n_classes: int, n_centers: int, kind: str) -> None:
+    made = one_level(3, (2, 2), n_classes, n_centers, kind)
+    flow, prior = made.levels[0]
+    x, k = torch.randn(1, 4, 3, dtype=torch.float64), n_classes - 1
+
+    def at_position(value: Tensor) -> Tensor:
+        return flow(torch.cat([x[:, :2], value.view(1, 1, 3), x[:, 3:]], 1))[0][0, 2]
+
+    jacobian = torch.autograd.functional.jacobian(at_position, x[0, 2])
+    z, centers, weights = at_position(x[0, 2]), torch.zeros(1, 3).double(), torch.ones(1).double()
+    if kind == "mixture":
+        state = prior.state_dict()
+        centers = torch.cat([state["centers"][k][None], state["centers"][k] + state["deltas"][k]])
+        weights = state["psi_intra"][k].softmax(0)
+    gaussians = (2 * math.pi) ** -1.5 * (-0.5 * (z - centers).square().sum(-1)).exp()
+    expected = (weights * gaussians).sum().log() + torch.linalg.det(jacobian).abs().log()
+    (found,) = made.log_prob([x], torch.tensor([k]))
+    assert found.shape == (1, 4)
+    torch.testing.assert_close(found[0, 2], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_density_integrates_to_one() -> None:
+    made = one_level(2, (1, 1), 2, 2, "mixture")
+    axis = torch.linspace(-25, 25, 1001, dtype=torch.float64)
+    plane = torch.cartesian_prod(axis, axis)[:, None]  # an image a point
+    for k in (0, 1):
+        with torch.no_grad():
+            (log_prob,) = made.log_prob([plane], torch.full((len(plane),), k))
+        assert float(log_prob.exp().sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1, abs=1e-3)
+
+
+def test_level_values_are_the_density_per_dimension() -> None:
+    made, (data, class_idx) = model(), features(5)
+    labels = torch.from_numpy(class_idx)
+    values = made.level_values(list(data.levels), labels)
+    for level, log_prob in enumerate(made.log_prob(list(data.levels), labels)):
+        expected = log_prob.unflatten(1, GRIDS[level]) / CHANNELS[level]
+        torch.testing.assert_close(values.log_prob[level], expected)
+
+
+def test_print_says_what_it_is() -> None:
+    text = str(model(n_classes=6))
+    for part in (
+        "6 classes: class0, class1, class2, class3, ...", "6 x 3 x 4, 4 x 2 x 2", "prior: mixture, 3 centers",
+        "clamp=1.9", "grid=3x4", "out_features=7", "FixedAffine(channels=6)", "classes=6, centers=3 each",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "prior: single" in str(model(kind="single"))
+
+
+BLOCK = ("global_scale", "global_offset", "w_perm", "subnet.0.weight", "subnet.0.bias", "subnet.2.weight")
+# Files that earlier versions of the library wrote must load: a name here never changes.
+NAMES = ["log_prob_max", "neg_entropy_max"]
+for level in (0, 1):
+    inn = f"flows.{level}.inn.module_list"
+    NAMES += [f"{inn}.0.{name}" for name in ("mean", "weight", "inverse_weight", "log_det")]
+    NAMES += [f"{inn}.{block}.{name}" for block in (1, 2) for name in (*BLOCK, "subnet.2.bias")]
+    NAMES += [f"priors.{level}.{name}" for name in ("centers", "deltas", "psi", "psi_intra")]
+
+
+def test_a_file_with_today_s_names_loads(tmp_path: Path) -> None:
+    other, made = model(seed=1), model()
+    own = made.state_dict()
+    assert sorted(own) == sorted(NAMES)
+    made.save(tmp_path / "model.safetensors")
+    _, metadata = read_tensors(tmp_path / "model.safetensors")
+    write_tensors(tmp_path / "old.safetensors", {name: other.state_dict()[name] for name in NAMES}, metadata)
+    loaded = HGAD.load(tmp_path / "old.safetensors").state_dict()
+    assert all(loaded[name].equal(value) for name, value in other.state_dict().items())
