@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from hgadbook.qualitative import map_comparison, normal_rank, telling_images
-from hgadlib.errors import InputError
 
 SCORES = np.array([0.1, 0.2, 0.3, 0.25, 0.9, 0.15, 0.5])
 CLASSES = np.array([0, 0, 0, 0, 0, 0, 1])
@@ -52,15 +52,16 @@ def test_a_comparison_has_a_column_a_model_and_one_scale_each() -> None:
     masks = np.zeros((2, 8, 8), bool)
     masks[0, 2:4, 2:4] = True
     maps = {"one": np.zeros((2, 8, 8)), "two": np.ones((2, 8, 8))}
-    maps["two"][1] = 5
-    figure = map_comparison(images, masks, maps, ["a", "b"], normal=images)
+    limits, captions = {"one": (0.0, 2.0), "two": (1.0, 5.0)}, {"one": ["p", "q"], "two": ["r", "s"]}
+    figure = map_comparison(
+        images, masks, maps, ["a", "b"], normal=images + 1, limits=limits, captions=captions
+    )
     axes = np.array(figure.axes).reshape(2, 5)
     assert [ax.get_title() for ax in axes[0]] == ["normal", "image", "mask", "one", "two"]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["a", "b"]
+    assert [ax.get_xlabel() for ax in axes[1]] == ["", "", "", "q", "s"]
     assert [ax.images[0].get_clim() for ax in axes[:, 4]] == [(1, 5), (1, 5)]
-    assert len(axes[0, 3].collections) == 2 and not axes[1, 3].collections
-    with pytest.raises(InputError, match="expected maps and masks of the images' size"):
-        map_comparison(images, masks, {"one": np.zeros((2, 4, 4))}, ["a", "b"])
-    with pytest.raises(InputError, match="expected finite scores"):
-        map_comparison(images, masks, {"one": np.full((2, 8, 8), np.nan)}, ["a", "b"])
-    with pytest.raises(InputError, match=r"expected images \(N, H, W, 3\)"):
-        map_comparison(images, masks, maps, ["a"])
+    # The first image's defect is outlined on its maps, and nothing else is.
+    assert [[len(ax.collections) for ax in row] for row in axes] == [[0, 0, 0, 2, 2], [0, 0, 0, 0, 0]]
+    assert axes[0, 0].images[0].get_array().max() == 1 and not axes[0, 1].images[0].get_array().any()
+    plt.close(figure)

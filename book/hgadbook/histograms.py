@@ -33,11 +33,7 @@ def overlap_table(overlaps: Overlaps) -> pd.DataFrame:
 
 
 def separation_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Tabulate each class's pixel AUROC, image AUROC where it has no masks, in percent, and last less first.
-
-    Args:
-        metrics: By the name of the run, the content of its metrics.json.
-    """
+    """Tabulate the classes' pixel AUROC (image AUROC without masks) in each run's metrics.json, percent."""
     values = {
         run: {
             name: found["image_auroc"] if found["pixel_auroc"] is None else found["pixel_auroc"]

@@ -1,9 +1,8 @@
 """Sec. 3.2, measured: what a training does to losses, AUROC and likelihoods, and to every coupling block.
 
 The paper argues that one Gaussian for all classes lets a flow predict constants (Eq. 4): every s very
-negative, every t close to zero, whatever the input. Here both are measured on fixed samples of features as a
-run trains. No random number is drawn and no gradient kept, so a run trains the same with the record and
-without.
+negative, every t close to zero, whatever the input. Here both are measured on fixed features as a run trains.
+No random number is drawn and no gradient kept, so a run trains the same with the record and without.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ DROP = 2.0
 
 # Images of each class that a sample holds, and images that pass a flow at a time.
 _PER_CLASS, _BATCH = 8, 32
-# Share of the clamp from which on a scale counts as at its limit.
-_LIMIT = 0.95
+# The largest size of s in these experiments, and the share of it from which on a scale is at its limit.
+_CLAMP, _LIMIT = 1.9, 0.95
 
 
 def train_flow(config: Config, inputs: Inputs, run: RunDirectory, *, progress: bool = True) -> HGAD:
@@ -287,12 +286,11 @@ def course_sentences(course: pd.DataFrame) -> list[str]:
     return said
 
 
-def coupling_claims(tables: Mapping[str, pd.DataFrame], clamp: float = 1.9) -> pd.DataFrame:
+def coupling_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Compute what Sec. 3.2 makes claims about, s and t, at the last recorded epoch.
 
     Args:
         tables: By the name of the run, rows of coupling.csv or of a record's coupling.
-        clamp: The largest size of s.
 
     Returns:
         A row per run, over all blocks and levels. Of training positions: the mean of s and the lowest mean of
@@ -308,8 +306,8 @@ def coupling_claims(tables: Mapping[str, pd.DataFrame], clamp: float = 1.9) -> p
         means = last.groupby("group")["s_mean"].mean()
         rows[name] = {
             "epoch": int(train["epoch"].iloc[0]),
-            "mean s / clamp (%)": 100 * train["s_mean"].mean() / clamp,
-            "lowest block (%)": 100 * train["s_mean"].min() / clamp,
+            "mean s / clamp (%)": 100 * train["s_mean"].mean() / _CLAMP,
+            "lowest block (%)": 100 * train["s_mean"].min() / _CLAMP,
             "s at the limit (%)": 100 * train["s_limit"].mean(),
             "input in var s (%)": 100 * train["s_input"].mean(),
             "input in var t (%)": 100 * train["t_input"].mean(),
@@ -320,14 +318,14 @@ def coupling_claims(tables: Mapping[str, pd.DataFrame], clamp: float = 1.9) -> p
     return pd.DataFrame(rows).T.rename_axis("run")
 
 
-def coupling_sentences(tables: Mapping[str, pd.DataFrame], clamp: float = 1.9) -> list[str]:
+def coupling_sentences(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """State for each row of :func:`coupling_claims` in a sentence whether the claim holds.
 
     It is taken to hold if the mean of s is within a tenth of its limit in some block and the input makes less
     than a tenth of the variance of s and of t.
     """
     said = []
-    for name, row in coupling_claims(tables, clamp).iterrows():
+    for name, row in coupling_claims(tables).iterrows():
         small, s_share, t_share = (
             row[key] for key in ("lowest block (%)", "input in var s (%)", "input in var t (%)")
         )
@@ -380,9 +378,7 @@ _LIKELIHOODS = (
 )
 _COUPLING_LABELS = {
     "s_mean": "mean\nof $s$ (nats)",
-    "s_std": "standard deviation\nof $s$ (nats)",
     "s_input": "share of the input\nin var $s$ (%)",
-    "t_mean": "mean\nof $t$",
     "t_std": "standard deviation\nof $t$",
     "t_input": "share of the input\nin var $t$ (%)",
     "log_gain": "mean log of the global scaling (nats)",

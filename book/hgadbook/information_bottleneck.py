@@ -66,20 +66,19 @@ class Density:
         return mixture_log_prob(z, self.centers, self.log_weights)
 
 
-def train_toy(*, steps: int = 200, points: int = 200, seed: int = 0, **weights: Any) -> Density:
+def train_toy(*, steps: int = 200, points: int = 200, **weights: Any) -> Density:
     """Train the toy's flow and its three centres by Eq. 6 and 8.
 
     Args:
         steps: Of Adam.
         points: Of each of the three classes, even.
-        seed: Of the first weights.
         **weights: See :func:`hgadlib.losses.hgad_losses`; lambda2 is alpha.
     """
     features, class_idx = toy_features(points)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     prior = HierarchicalGaussianMixture(3, 1, 2, init="normal")
     weights = {"lambda_e": 0.0, "lambda_in": 0.0} | weights
-    net, _ = fit_flow(features, class_idx, prior, steps=steps, seed=seed, **weights)
+    net, _ = fit_flow(features, class_idx, prior, steps=steps, **weights)
     net, prior = net.double().requires_grad_(False), prior.double().requires_grad_(False)
 
     def flow(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,18 +370,13 @@ def class_information(density: Density) -> dict[str, float]:
 
 
 def information_limit(table: pd.DataFrame) -> Axes:
-    """Draw A + B of Eq. 24 against the noise, and the loss with its constants, which it approaches.
-
-    Args:
-        table: As :func:`information_by_noise` returns it.
-    """
+    """Draw A + B of Eq. 24 by noise, and what it approaches, out of :func:`information_by_noise`."""
     ax = plt.subplots(figsize=(4.4, 3.0))[1]
     ax.plot(table["sigma"], table["limit"], color="0.35", label="loss and constants")
     ax.plot(
         table["sigma"], table["information"], color=PALETTE[0], marker="o", linestyle="none", label="$A + B$"
     )
-    ax.set_xscale("log")
-    ax.set(xlabel=r"noise $\sigma$ (units of the features)", ylabel="information (nats)")
+    ax.set(xscale="log", xlabel=r"noise $\sigma$ (units of the features)", ylabel="information (nats)")
     ax.legend()
     return ax
 
@@ -393,13 +387,7 @@ def gap_rates(
     unit: str = "nats",
     noise_unit: str = "units of the features",
 ) -> Axes:
-    r"""Draw how fast gaps vanish with the noise, in double logarithms, and a line of slope 2.
-
-    Args:
-        gaps: Name to (sigmas, gaps).
-        unit: Of the gaps.
-        noise_unit: Of the noise.
-    """
+    """Draw how fast gaps, (sigmas, gaps) by name, vanish with the noise, and a line of slope 2."""
     ax = plt.subplots(figsize=(4.4, 3.0))[1]
     for (name, (sigmas, values)), color, marker in zip(gaps.items(), PALETTE, "osD^v", strict=False):
         ax.plot(sigmas, np.abs(np.asarray(values)), marker=marker, color=color, label=name)
@@ -416,11 +404,7 @@ def gap_rates(
 
 
 def bounds_over_training(table: pd.DataFrame) -> Figure:
-    """Draw both informations as the losses have them and as they are, by the length of the training.
-
-    Args:
-        table: As :func:`over_training` returns it.
-    """
+    """Draw both informations as the losses have them and as they are, out of :func:`over_training`."""
     figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.0))
     pairs = (
         ("A + B", "true I(X, Z)", r"$I(X, Z_\mathcal{E})$ (nats)", "$A + B$"),
@@ -436,11 +420,7 @@ def bounds_over_training(table: pd.DataFrame) -> Figure:
 
 
 def information_plane(series: Mapping[str, pd.DataFrame]) -> Axes:
-    """Draw what training with several alphas makes of the two bounds, and the truth that none of them moves.
-
-    Args:
-        series: Name to a table as :func:`over_alpha` returns it; two at most.
-    """
+    """Draw what alpha makes of the two bounds, and the truth: two tables of :func:`over_alpha`, by name."""
     ax = plt.subplots(figsize=(5.4, 3.8))[1]
     looks = ((NORMAL_COLOR, 9.0, "none"), (PALETTE[2], 4.0, PALETTE[2]))
     for i, ((name, table), (color, size, face)) in enumerate(zip(series.items(), looks, strict=False)):

@@ -27,20 +27,15 @@ Extent = tuple[float, float, float, float]
 """A part of the plane: left, right, bottom, top."""
 
 
-def toy_latents(n: int = 60, *, spread: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor]:
+def toy_latents(n: int = 60, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw latents of three classes: two compact ones, and one that looks normal in three ways.
-
-    Args:
-        n: Points a class.
-        spread: Standard deviation of each blob.
-        seed: Of the draw.
 
     Returns:
         Latents, (3, n, 2), a class as an image of n positions; class indices (3,).
     """
     generator = torch.Generator().manual_seed(seed)
     blobs = torch.tensor([[[-3.0, -1.5]] * 3, [[-1.0, 2.5]] * 3, [[2.0, -2.5], [4.5, -0.5], [3.0, 2.0]]])
-    noise = spread * torch.randn(3, n, 2, generator=generator)
+    noise = 0.5 * torch.randn(3, n, 2, generator=generator)
     return blobs[:, torch.arange(n) % 3] + noise, torch.arange(3)
 
 
@@ -74,7 +69,6 @@ def fit_prior(
     class_idx: Tensor,
     *,
     steps: int = 300,
-    lr: float = 0.05,
     **weights: Any,
 ) -> Tensor:
     """Move a prior's centres under the losses, latents held fixed: as if the flow did not learn.
@@ -84,13 +78,12 @@ def fit_prior(
         z: Latents, (B, N, D).
         class_idx: (B,).
         steps: Of Adam.
-        lr: Its rate.
         **weights: See :func:`hgadlib.losses.hgad_losses`.
 
     Returns:
         Centres after 0, 1, ... steps, (steps + 1, K, M, D), the main one of a class first.
     """
-    optimiser = torch.optim.Adam([p for p in prior.parameters() if p.requires_grad], lr=lr)
+    optimiser = torch.optim.Adam([p for p in prior.parameters() if p.requires_grad], lr=0.05)
     log_det = torch.zeros(z.shape[:2])
     path = [prior.intra_centers().detach()]
     for _ in range(steps):
@@ -107,7 +100,6 @@ def fit_flow(
     prior: HierarchicalGaussianMixture | GaussianPrior,
     *,
     layers: int = 8,
-    hidden: int = 32,
     steps: int = 300,
     first_stage: int = 0,
     lr: float = 5e-3,
@@ -121,7 +113,6 @@ def fit_flow(
         class_idx: (K,).
         prior: Changed in place.
         layers: Coupling blocks.
-        hidden: Width of the subnets.
         steps: Of Adam; the rate falls along half a cosine.
         first_stage: Steps without the intra-class terms.
         lr: First rate.
@@ -132,7 +123,7 @@ def fit_flow(
         The flow, and the terms of each step.
     """
     torch.manual_seed(seed)
-    flow = FeatureFlow(x.shape[-1], (1, x.shape[1]), layers=layers, position_dim=0, hidden=hidden).to(x)
+    flow = FeatureFlow(x.shape[-1], (1, x.shape[1]), layers=layers, position_dim=0, hidden=32).to(x)
     parameters = [p for p in (*flow.parameters(), *prior.parameters()) if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
@@ -178,17 +169,16 @@ def _offset_share(dim: int, delta_std: float) -> float:
     return 1 - logits.softmax(-1)[:, 0].mean().item()
 
 
-def eq8_by_weight(distances: Sequence[float], *, n: int = 60) -> pd.DataFrame:
+def eq8_by_weight(distances: Sequence[float]) -> pd.DataFrame:
     """Evaluate Eq. 8 for two classes, half of the data each, as the prior's weight of the first varies.
 
     Args:
         distances: Of the two centres, on which the latents lie.
-        n: Weights, from 1e-12 to 1/2.
 
     Returns:
-        L_mi in nats: a row a weight, a column a distance.
+        L_mi in nats: a row a weight, from 5e-13 to 1/2, a column a distance.
     """
-    weight = 0.5 * torch.logspace(-12, 0, n)
+    weight = 0.5 * torch.logspace(-12, 0, 60)
     log_weights = torch.stack([weight, 1 - weight], -1).log()
     columns = {}
     for distance in distances:

@@ -3,105 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from hgadlib.config import Config
-from hgadlib.errors import InputError
 from hgadlib.figures.maps import outline_mask
 from hgadlib.runs.gallery import gallery
 from hgadlib.runs.inputs import Inputs
 from hgadlib.runs.record import Result
 
-
-def map_comparison(
-    images: NDArray[np.uint8],
-    masks: ArrayLike | None,
-    maps: Mapping[str, ArrayLike],
-    titles: Sequence[str],
-    *,
-    normal: NDArray[np.uint8] | None = None,
-    limits: Mapping[str, tuple[float, float]] | None = None,
-    captions: Mapping[str, Sequence[str]] | None = None,
-    size: float = 1.45,
-) -> Figure:
-    """Draw a row per image: a normal one beside it, the image, its mask, and every model's map.
-
-    Args:
-        images: RGB, (N, H, W, 3) uint8.
-        masks: True where anomalous, (N, H, W) bool; None where there are none.
-        maps: By the name of the model, anomaly maps (N, H, W); higher is more anomalous.
-        titles: A name per row.
-        normal: Normal images of the same classes, (N, H, W, 3) uint8; None leaves the column out.
-        limits: By model, scores at the two ends of its colour scale; the range of its maps if not given. A
-            model has one scale for all rows, and each its own, as scores of two models do not compare.
-        captions: By model, a line under each map.
-        size: Side of a panel in inches.
-
-    Raises:
-        InputError: Shapes disagree, there is no image, or a score is not finite.
-
-    Source: paper Fig. 4 and 6.
-    """
-    images = np.asarray(images)
-    found = {name: np.asarray(values, dtype=float) for name, values in maps.items()}
-    shape = images.shape[:3]
-    if images.ndim != 4 or not len(images) or not found or len(titles) != len(images):
-        raise InputError(
-            f"expected images (N, H, W, 3), N > 0, and N titles, found {images.shape} and {len(titles)}"
-        )
-    truth = np.zeros(shape, bool) if masks is None else np.asarray(masks, dtype=bool)
-    shapes = {name: values.shape for name, values in found.items()} | {"masks": truth.shape}
-    if any(other != shape for other in shapes.values()) or (
-        normal is not None and normal.shape != images.shape
-    ):
-        raise InputError(f"expected maps and masks of the images' size {shape}, found {shapes}")
-    if not all(np.isfinite(values).all() for values in found.values()):
-        raise InputError("expected finite scores, found NaN or infinity; look for NaN weights")
-    names = (["normal"] if normal is not None else []) + ["image", "mask", *found]
-    figure, axes = plt.subplots(
-        len(images),
-        len(names),
-        figsize=(size * len(names) + 0.5, (size + 0.12) * len(images) + 0.3),
-        squeeze=False,
-    )
-    for row, axs in enumerate(axes):
-        panels = dict(zip(names, axs, strict=True))
-        for ax in axs:
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        axs[0].set_ylabel(titles[row], fontsize=8)
-        if normal is not None:
-            panels["normal"].imshow(normal[row])
-        panels["image"].imshow(images[row])
-        panels["mask"].imshow(truth[row], cmap="gray", vmin=0, vmax=1)
-        for name, values in found.items():
-            low, high = (limits or {}).get(name, (float(values.min()), float(values.max())))
-            panels[name].imshow(values[row], cmap="inferno", norm=Normalize(low, high, clip=True))
-            outline_mask(panels[name], truth[row])
-            if captions is not None:
-                panels[name].set_xlabel(captions[name][row], fontsize=8, labelpad=2)
-    for ax, name in zip(axes[0], names, strict=True):
-        ax.set_title(name, fontsize=9)
-    return figure
-
-
-class Comparison(TypedDict):
-    """Arguments of :func:`hgadbook.qualitative.map_comparison` for N images of side S."""
-
-    images: np.ndarray
-    masks: np.ndarray | None
-    maps: dict[str, np.ndarray]
-    titles: list[str]
-    normal: np.ndarray | None
-    limits: dict[str, tuple[float, float]]
-    captions: dict[str, list[str]]
+Models = Mapping[str, tuple[Config, Result]]
+"""By the name of the model, a run's configuration and outcome."""
+Limits = Mapping[str, tuple[float, float]]
+"""By the name of the model, scores at the two ends of its colour scale."""
 
 
 def normal_rank(
@@ -177,7 +96,7 @@ def rank_table(inputs: Inputs, ranks: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
     Args:
         inputs: Of the runs.
-        ranks: By model, what :func:`normal_rank` gave.
+        ranks: By model, what :func:`normal_rank` returned.
 
     Returns:
         Their median, the share of ranks of 1 and that of ranks below a half.
@@ -199,42 +118,89 @@ def rank_table(inputs: Inputs, ranks: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("class")
 
 
+def map_limits(inputs: Inputs, models: Models, chosen: Sequence[int]) -> Limits:
+    """Find the least and the largest value of each model's maps of some test images."""
+    limits = {}
+    for name, (config, result) in models.items():
+        maps = gallery(config, inputs, result, chosen)["maps"]
+        limits[name] = (float(maps.min()), float(maps.max()))
+    return limits
+
+
 def compare_maps(
     inputs: Inputs,
-    models: Mapping[str, tuple[Config, Result]],
+    models: Models,
     chosen: Sequence[int],
     ranks: Mapping[str, np.ndarray],
     *,
-    normal: Sequence[int] | None = None,
-    limits: Mapping[str, tuple[float, float]] | None = None,
-) -> Comparison:
-    """Draw several models' maps of the same test images together.
+    normal: Sequence[int],
+    limits: Limits,
+) -> Figure:
+    """Draw several models' maps of the same test images.
 
     Args:
         inputs: Of the runs.
-        models: By name, a run's configuration and outcome.
-        chosen: Indices of the test images.
-        ranks: By name, what :func:`normal_rank` gave; each becomes a caption.
-        normal: The normal image to set beside each; none if not given.
-        limits: Ends of each model's colour scale; those of the maps drawn if not given.
-
-    Returns:
-        What the figure needs, of these images alone.
+        models: Run by run.
+        chosen: Indices of the test images, a row each.
+        ranks: By model, what :func:`normal_rank` returned; each becomes a caption.
+        normal: The normal image to set beside each.
+        limits: Of each model's colour scale.
     """
     drawn = {name: gallery(config, inputs, result, chosen) for name, (config, result) in models.items()}
     config, result = next(iter(models.values()))
     own = next(iter(drawn.values()))
-    maps = {name: found["maps"] for name, found in drawn.items()}
-    return {
-        "images": own["images"],
-        "masks": own["masks"],
-        "maps": maps,
+    masks = own["masks"]
+    return map_comparison(
+        own["images"],
+        np.zeros(own["maps"].shape, bool) if masks is None else masks,
+        {name: found["maps"] for name, found in drawn.items()},
         # The score in a title is one model's.
-        "titles": [title.partition("\n")[0].replace(", ", "\n") for title in own["titles"]],
-        "normal": None if normal is None else gallery(config, inputs, result, normal)["images"],
-        "limits": {
-            name: (limits or {}).get(name, (float(found.min()), float(found.max())))
-            for name, found in maps.items()
-        },
-        "captions": {name: [f"rank {100 * ranks[name][i]:.0f} %" for i in chosen] for name in models},
-    }
+        [title.partition("\n")[0].replace(", ", "\n") for title in own["titles"]],
+        normal=gallery(config, inputs, result, normal)["images"],
+        limits=limits,
+        captions={name: [f"rank {100 * ranks[name][i]:.0f} %" for i in chosen] for name in models},
+    )
+
+
+def map_comparison(
+    images: NDArray[np.uint8],
+    masks: NDArray[np.bool_],
+    maps: Mapping[str, np.ndarray],
+    titles: Sequence[str],
+    *,
+    normal: NDArray[np.uint8],
+    limits: Limits,
+    captions: Mapping[str, Sequence[str]],
+) -> Figure:
+    """Draw a row per image: a normal one beside it, the image, its mask, and every model's map.
+
+    Args:
+        images: RGB, (N, H, W, 3) uint8.
+        masks: True where anomalous, (N, H, W) bool.
+        maps: By the name of the model, anomaly maps (N, H, W); higher is more anomalous.
+        titles: A name per row.
+        normal: Normal images of the same classes, (N, H, W, 3) uint8.
+        limits: Of the colour scales. A model has one scale for all rows, and each its own, as scores of two
+            models do not compare.
+        captions: By model, a line under each map.
+
+    Source: paper Fig. 4 and 6.
+    """
+    shape = (len(images), 3 + len(maps))
+    size = (1.45 * shape[1] + 0.5, 1.57 * shape[0] + 0.3)
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
+    for row, (beside, image, mask, *panels) in enumerate(axes):
+        for ax in axes[row]:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        beside.set_ylabel(titles[row], fontsize=8)
+        beside.imshow(normal[row])
+        image.imshow(images[row])
+        mask.imshow(masks[row], cmap="gray", vmin=0, vmax=1)
+        for ax, (name, found) in zip(panels, maps.items(), strict=True):
+            ax.imshow(found[row], cmap="inferno", norm=Normalize(*limits[name], clip=True))
+            outline_mask(ax, masks[row])
+            ax.set_xlabel(captions[name][row], fontsize=8, labelpad=2)
+    for ax, name in zip(axes[0], ("normal", "image", "mask", *maps), strict=True):
+        ax.set_title(name, fontsize=9)
+    return figure
