@@ -50,7 +50,7 @@ Flag = Annotated[bool, Strict()]
 Pixels = Annotated[Whole, Field(ge=16, le=8192)]
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
 Share = Annotated[Real, Field(ge=0, le=1)]
-Beta = Annotated[Real, Field(ge=0, le=1 - 1e-9)]
+Beta = Annotated[Real, Field(ge=0, lt=1)]
 Weight = Annotated[Real, Field(ge=0, le=1e9)]
 
 
@@ -249,25 +249,6 @@ _KEYS: dict[str, Any] = {name: _HINTS[name] for name in PLAIN} | {
 }
 
 
-def limits() -> dict[str, tuple[float, float]]:
-    """Return the least and most of each setting that has them, both allowed; of lists, of every item."""
-    found = {}
-    for key, hint in _KEYS.items():
-        low, high = _bound(hint, "ge"), _bound(hint, "le")
-        if low is not None and high is not None:
-            found[key] = (low, high)
-    return found
-
-
-def _bound(hint: Any, name: str) -> float | None:
-    for part in getattr(hint, "__metadata__", ()):
-        for constraint in getattr(part, "metadata", ()):
-            if hasattr(constraint, name):
-                return float(getattr(constraint, name))
-    inner = (_bound(option, name) for option in typing.get_args(hint))
-    return next((bound for bound in inner if bound is not None), None)
-
-
 def unknown(name: str, known: Sequence[str], what: str) -> InputError:
     """Return the error for a name that is not known: which is closest, and all there are.
 
@@ -297,41 +278,23 @@ class _Tree:
             raise unknown(key, known, f"parameter in {source}")
         self.values[key], self.sources[key] = value, source
 
-    def merge(self, values: Mapping[str, Any], source: str) -> None:
-        """Merge a parameter file's contents: sections of keys, the plain names, shortcuts, overrides."""
-        for key, value in values.items():
-            if key == "overrides":
-                self.override(value, source)
-            elif key in SECTIONS:
-                self._merge_section(key, value, source)
-            elif key in PARAMETERS:
-                self.set(SHORTCUTS.get(key, key), value, source)
-            else:
-                raise unknown(str(key), PARAMETERS, f"parameter in {source}")
-
-    def override(self, values: Any, source: str) -> None:
-        """Merge overrides, ``{section.key: value}``."""
+    def merge(self, values: Any, source: str, part: str = "") -> None:
+        """Merge a parameter file's contents; part names the section, or "overrides", they stand in."""
         if not isinstance(values, Mapping):
-            raise InputError(
-                f"ill-typed overrides in {source}: expected {{section.key: value}}, found {values!r}"
-            )
-        for key, value in values.items():
-            if key in ("dataset", "experiment"):
-                raise InputError(
-                    f"{key} in overrides of {source}: it names a parameter file; give it as a parameter"
-                )
-            if key in SECTIONS:
-                self._merge_section(key, value, f"overrides of {source}")
-            else:
-                self.set(SHORTCUTS.get(key, str(key)), value, f"overrides of {source}")
-
-    def _merge_section(self, section: str, values: Any, source: str) -> None:
-        if not isinstance(values, Mapping):
-            raise InputError(
-                f"ill-typed section {section} in {source}: expected keys with values, found {values!r}"
-            )
+            raise InputError(f"ill-typed {part} in {source}: expected keys with values, found {values!r}")
         for name, value in values.items():
-            self.set(f"{section}.{name}", value, source)
+            if part in SECTIONS:
+                self.set(f"{part}.{name}", value, source)
+            elif part and name in ("dataset", "experiment"):
+                raise InputError(
+                    f"{name} in overrides of {source}: it names a parameter file; give it as a parameter"
+                )
+            elif name in SECTIONS or name == "overrides":
+                self.merge(value, source, name)
+            elif part or name in PARAMETERS:
+                self.set(SHORTCUTS.get(name, str(name)), value, source)
+            else:
+                raise unknown(str(name), PARAMETERS, f"parameter in {source}")
 
     def scale_pyramid(self, pyramid: Sequence[int] | None) -> None:
         """Scale the sides of a pyramid along with the image size: all its levels are of the same image."""
@@ -364,9 +327,10 @@ class _Tree:
         where = error["loc"]
         key = ".".join(where[:2]) if where[0] in SECTIONS else where[0]
         name, found = f"parameter {key} in {self._source(key)}", self.values.get(key)
-        if error["type"] in ("greater_than_equal", "less_than_equal"):
-            low, high = limits()[key]
-            return InputError(f"{name}: expected a value from {low:g} to {high:g}, found {found!r}")
+        limits = {"ge": "at least", "le": "at most", "lt": "less than"}
+        for bound, limit in error.get("ctx", {}).items():
+            if bound in limits:
+                return InputError(f"{name}: expected {limits[bound]} {limit:.10g}, found {found!r}")
         return InputError(f"ill-typed {name}: expected {_described(_KEYS[key])}, found {found!r}")
 
 
@@ -419,7 +383,7 @@ def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Con
         tree.merge(read_params(experiment, folder / "experiments"), f"params/experiments/{experiment}.yaml")
     direct = _Tree()
     direct.merge({k: v for k, v in given.items() if k in PLAIN or k in SHORTCUTS}, here)
-    direct.override(given.get("overrides", {}), here)
+    direct.merge(given.get("overrides", {}), here, "overrides")
     if "data.image_size" in direct.values and "features.pyramid" not in direct.values:
         direct.scale_pyramid(tree.values.get("features.pyramid", FeaturesConfig.pyramid))
     tree.values |= direct.values
