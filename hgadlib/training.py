@@ -130,7 +130,7 @@ def fit(
             if epoch == stage_two and model.has_entropy and model.prior_config.delta_init == "kmeans":
                 split_centers(model, features, labels, seed=seed)
                 group.align(model)
-            means = _epoch(
+            means = fit_epoch(
                 model, optimiser, features, labels, epoch,
                 train=train, loss=loss, seed=seed, group=group, advance=bar.update,
             )  # fmt: skip
@@ -153,7 +153,7 @@ def fit(
     return pd.DataFrame(rows)
 
 
-def _epoch(
+def fit_epoch(
     model: HGAD,
     optimiser: torch.optim.Optimizer,
     features: Features,
