@@ -24,7 +24,6 @@ from hgadbook.complexity import (
     measure_throughput,
     nearest_choices,
     paper_row,
-    product_rate,
     recorded_rates,
     stage_choices,
 )
@@ -186,11 +185,6 @@ def test_short_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(rate > 0 for rate in rates.values())
     assert not (tmp_path / "run").exists()
     assert not [entry for entry in (tmp_path / "cache").glob("*") if entry.is_dir()]  # no features
-
-
-def test_product_rate_counts_multiply_adds() -> None:
-    # Between a pocket calculator and a supercomputer.
-    assert 0.01 < product_rate(torch.device("cpu"), size=128) < 1e6
 
 
 def test_every_record_has_a_row_of_rates() -> None:

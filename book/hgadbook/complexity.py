@@ -23,7 +23,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from hgadbook.paper import read_table
@@ -145,12 +144,7 @@ def measure_backbone(config: Config) -> tuple[Backbone, int, tuple[tuple[int, in
 
 
 def measure_complexity(config: Config, n_classes: int, *, name: str | None = None) -> Complexity:
-    """Count what a configuration costs; nothing is computed, and random weights will do.
-
-    Args:
-        config: Features, flow, prior and maps are looked at.
-        n_classes: K.
-        name: What to call it; the experiment's name if not given.
+    """Count what a configuration costs with K classes; nothing is computed, and random weights will do.
 
     Raises:
         InputError: The backbone does not exist, or does not take images of that size.
@@ -333,11 +327,7 @@ def paper_row(method: str) -> dict[str, float]:
 
 
 def beside_paper(cost: Complexity, methods: Sequence[str]) -> pd.DataFrame:
-    """Set rows of the paper's Tab. 5 beside what was counted here.
-
-    Args:
-        cost: Of the configuration that follows the paper's text.
-        methods: Rows of the paper to show.
+    """Set rows of the paper's Tab. 5 beside what was counted here for the configuration of its text.
 
     Returns:
         Text: a row a method, the last two ours, by multiply-adds and by FLOPs; what is missing is called so.
@@ -358,17 +348,13 @@ def beside_paper(cost: Complexity, methods: Sequence[str]) -> pd.DataFrame:
 
 
 def cost_bars(
-    costs: Mapping[str, Mapping[str, float]],
-    *,
-    label: str = "multiply-adds per image, from pixels to map",
-    ax: Axes | None = None,
+    costs: Mapping[str, Mapping[str, float]], *, label: str = "multiply-adds per image, from pixels to map"
 ) -> Axes:
     """Draw what each part of each configuration costs, a group of bars a configuration, on a log scale.
 
     Args:
         costs: Name of the configuration to multiply-adds by part.
         label: Of the axis.
-        ax: Where to draw; a new figure if not given.
 
     Raises:
         InputError: There is no configuration, or they differ in their parts.
@@ -376,7 +362,7 @@ def cost_bars(
     table = pd.DataFrame(costs).T
     if table.empty or table.isna().to_numpy().any():
         raise InputError("expected the same parts of at least one configuration; found others")
-    ax = plt.subplots(figsize=(6.4, 0.5 + 0.32 * table.size))[1] if ax is None else ax
+    ax = plt.subplots(figsize=(6.4, 0.5 + 0.32 * table.size))[1]
     table.plot.barh(ax=ax, logx=True, width=0.8, color=list(PALETTE), edgecolor="white")
     for bars in ax.containers:
         ax.bar_label(bars, fmt=EngFormatter(places=1), padding=3, fontsize=8)  # type: ignore[arg-type]
@@ -388,9 +374,9 @@ def cost_bars(
     return ax
 
 
-def stage_map(choices: pd.DataFrame, paper: Mapping[str, float], *, ax: Axes | None = None) -> Axes:
+def stage_map(choices: pd.DataFrame, paper: Mapping[str, float]) -> Axes:
     """Draw the cost of each choice of stages against its parameters, and where the paper's row lies."""
-    ax = plt.subplots(figsize=(5.6, 3.8))[1] if ax is None else ax
+    ax = plt.subplots(figsize=(5.6, 3.8))[1]
     x, y = choices["learnable parameters (M)"], choices["GFLOP"]
     rotated = choices["with rotations (M)"]
     for name, a, b, c in zip(choices.index, x, rotated, y, strict=True):
@@ -455,13 +441,6 @@ def measure_throughput(config: Config, *, images: int = 48, epochs: int = 4) -> 
         "training": float(second.median()),
         "prediction": prediction_rate(config, inputs, model, images=images),
     }
-
-
-def product_rate(device: torch.device, *, size: int = 1024) -> float:
-    """Measure the rate of float32 matrix products, the median of some, in 1e9 multiply-adds per second."""
-    a = torch.randn(size, size, device=device)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-    return size**3 / timer.blocked_autorange().median / 1e9
 
 
 _RECORDED = {
