@@ -66,8 +66,8 @@ def test_a_folded_network_is_the_same_function(name: str) -> None:
     network = timm.create_model(name, features_only=True).eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):  # moments of a network that has learnt
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
+            nn.init.normal_(module.get_buffer("running_mean"), std=0.1)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 1.5)
     folded = fold_batch_norms(network)
     assert folded is not network
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
