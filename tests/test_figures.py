@@ -18,7 +18,7 @@ from matplotlib.contour import QuadContourSet
 from hgadlib.errors import InputError
 from hgadlib.figures.histograms import log_likelihood_histogram, log_likelihood_histograms
 from hgadlib.figures.maps import anomaly_map_grid, outline_mask
-from hgadlib.figures.tables import auroc_table
+from hgadlib.figures.tables import auroc_table, fact_table, styled
 from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, class_colors, theme
 from hgadlib.figures.training import loss_curves
 
@@ -84,6 +84,16 @@ def test_auroc_table_in_percent_with_dashes() -> None:
     assert ">98.8<" in html and ">75.0<" in html and html.count(">–<") == 3
     assert html == auroc_table(metrics).to_html()
     assert list(auroc_table(metrics, names=["image_auroc"]).data) == ["image AUROC (%)"]  # type: ignore[attr-defined]
+
+
+def test_tables_say_what_stands_out() -> None:
+    table = pd.DataFrame({"ours": ["98.1", "97.0"]}, index=["HGAD", "plain"])
+    html = styled(table, name="tab. 1", caption="In percent", emphasise=["plain"]).to_html()
+    assert '<table id="T_tab--1"' in html and "<caption>In percent</caption>" in html
+    assert ".row1 {\n  font-weight: bold" in html and ".row0" not in html
+    facts = fact_table({"device": "a GPU", "epochs": 3}).to_html()
+    places = [facts.index(text) for text in (">device<", ">a GPU<", ">epochs<", ">3<")]
+    assert places == sorted(places) and "col_heading level0" not in facts
 
 
 def test_histogram_of_counts() -> None:
