@@ -92,9 +92,10 @@ def named_in(code: str) -> tuple[set[str], set[str]]:
     nodes: list[ast.AST] = [ast.parse(code)]
     while nodes:
         node = nodes.pop()
-        # What only a type checker imports changes no output.
-        for_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        nodes.extend(node.orelse if for_types else ast.iter_child_nodes(node))
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            nodes.extend(node.orelse)  # what only a type checker imports changes no output
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -51,10 +51,6 @@ def select_train(inputs: Inputs, chosen: ArrayLike) -> Inputs:
 
     The test images are those of the remaining classes.
 
-    Args:
-        inputs: Of a dataset.
-        chosen: True for the training images to keep, (N,) bool.
-
     Raises:
         InputError: As :func:`select_features`.
     """
@@ -276,14 +272,10 @@ def alarm_rates(
     class_idx: Classes,
     names: Sequence[str],
 ) -> tuple[dict[str, Rate], dict[str, Rate]]:
-    """Count alarms: false ones on normal images and true ones on anomalous ones, by class name and of "all".
+    """Count alarms, scores above their thresholds: on normal images, and on anomalous ones.
 
-    Args:
-        scores: (N,).
-        thresholds: That each image's score is held against, (N,).
-        labels: True where anomalous, (N,).
-        class_idx: True classes, (N,).
-        names: Class names.
+    Returns:
+        The rates of both, each by class name and of "all".
     """
     alarms = scores > thresholds
     rates: tuple[dict[str, Rate], dict[str, Rate]] = ({}, {})

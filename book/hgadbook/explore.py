@@ -379,11 +379,12 @@ def _draw_latents(ax: Axes, explorer: Explorer, view: View) -> None:
     plane, classes = explorer.plane(view.state.projection), explorer.model.classes
     colors = class_colors(classes)
     for k, name in enumerate(classes):
-        mine = plane.points[plane.class_idx == k]
-        ax.scatter(*mine.T, s=6, color=colors[name], alpha=0.45, linewidths=0, label=name)
+        x, y = plane.points[plane.class_idx == k].T
+        ax.scatter(x, y, s=6, color=colors[name], alpha=0.45, linewidths=0, label=name)
     if plane.centers is not None:
-        crosses: dict[str, Any] = {"s": 90, "marker": "X", "c": [colors[name] for name in classes]}
-        ax.scatter(*plane.centers.T, edgecolors="black", linewidths=1.0, zorder=3, **crosses)
+        x, y = plane.centers.T
+        own = [colors[name] for name in classes]
+        ax.scatter(x, y, s=90, marker="X", c=own, edgecolors="black", linewidths=1.0, zorder=3)
     rings: dict[str, Any] = {"s": 24, "edgecolors": "black", "linewidths": 0.9, "zorder": 4}
     found = view.flagged_positions
     ax.scatter(*view.positions[~found].T, color=colors[view.state.class_name], **rings)
@@ -471,13 +472,8 @@ class ExplorerApp:
     def _changed(self, change: dict[str, Any]) -> None:
         if self._quiet:
             return
-        now = State(
-            self.class_name.value,
-            self.image.value,
-            self.criterion.value,
-            self.threshold.value,
-            self.projection.value,
-        )
+        widgets = (self.class_name, self.image, self.criterion, self.threshold, self.projection)
+        now = State(*(widget.value for widget in widgets))
         # Each class and each criterion has a scale of its own, so the threshold starts anew.
         if (now.class_name, now.criterion) != (self.state.class_name, self.state.criterion):
             if now.class_name != self.state.class_name:
