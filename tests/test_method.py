@@ -171,7 +171,7 @@ def test_what_is_shown_is_the_source_without_the_docstring(
 # A piece of each equation of the method, and the function that computes it.
 EQUATIONS = {
     r"\mathcal L_m = \mathbb E": "losses.gaussian_nll",
-    r"z_2 = x_2 \odot e^{s(x_1)} + t(x_1)": "flow.PositionalCoupling.scale_and_shift",
+    r"z_2 = x_2 \odot e^{s(x_1)} + t(x_1)": "flow.AffineCoupling.forward",
     r"\mathcal L_g = \mathbb E": "losses.inter_class_nll",
     r"\mathcal L_{mi} = -\mathbb E": "losses.mutual_information_loss",
     r"\mathcal L_e = \mathbb E": "losses.entropy_loss",

@@ -30,7 +30,7 @@ from hgadlib.features.store import Features, spread_sample
 from hgadlib.figures.histograms import shared_legend
 from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE
 from hgadlib.files import write_atomically
-from hgadlib.flow import ConvolutionalCoupling, FeatureFlow, PositionalCoupling
+from hgadlib.flow import AffineCoupling, FeatureFlow
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory
 from hgadlib.runs.experiment import train_model
@@ -89,7 +89,7 @@ def block_outputs(flow: FeatureFlow, features: Tensor) -> Iterator[BlockOutput]:
     x, positions = features, flow.positions
     conditions = [] if positions is None else [positions]
     for block in flow.inn:
-        if isinstance(block, PositionalCoupling | ConvolutionalCoupling):
+        if isinstance(block, AffineCoupling):
             s, t = block.scale_and_shift(x[..., : block.splits[0]], positions)
             ((x,), _) = block((x,), conditions)
             yield BlockOutput(s, t, x, block.clamp, float(block.gain.detach().log().mean()))
