@@ -121,6 +121,9 @@ def compare(bench: Bench) -> dict[str, float]:
         SystemExit: It is more than rounding, or an image's score depends on the images beside it.
     """
     ours, theirs, alone = bench.ours(bench.batch), bench.theirs(bench.batch), bench.ours(1)
+    # Ours rank by t, the peer's by the published S: S is its top times e^(-e^(-t)).
+    top = len(bench.model.flows) ** (2 if bench.config.score.criterion == "both" else 1)
+    ours, alone = (tuple(top * np.exp(-np.exp(-part)) for part in side) for side in (ours, alone))
     found = {
         name: float(np.abs(a - b).max() / np.abs(b).max())
         for name, a, b in (

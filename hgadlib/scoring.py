@@ -1,9 +1,10 @@
 r"""Anomaly maps and image scores from log-likelihoods and entropies (paper Sec. 3.4).
 
 A level's value v (log-likelihood per dimension, or negative entropy) becomes a normality
-:math:`P = e^{v - v_{max}}`, at most 1; levels are upsampled and summed, and the map is what is missing:
+:math:`P = e^{v - v_{max}}`, at most 1; levels are upsampled and summed, and the published map is what is
+missing to L levels of full normality:
 
-.. math:: S = \sum_k (1 - P_k) - o
+.. math:: S = \sum_k (1 - P_k) - o = (L - o) - \sum_k P_k
 
 Where :math:`v_{max}` and o come from is the normalisation, an explicit step:
 
@@ -11,13 +12,23 @@ Where :math:`v_{max}` and o come from is the normalisation, an explicit step:
   o = 0, so a map depends on its own image alone;
 * transductive (as published): both are taken over all test images of the class.
 
+S saturates. Some 17 nats below the maximum 1 - P is 1 in float32: all that lies further off scores the same,
+and the order among the clearly anomalous is gone. So maps and scores are an increasing function of S that has
+no upper end, and is computed from the P where S is close to its own:
+
+.. math:: t = -\log\left(-\log\frac{S}{L - o}\right)
+          \;\to\; \log(L - o) - \log\sum_k P_k \quad\text{far from normal: nats, and } v \text{ itself}
+
+It ranks pixels and images as exact arithmetic would rank S. :func:`published_maps` returns S.
+
 Upsampling and blur are linear, so together they are one small matrix per level:
-:math:`S = \sum_k U_k (1-P_k) U_k^\top`. :math:`1-P` is formed as -expm1, so that the
-smallest deviations keep their digits.
+:math:`\sum_k U_k P_k U_k^\top`. :math:`1-P` is formed as -expm1, so that the smallest deviations keep their
+digits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,6 +40,9 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 Criterion = Literal["likelihood", "entropy", "both"]
+
+# Least share that is told from 0, which has no logarithm.
+_LEAST = 1e-290
 
 
 @dataclass(frozen=True)
@@ -121,17 +135,40 @@ def missing_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma
     Returns:
         (B, size, size), between 0 and L, in the values' type.
     """
-    total: Tensor | None = None
-    for level, value in enumerate(values):
-        maximum = maxima[..., level]
-        missing = -torch.expm1((value - maximum.view(-1, 1, 1).to(value)).clamp_max(0))
-        rows = upsampling_matrix(value.shape[1], size, sigma).to(value)
-        columns = upsampling_matrix(value.shape[2], size, sigma).to(value)
-        part = rows @ missing @ columns.T
-        total = part if total is None else total + part
-    if total is None:
+    deficits = _deficits(values, maxima)
+    return torch.stack([_upsample(-torch.expm1(x), size, sigma) for x in deficits]).sum(0)
+
+
+def log_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma: float) -> Tensor:
+    r"""Compute :math:`\log\sum_k U_k e^{v_k-v_{max,k}} U_k^\top`, the log of summed normality, by logs alone.
+
+    Args:
+        values: One (B, h, w) a level.
+        maxima: (L,) or (B, L); values above them count as fully normal.
+        size: Side of the map in pixels.
+        sigma: Blur in pixels; 0 for none.
+
+    Returns:
+        (B, size, size), finite however far a value lies below its maximum.
+    """
+    parts = []
+    for x in _deficits(values, maxima):
+        rows, columns = (upsampling_matrix(length, size, sigma).to(x).log() for length in x.shape[1:])
+        along = torch.logsumexp(rows[:, :, None] + x[:, None], 2)
+        parts.append(torch.logsumexp(along[:, :, None] + columns, 3))
+    return torch.stack(parts).logsumexp(0)
+
+
+def _deficits(values: Sequence[Tensor], maxima: Tensor) -> list[Tensor]:
+    """Compute how far each level's values lie below their maximum: at most 0."""
+    if not values:
         raise ValueError("expected the values of at least one level, found none")
-    return total
+    return [(v - maxima[..., k].view(-1, 1, 1).to(v)).clamp_max(0) for k, v in enumerate(values)]
+
+
+def _upsample(x: Tensor, size: int, sigma: float) -> Tensor:
+    rows, columns = (upsampling_matrix(length, size, sigma).to(x) for length in x.shape[-2:])
+    return rows @ x @ columns.T
 
 
 def level_maxima(values: Sequence[Tensor]) -> Tensor:
@@ -169,10 +206,10 @@ def transductive(values: LevelValues, size: int) -> Normalisation:
     )
 
 
-def anomaly_maps(
+def published_maps(
     values: LevelValues, constants: Normalisation, *, size: int, sigma: float, criterion: Criterion = "both"
 ) -> Tensor:
-    r"""Compute :math:`S = S_l \odot S_e`, or one of the two.
+    r"""Compute the published map :math:`S = S_l \odot S_e`, or one of the two; it saturates.
 
     Args:
         values: Level values of B images.
@@ -183,21 +220,76 @@ def anomaly_maps(
             classes has no entropy: then it is S_l throughout.
 
     Returns:
-        Anomaly maps, (B, size, size); higher is more anomalous.
+        (B, size, size), at most :math:`L - o`, or its square; higher is more anomalous.
 
     Source: paper Sec. 3.4.
     """
+    parts = [
+        missing_normality(levels, maxima, size, sigma) - offset
+        for levels, maxima, offset in _criteria(values, constants, criterion)
+    ]
+    return torch.stack(parts).prod(0)
 
-    def part(levels: Sequence[Tensor], maxima: Tensor, offset: float) -> Tensor:
-        return missing_normality(levels, maxima, size, sigma) - offset
 
+def anomaly_maps(
+    values: LevelValues, constants: Normalisation, *, size: int, sigma: float, criterion: Criterion = "both"
+) -> Tensor:
+    r"""Compute anomaly maps that rank as the published ones and never saturate.
+
+    .. math:: t = -\log\Big(-\log\frac{S_l}{L - o_l} - \log\frac{S_e}{L - o_e}\Big)
+
+    or with one of the two logs alone.
+
+    Args:
+        values: Level values of B images.
+        constants: Of the images' class, or per image.
+        size: Side of the maps in pixels.
+        sigma: Gaussian blur of S in pixels of the map.
+        criterion: As of :func:`published_maps`.
+
+    Returns:
+        (B, size, size), in the values' type: from about -7 for what lacks nothing, upwards without an end,
+        there in nats (per dimension where the values are); higher is more anomalous.
+
+    Source: paper Sec. 3.4, in the log domain.
+    """
+    criteria = _criteria(values, constants, criterion)
+    total = torch.stack([_log_share(*one, size, sigma) for one in criteria]).sum(0)
+    maps = -(-total).log()
+    # Some 700 nats down, beyond what float64 holds as a number, the logs themselves are added.
+    lost = total > -_LEAST
+    if (images := lost.flatten(1).any(1)).any():
+        logs = [
+            log_normality([v[images].double() for v in levels], _rows(maxima, images), size, sigma)
+            - math.log(len(levels) - offset)
+            for levels, maxima, offset in criteria
+        ]
+        maps[images] = torch.where(lost[images], -torch.stack(logs).logsumexp(0), maps[images])
+    return maps.to(values.log_prob[0].dtype)
+
+
+def _log_share(levels: Sequence[Tensor], maxima: Tensor, offset: float, size: int, sigma: float) -> Tensor:
+    """Compute log(S / (L - o)) in float64, near 0 from the normality and elsewhere from what is missing."""
+    deficits, top = _deficits([v.double() for v in levels], maxima), len(levels) - offset
+    present = torch.stack([_upsample(x.exp(), size, sigma) for x in deficits]).sum(0) / top
+    missing = torch.stack([_upsample(-torch.expm1(x), size, sigma) for x in deficits]).sum(0) - offset
+    near = (missing / top).clamp(_LEAST, 1).log()
+    return torch.where(present < 0.5, torch.log1p(-present), near)
+
+
+def _rows(maxima: Tensor, images: Tensor) -> Tensor:
+    return maxima[images] if maxima.ndim == 2 else maxima
+
+
+def _criteria(
+    values: LevelValues, constants: Normalisation, criterion: Criterion
+) -> list[tuple[tuple[Tensor, ...], Tensor, float]]:
+    """List values, maxima and offset of each map that the criterion asks for."""
     likelihood = (values.log_prob, constants.log_prob_max, constants.likelihood_offset)
     entropy = (values.neg_entropy, constants.neg_entropy_max, constants.entropy_offset)
     if criterion == "likelihood" or not values.neg_entropy:
-        return part(*likelihood)
-    if criterion == "entropy":
-        return part(*entropy)
-    return part(*likelihood) * part(*entropy)
+        return [likelihood]
+    return [entropy] if criterion == "entropy" else [likelihood, entropy]
 
 
 def image_scores(maps: Tensor) -> Tensor:

@@ -180,7 +180,16 @@ EQUATIONS = {
     r"\mathcal L = \lambda_1\mathcal L_g": "losses.hgad_losses",
     r"P = e^{v - v_{max}}": "scoring.missing_normality",
     "`scoring.transductive`": "scoring.transductive",
+    r"t = -\log\Big(-\log\frac{S_l}{L - o_l}": "scoring.anomaly_maps",
 }
+
+
+def test_the_published_score_ends_and_the_other_goes_on() -> None:
+    left, right = toy.score_by_distance().axes
+    ends = [[np.asarray(line.get_ydata()) for line in ax.lines] for ax in (left, right)]
+    assert len(ends[0][1]) > 50 and set(ends[0][1]) == {1.0}
+    # Only the last point has no next one to be compared with.
+    assert len(ends[1][1]) == 1 and ends[1][1][0] == pytest.approx(100, abs=1e-3)
 
 
 def named_by_show_source(code: str) -> set[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import mpmath as mp
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +16,13 @@ from hgadlib.model import HGAD
 from hgadlib.scoring import (
     Criterion,
     LevelValues,
+    Normalisation,
     anomaly_maps,
     image_scores,
     inductive,
     level_maxima,
     missing_normality,
+    published_maps,
     transductive,
     upsampling_matrix,
 )
@@ -75,7 +80,7 @@ def test_maps_step_by_step() -> None:
         "both": likelihood * entropy,
     }
     for criterion, wanted in expected.items():
-        maps = anomaly_maps(values, constants, size=SIZE, sigma=2.0, criterion=criterion)
+        maps = published_maps(values, constants, size=SIZE, sigma=2.0, criterion=criterion)
         torch.testing.assert_close(maps.double(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         image_scores(maps).double(), expected["both"].amax((1, 2)), rtol=1e-5, atol=1e-5
@@ -96,10 +101,53 @@ def test_inductive_maps_are_never_negative() -> None:
     )
     for values in (random_values(4), random_values(4, 1), better):
         for criterion in ("likelihood", "entropy", "both"):
-            maps = anomaly_maps(values, constants, size=SIZE, sigma=4.0, criterion=criterion)
+            maps = published_maps(values, constants, size=SIZE, sigma=4.0, criterion=criterion)
             assert maps.min() >= 0
+            lowest = anomaly_maps(better, constants, size=SIZE, sigma=4.0, criterion=criterion)
+            assert (
+                lowest.amax()
+                <= anomaly_maps(values, constants, size=SIZE, sigma=4.0, criterion=criterion).amin()
+            )
     # above the best training feature nothing is missing
-    assert anomaly_maps(better, constants, size=SIZE, sigma=4.0).abs().max() == 0
+    assert published_maps(better, constants, size=SIZE, sigma=4.0).abs().max() == 0
+
+
+def test_maps_are_what_exact_arithmetic_says() -> None:
+    """One position, one pixel: the formula of the docstring in 400 digits."""
+    mp.mp.dps = 400
+    below = [0.0, 1e-6, 1e-3, 0.3, 0.7, 3.0, 16.0, 40.0, 600.0, 900.0]
+    for first, second, entropy in itertools.product(below, below, [1e-4, 2.0, 50.0, 800.0]):
+        values = LevelValues(
+            tuple(torch.full((1, 1, 1), -v, dtype=torch.float64) for v in (first, second)),
+            tuple(torch.full((1, 1, 1), -v, dtype=torch.float64) for v in (entropy, entropy)),
+        )
+        constants = Normalisation(torch.zeros(2), torch.zeros(2), 0.0, 1e-5)
+        share = {
+            "likelihood": (2 - mp.exp(-first) - mp.exp(-second)) / 2,
+            "entropy": (2 - 2 * mp.exp(-mp.mpf(entropy)) - mp.mpf(1e-5)) / (2 - mp.mpf(1e-5)),
+        }
+        share = {name: max(of, mp.mpf(10) ** -290) for name, of in share.items()}
+        share["both"] = share["likelihood"] * share["entropy"]
+        criteria: tuple[Criterion, ...] = ("likelihood", "entropy", "both")
+        for criterion in criteria:
+            found = anomaly_maps(values, constants, size=1, sigma=0, criterion=criterion).item()
+            assert found == pytest.approx(float(-mp.log(-mp.log(share[criterion]))), rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("criterion", ["likelihood", "entropy", "both"])
+def test_scores_never_saturate(criterion: Criterion) -> None:
+    far = torch.tensor([1.0, 10, 18, 30, 80, 200, 800, 3000, 1e5])
+    generator = torch.Generator().manual_seed(0)
+    one = [torch.rand(1, *grid, generator=generator) for grid in GRIDS]
+    values = LevelValues(*[tuple(-far[:, None, None] * (1 + level / 10) for level in one) for _ in range(2)])
+    constants = inductive(random_values(3))
+    scores = image_scores(anomaly_maps(values, constants, size=SIZE, sigma=4.0, criterion=criterion))
+    assert scores.isfinite().all() and (scores.diff() > 0.1).all()
+    # What is lost in the published form: all but the first look the same in float32.
+    published = image_scores(published_maps(values, constants, size=SIZE, sigma=4.0, criterion=criterion))
+    assert (published[3:] == published[-1]).all()
+    # The far end is in nats: twice as far is twice the score.
+    assert scores[-1] > 30 * scores[-2]
 
 
 def test_transductive_minimum_is_zero_before_the_blur() -> None:
@@ -107,8 +155,9 @@ def test_transductive_minimum_is_zero_before_the_blur() -> None:
     constants = transductive(values, SIZE)
     assert constants.likelihood_offset > 0  # no pixel is best at every level at once
     for criterion in ("likelihood", "entropy"):
-        maps = anomaly_maps(values, constants, size=SIZE, sigma=0.0, criterion=criterion)
+        maps = published_maps(values, constants, size=SIZE, sigma=0.0, criterion=criterion)
         assert maps.amin().abs() < 1e-6
+        assert anomaly_maps(values, constants, size=SIZE, sigma=0.0, criterion=criterion).isfinite().all()
 
 
 def test_only_transductive_scores_depend_on_the_other_images() -> None:

@@ -17,11 +17,19 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from hgadlib.figures.theme import class_colors
+from hgadlib.figures.theme import PALETTE, class_colors
 from hgadlib.flow import FeatureFlow
 from hgadlib.losses import hgad_losses, mutual_information_loss
 from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture, center_logits
-from hgadlib.scoring import LevelValues, anomaly_maps, image_scores, inductive, transductive
+from hgadlib.scoring import (
+    LevelValues,
+    Normalisation,
+    anomaly_maps,
+    image_scores,
+    inductive,
+    published_maps,
+    transductive,
+)
 
 Extent = tuple[float, float, float, float]
 """A part of the plane: left, right, bottom, top."""
@@ -218,10 +226,28 @@ def scores_in_company(*, seed: int = 0) -> pd.DataFrame:
         chosen = images[torch.tensor(members)]
         found = {"inductive": inductive(images), "transductive": transductive(chosen, 32)}
         rows[name] = {
-            kind: image_scores(anomaly_maps(chosen, constants, size=32, sigma=2))[0].item()
+            kind: image_scores(published_maps(chosen, constants, size=32, sigma=2))[0].item()
             for kind, constants in found.items()
         }
     return pd.DataFrame(rows).T.rename_axis("score of the same image")
+
+
+def score_by_distance() -> Figure:
+    """Draw both forms of the score of one position over its distance below the normal maximum."""
+    below = torch.logspace(-3, 2, 400)
+    values = LevelValues((-below[:, None, None],), ())
+    constants = Normalisation(torch.zeros(1), torch.zeros(0))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    forms = {"published, $S_l$": published_maps, "used here, $t$": anomaly_maps}
+    for ax, (name, form) in zip(axes, forms.items(), strict=True):
+        score = form(values, constants, size=1, sigma=0)[:, 0, 0]
+        constant = torch.cat([score.diff() == 0, torch.tensor([True])]) & (below > 10)
+        for style, part in (("-", ~constant), ("--", constant)):
+            ax.plot(below[part], score[part], style, color=PALETTE[0])
+        ax.set(xscale="log", xlabel="nats below the maximum")
+        ax.set_title(name, loc="left")
+    axes[0].set_ylabel("score")
+    return figure
 
 
 def _colors(n: int) -> dict[str, str]:

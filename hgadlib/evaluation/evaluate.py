@@ -16,9 +16,6 @@ from hgadlib.features.store import Features
 from hgadlib.model import HGAD
 from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores, transductive
 
-# Maps lie between 0 and L^2 for L levels, most of them far below 1. Scaled to the top of float16's range,
-# ranks keep eleven bits over nine decades; metrics see ranks alone.
-_HALF_TOP = 32768.0
 _BATCH = 32
 
 
@@ -123,8 +120,6 @@ def evaluate(
     counted = np.ones(len(labels), dtype=bool) if labelled is None else labelled
     per_class: dict[str, dict[str, float | None]] = {}
     constants: dict[str, Normalisation] = {}
-    power = 2 if protocol.criterion == "both" and model.has_entropy else 1
-    scale = _HALF_TOP / len(model.flows) ** power
     for k, name in enumerate(model.classes):
         members = np.flatnonzero(class_idx == k)
         if len(members) == 0:
@@ -137,7 +132,7 @@ def evaluate(
             scores[members[index]] = image_scores(maps).numpy()
             if truth is not None:
                 known = counted[members[index]]
-                pixels.update((maps * scale).half().numpy()[known], truth[index][known])
+                pixels.update(maps.half().numpy()[known], truth[index][known])
         known = members[counted[members]]
         found: dict[str, float | None] = dict.fromkeys(IMAGE_METRICS)
         if len(known):
