@@ -44,7 +44,9 @@ def read_history(path: Path) -> pd.DataFrame:
 
 def read_coupling(path: Path) -> pd.DataFrame:
     """Read a run's coupling.csv, a row per evaluated epoch, level, block and group of positions."""
-    return pd.read_csv(_existing(path, "coupling.csv", "train with train.evaluate_every above 0"))
+    return pd.read_csv(
+        _existing(path, "coupling.csv", "train with train.evaluate_every above 0 and a record of the blocks")
+    )
 
 
 def _existing(path: Path, name: str, remedy: str) -> Path:
