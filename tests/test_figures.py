@@ -19,7 +19,7 @@ from hgadlib.errors import InputError
 from hgadlib.figures.histograms import log_likelihood_histogram, log_likelihood_histograms
 from hgadlib.figures.maps import anomaly_map_grid, outline_mask
 from hgadlib.figures.tables import auroc_table, fact_table, styled
-from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, class_colors, theme
+from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, class_colors, literal, theme
 from hgadlib.figures.training import loss_curves
 
 
@@ -210,3 +210,69 @@ def test_theme_gives_an_opaque_ground() -> None:
     figure = plt.figure()
     assert figure.get_facecolor() == (1, 1, 1, 1)
     assert plt.rcParams["savefig.facecolor"] == "white"
+
+
+# Whatever a file system allows: formulas, commands, tags, other scripts, bytes that are no UTF-8, length.
+NAMES = {
+    "cost_$5_or_$_6": r"cost_\$5_or_\$_6",
+    "$x_{1}$": r"\$x_{1}\$",
+    r"\frac$": r"\frac\$",
+    "100%_done": "100%_done",
+    "_hidden": " _hidden",
+    "<b>bold<i>": "<b>bold<i>",
+    "Öse é": "Öse é",
+    "2024": "2024",
+    "\U000e0041": r"\U000e0041",
+    "\udcff\t": r"\udcff\t",
+    "n" * 100 + "m" * 100: "n" * 20 + "…" + "m" * 19,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("error")
+def test_figures_show_names_as_they_are(name: str) -> None:
+    assert literal(name) == NAMES[name]
+    counts = (np.arange(3.0), [1, 2])
+    images, maps = np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 4, 4))
+    for figure, text in (
+        (
+            log_likelihood_histograms({name: counts}, {name: counts}),
+            f"{NAMES[name]}   overlap 100.0 %".strip(),
+        ),
+        (anomaly_map_grid(images, maps, None, [name, f"{name}, {name}\n0.5"]), NAMES[name]),
+    ):
+        figure.draw_without_rendering()  # a formula fails here
+        assert text in [figure.axes[0].get_title(loc="left"), figure.axes[0].get_ylabel()]
+    ax = plt.subplots()[1]
+    ax.plot([0, 1], label=literal(name))
+    assert len(ax.legend().get_texts()) == 1
+
+
+def test_only_characters_without_a_glyph_are_escaped() -> None:
+    with plt.rc_context({"font.family": ["DejaVu Sans"]}):
+        assert literal("\u4e2d\u6587, \u03bc\u00e9\u0416") == r"\u4e2d\u6587, " + "\u03bc\u00e9\u0416"
+    assert plt.rcParams["font.family"][0] == "sans-serif"
+
+
+@pytest.mark.filterwarnings("error")
+def test_tables_show_names_as_they_are() -> None:
+    name, cell = "<b>$1$&<i>", "<u>%s"
+    table = pd.DataFrame({name: [cell], "runs": ["<details>1</details>"]}, index=[name])
+    html = styled(table, name="names", markup=["runs"]).to_html()
+    assert html.count(">&lt;b&gt;$1$&amp;&lt;i&gt;<") == 2 and ">&lt;u&gt;%s<" in html
+    assert "><details>1</details><" in html
+    # Neither Jupyter nor the book reads formulas in it.
+    assert "mathjax_ignore" in html and "tex2jax_ignore" in html
+    assert ">&lt;u&gt;%s<" in fact_table({"class": cell}).to_html()
+
+
+def test_a_class_called_mean_has_a_row_beside_the_mean() -> None:
+    metrics = {
+        "mean": {"image_auroc": 0.75},
+        "per_class": {"mean": {"image_auroc": 1.0}, "b": {"image_auroc": 0.5}},
+    }
+    table = auroc_table(metrics)
+    assert table.data["image AUROC (%)"].tolist() == [100, 50, 75]  # type: ignore[attr-defined]
+    assert list(table.data.index) == ["mean", "b", "mean"]  # type: ignore[attr-defined]
+    html = table.to_html()
+    assert html.count("font-weight: bold") == 1 and ".row2 {\n  font-weight: bold" in html

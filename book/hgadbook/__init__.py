@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import pandas as pd
+
 from hgadlib.errors import InputError
 
 
@@ -21,6 +23,8 @@ def setup() -> None:
     from hgadlib.figures.theme import theme
 
     theme()
+    # A class may be named "$5 bolt": tables hold no formulas.
+    pd.set_option("display.html.use_mathjax", False)
     # Torch says on machines without a GPU that it found none; a reader need not know.
     logging.getLogger("torch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*CUDA initialization.*")

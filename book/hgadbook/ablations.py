@@ -23,7 +23,7 @@ from hgadbook.paper import METRICS, number_text, read_table, records_cell, value
 from hgadlib.config import Config, load_config, training_key
 from hgadlib.errors import InputError
 from hgadlib.figures.tables import METRIC_LABELS, fact_table, styled
-from hgadlib.figures.theme import PALETTE, panel_grid
+from hgadlib.figures.theme import PALETTE, literal, panel_grid
 from hgadlib.runs.directory import RunDirectory
 from hgadlib.runs.experiment import finish_run, train_model
 from hgadlib.runs.grid import Grid, load_grid
@@ -398,7 +398,7 @@ def comparison_table(comparison: Comparison, images: str) -> Styler:
     caption = f"<b>{html.escape(images)}</b>" + (f". {html.escape(note)}" if note else "")
     name = f"{'compared' if own else 'plain'}-{images}"
     whole = comparison.ablation.labels[comparison.ablation.reference]
-    return styled(table, name=name, caption=caption, emphasise=[whole])
+    return styled(table, name=name, caption=caption, emphasise=[whole], markup=[("", "runs")])
 
 
 def show_points(comparison: Comparison) -> Figure:
@@ -424,7 +424,7 @@ def show_points(comparison: Comparison) -> Figure:
                 ax.plot(ends, [y, y], "-", color=color, linewidth=1.2)
                 ax.plot(row["ours"], y, "|", color=color, markersize=9)
             ax.plot(row["paper"], y, "D", color=color, markersize=5, fillstyle="none")
-        ax.set_title(title, loc="left")
+        ax.set_title(literal(title), loc="left")
         ax.set_xlabel("AUROC (%)")
         ax.set_yticks(range(len(labels)), labels)
         ax.set_ylim(len(labels) - 0.5, -0.5)

@@ -20,7 +20,7 @@ from hgadlib.evaluation.class_inference import auroc_by_class, infer_classes, sc
 from hgadlib.evaluation.metrics import image_metrics
 from hgadlib.evaluation.thresholds import Rate, binomial_rate, conformal_threshold
 from hgadlib.features.store import Features
-from hgadlib.figures.theme import PALETTE
+from hgadlib.figures.theme import PALETTE, literal
 from hgadlib.model import HGAD
 from hgadlib.runs.experiment import build_model
 from hgadlib.runs.inputs import Inputs
@@ -120,8 +120,7 @@ def inference_table(
         found = auroc_by_class(scores[known], inputs.test_labels[known], true[known], names)
         columns[way, "AUROC"] = {n: np.nan if v is None else 100 * v for n, v in found.items()}
     table = pd.DataFrame(columns)
-    table.loc["mean"] = table.mean()
-    return table
+    return pd.concat([table, table.mean().to_frame("mean").T])
 
 
 def confusion(true: Classes, inferred: Classes, names: Sequence[str], *, title: str) -> Axes:
@@ -129,9 +128,9 @@ def confusion(true: Classes, inferred: Classes, names: Sequence[str], *, title: 
     size = (1.4 + 0.52 * len(names), 0.9 + 0.36 * len(names))
     ax = plt.subplots(figsize=size)[1]
     ConfusionMatrixDisplay.from_predictions(
-        true, inferred, labels=range(len(names)), display_labels=names, normalize="true", values_format=".0%",
-        include_values=len(names) <= 20, cmap="Blues", im_kw={"aspect": "auto", "vmin": 0, "vmax": 1},
-        text_kw={"fontsize": 8}, colorbar=False, ax=ax,
+        true, inferred, labels=range(len(names)), display_labels=[*map(literal, names)], normalize="true",
+        values_format=".0%", include_values=len(names) <= 20, cmap="Blues",
+        im_kw={"aspect": "auto", "vmin": 0, "vmax": 1}, text_kw={"fontsize": 8}, colorbar=False, ax=ax,
     )  # fmt: skip
     plt.setp(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
     ax.set_title(title, loc="left")
@@ -312,7 +311,7 @@ def rate_intervals(
             capsize=3, markersize=5, linewidth=1.2, label=series,
         )  # fmt: skip
     ax.axvline(100 * target, color="0.4", linestyle=(0, (4, 3)), linewidth=1.2, zorder=0, label="asked for")
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), [*map(literal, names)])
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlim(-2, 102)
     ax.set_xlabel(label)

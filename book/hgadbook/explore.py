@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from hgadlib.errors import InputError
 from hgadlib.evaluation.evaluate import class_normalisation, level_values, map_batches
 from hgadlib.features.store import spread_sample
 from hgadlib.figures.maps import outline_mask
-from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, class_colors
+from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, class_colors, literal
 from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_config
@@ -251,7 +252,7 @@ class Explorer:
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         record, resize = self.inputs.dataset.test[index], self.config.data.resize
         size = self.config.score.map_size
-        image = resize_image(read_image(record.path), size, resize)
+        image = resize_image(read_image(record.path, record.bit_depth), size, resize)
         drawn = record.mask_path is not None or (record.is_labelled and not record.is_anomalous)
         return image, load_masks([record], size=size, resize=resize)[0] if drawn else None
 
@@ -343,7 +344,8 @@ def draw(explorer: Explorer, view: View) -> Figure:
     # Places are fixed, since solving a layout takes longer than all the rest.
     figure = plt.figure(figsize=(11, 6.1), dpi=100, layout="none")
     plt.close(figure)  # a notebook shows it where it is asked for, not at the end of the cell
-    figure.text(0.055, 0.985, f"{view.name}, {CRITERIA[state.criterion]}\n{view}", va="top", fontsize=11)
+    text = f"{literal(view.name, 80)}, {CRITERIA[state.criterion]}\n{literal(str(view), 160)}"
+    figure.text(0.055, 0.985, text, va="top", fontsize=11)
     grid = {"left": 0.055, "right": 0.975, "bottom": 0.5, "top": 0.86, "wspace": 0.2}
     panels = figure.subplots(1, 4, gridspec_kw=grid)
     _draw_images(panels, view, figure.add_axes((0.495, 0.5, 0.008, 0.36)), limits[1])
@@ -380,7 +382,7 @@ def _draw_latents(ax: Axes, explorer: Explorer, view: View) -> None:
     colors = class_colors(classes)
     for k, name in enumerate(classes):
         x, y = plane.points[plane.class_idx == k].T
-        ax.scatter(x, y, s=6, color=colors[name], alpha=0.45, linewidths=0, label=name)
+        ax.scatter(x, y, s=6, color=colors[name], alpha=0.45, linewidths=0, label=literal(name, 24))
     if plane.centers is not None:
         x, y = plane.centers.T
         own = [colors[name] for name in classes]
@@ -484,7 +486,7 @@ class ExplorerApp:
 
     def _show(self, state: State) -> None:
         self.state, view, png = state, self.explorer.view(state), io.BytesIO()
-        self.verdict.value = f"<b>{view}</b>"
+        self.verdict.value = f"<b>{html.escape(str(view))}</b>"
         # Not savefig, which the theme has draw twice, at the resolution of paper.
         FigureCanvasAgg(draw(self.explorer, view)).print_png(png, pil_kwargs={"compress_level": 1})
         self.figure.value = png.getvalue()

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from hgadbook.homogeneous_mapping import DROP, FLOWS, course_title
 from hgadlib.evaluation.likelihoods import Histograms
 from hgadlib.figures.histograms import log_likelihood_histogram, shared_legend
-from hgadlib.figures.theme import PALETTE
+from hgadlib.figures.theme import PALETTE, literal
 
 Overlaps = Mapping[str, Mapping[str, float | None]]
 """By the name of the run, the overlap by class, 0 to 1; None where a class lacks one kind of positions."""
@@ -27,9 +27,7 @@ def overlap_table(overlaps: Overlaps) -> pd.DataFrame:
     """
     table = 100 * pd.DataFrame(overlaps, dtype=float).rename_axis("class")
     table["difference"] = table.iloc[:, -1] - table.iloc[:, 0]
-    table = table.sort_values("difference", kind="stable")
-    table.loc["mean"] = table.mean()
-    return table
+    return _with_mean(table.sort_values("difference", kind="stable"))
 
 
 def separation_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -43,14 +41,18 @@ def separation_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     }
     table = 100 * pd.DataFrame(values, dtype=float).rename_axis("class")
     table["difference"] = table.iloc[:, -1] - table.iloc[:, 0]
-    table.loc["mean"] = table.mean()
-    return table
+    return _with_mean(table)
+
+
+def _with_mean(table: pd.DataFrame) -> pd.DataFrame:
+    """Add the mean of the rows as the last one; a class may bear its name."""
+    return pd.concat([table, table.mean().to_frame("mean").T]).rename_axis(table.index.name)
 
 
 def overlap_sentence(overlaps: Overlaps) -> str:
     """State in which classes the last run overlaps less than the first one, and in which more."""
     first, *_, last = overlaps
-    table = overlap_table(overlaps).drop(index="mean")["difference"].dropna()
+    table = overlap_table(overlaps)["difference"].iloc[:-1].dropna()
     parts = {
         f"less by {DROP:g} points or more": table[table <= -DROP],
         "as much within that": table[table.abs() < DROP],
@@ -99,7 +101,7 @@ def histogram_pairs(runs: Mapping[str, tuple[Histograms, Histograms]], *, unit: 
     for column, (run, (normal, anomalous)) in enumerate(runs.items()):
         for ax, name in zip(axes[:, column], classes, strict=True):
             log_likelihood_histogram(normal[name], anomalous[name], unit=unit, ax=ax)
-            ax.set_ylabel(f"{name}\nshare per bin (%)" if column == 0 else "")
+            ax.set_ylabel(f"{literal(name)}\nshare per bin (%)" if column == 0 else "")
         axes[0, column].set_title(f"{run}\n{axes[0, column].get_title(loc='left')}", loc="left")
     for ax in axes[:-1].ravel():
         ax.set_xlabel("")
@@ -117,7 +119,7 @@ def overlap_change(overlaps: Overlaps) -> Axes:
     ax.hlines(range(len(table)), table.min(axis=1), table.max(axis=1), color="0.75", linewidth=2, zorder=1)
     for run, marker, color in zip(table, "os^Dv", (7, 2, 1, 4, 5), strict=False):
         ax.scatter(table[run], range(len(table)), marker=marker, color=PALETTE[color], label=run, zorder=2)
-    ax.set_yticks(range(len(table)), table.index)
+    ax.set_yticks(range(len(table)), [*map(literal, table.index)])
     ax.set_xlim(0, 100)
     ax.set_xlabel("overlap of normal and anomalous log-likelihoods (%)")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(overlaps))

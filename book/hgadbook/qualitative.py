@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hgadlib.config import Config
 from hgadlib.figures.maps import outline_mask
+from hgadlib.figures.theme import literal
 from hgadlib.runs.gallery import gallery
 from hgadlib.runs.inputs import Inputs
 from hgadlib.runs.record import Result
@@ -102,10 +103,10 @@ def rank_table(inputs: Inputs, ranks: Mapping[str, np.ndarray]) -> pd.DataFrame:
         Their median, the share of ranks of 1 and that of ranks below a half.
     """
     anomalous = inputs.test_labels & inputs.test_labelled
-    rows = {}
-    for k, name in [*enumerate(inputs.dataset.classes), (None, "all")]:
-        members = anomalous & (True if k is None else inputs.test_classes == k)
-        rows[name] = {
+    names, rows = [*inputs.dataset.classes, "all"], {}
+    for k in range(len(names)):
+        members = anomalous & (inputs.test_classes == k) if k + 1 < len(names) else anomalous
+        rows[k] = {
             (model, what): 100 * float(value)
             for model, found in ranks.items()
             for what, value in (
@@ -115,7 +116,8 @@ def rank_table(inputs: Inputs, ranks: Mapping[str, np.ndarray]) -> pd.DataFrame:
             )
             if members.any()
         }
-    return pd.DataFrame(rows).T.rename_axis("class")
+    # By place until here: a class may be called "all".
+    return pd.DataFrame(rows).T.set_axis(names).rename_axis("class")
 
 
 def map_limits(inputs: Inputs, models: Models, chosen: Sequence[int]) -> Limits:
@@ -193,7 +195,7 @@ def map_comparison(
         for ax in axes[row]:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        beside.set_ylabel(titles[row], fontsize=8)
+        beside.set_ylabel(literal(titles[row]), fontsize=8)
         beside.imshow(normal[row])
         image.imshow(images[row])
         mask.imshow(masks[row], cmap="gray", vmin=0, vmax=1)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from hgadlib.errors import InputError
-from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, panel_grid
+from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, literal, panel_grid
 
 Histogram = tuple[ArrayLike, ArrayLike]
 """Edges (bins + 1,) and counts (bins,)."""
@@ -49,7 +49,7 @@ def log_likelihood_histogram(
             ax.stairs(shares[-1], edges, fill=True, color=color, alpha=0.3)
             ax.stairs(shares[-1], edges, color=color, linewidth=1.4, label=label)
     overlap = f"{np.minimum(*shares).sum():.1f} %" if len(shares) == 2 else "–"
-    ax.set_title(f"{title}   overlap {overlap}".strip(), loc="left")
+    ax.set_title(f"{literal(title)}   overlap {overlap}".strip(), loc="left")
     ax.set_xlabel(f"log-likelihood ({unit})")
     ax.set_ylabel("share per bin (%)")
     ax.set_ylim(bottom=0)

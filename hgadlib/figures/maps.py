@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hgadlib.errors import InputError
+from hgadlib.figures.theme import literal
 
 
 def outline_mask(ax: Axes, mask: ArrayLike) -> list[QuadContourSet]:
@@ -88,7 +89,7 @@ def anomaly_map_grid(
         for ax in row:
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        row[0].set_ylabel(title, fontsize=9)
+        row[0].set_ylabel(literal(title), fontsize=9)
     for ax, name in zip(axes[0], ("image", "map and true mask", "anomaly map"), strict=True):
         ax.set_title(name if masks.any() else name.replace("and true mask", "over image"))
     bar = figure.colorbar(

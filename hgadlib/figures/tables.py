@@ -20,14 +20,26 @@ METRIC_LABELS = {
 }
 
 
-def styled(table: pd.DataFrame, *, name: str, caption: str = "", emphasise: Sequence[str] = ()) -> Styler:
+def styled(
+    table: pd.DataFrame,
+    *,
+    name: str,
+    caption: str = "",
+    emphasise: Sequence[str] = (),
+    markup: Sequence[Any] = (),
+    **numbers: Any,
+) -> Styler:
     """Style a table as all of the book are: its index and names to the left, its cells to the right.
+
+    Names and cells stand as they are: none is read as HTML or as a formula.
 
     Args:
         table: Its index is the first column.
         name: A short identifier, other for each table of a page; the same numbers then give the same page.
-        caption: Above the table.
+        caption: Above the table, HTML.
         emphasise: Labels of the rows in bold.
+        markup: Columns whose cells are HTML.
+        **numbers: How pandas' ``Styler.format`` writes them, such as precision.
     """
     flat = table.columns.nlevels == 1
     look = [
@@ -40,7 +52,12 @@ def styled(table: pd.DataFrame, *, name: str, caption: str = "", emphasise: Sequ
     ]
     # Style sheets take no identifier with other letters.
     uuid = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)
-    styler = table.style.set_uuid(uuid).set_table_attributes('class="dataframe"')
+    styler = table.style.set_uuid(uuid).set_table_attributes(
+        'class="dataframe mathjax_ignore tex2jax_ignore"'
+    )
+    styler.format(escape="html", **numbers).format_index(escape="html").format_index(escape="html", axis=1)
+    if markup:
+        styler.format(None, subset=list(markup), escape=None)
     return _with(styler.set_caption(caption) if caption else styler, *look)
 
 
@@ -60,7 +77,8 @@ def auroc_table(metrics: Mapping[str, Any], *, names: Sequence[str] | None = Non
         One decimal, a dash for what has no meaning.
     """
     names = [n for n in METRIC_LABELS if n in metrics["mean"]] if names is None else names
-    return _percent_table({**metrics["per_class"], "mean": metrics["mean"]}, names, "class", "metrics")
+    rows = [*metrics["per_class"].items(), ("mean", metrics["mean"])]
+    return _percent_table(rows, names, "class", "metrics")
 
 
 def protocol_table(
@@ -75,17 +93,20 @@ def protocol_table(
     protocol = metrics["protocol"]
     first = f"{protocol['normalisation']}/{protocol['criterion']}"
     others = metrics["other_protocols"].items()
-    rows = {name: found["mean"] for name, found in others if name != first} | {first: metrics["mean"]}
+    rows = [*((name, found["mean"]) for name, found in others if name != first), (first, metrics["mean"])]
     return _percent_table(rows, names, "normalisation/criterion", "protocols")
 
 
-def _percent_table(rows: Mapping[str, Any], names: Sequence[str], index: str, identifier: str) -> Styler:
+def _percent_table(
+    rows: Sequence[tuple[str, Any]], names: Sequence[str], index: str, identifier: str
+) -> Styler:
     """Show rows of metrics, the last one emphasised."""
-    values = [[np.nan if row.get(n) is None else 100 * row[n] for n in names] for row in rows.values()]
-    labels = pd.Index(rows, name=index)
+    values = [[np.nan if row.get(n) is None else 100 * row[n] for n in names] for _, row in rows]
+    labels = pd.Index([label for label, _ in rows], name=index)
     table = pd.DataFrame(values, labels, [f"{METRIC_LABELS[n]} (%)" for n in names], float)
-    styler = styled(table, name=identifier, emphasise=[labels[-1]]).format(precision=1, na_rep="–")
-    return _with(styler, (f".row{len(rows) - 1}", "border-top: 1px solid currentColor"))
+    styler = styled(table, name=identifier, precision=1, na_rep="–")
+    # By its place: a class may bear the name of the last row.
+    return _with(styler, (f".row{len(rows) - 1}", "font-weight: bold; border-top: 1px solid currentColor"))
 
 
 def fact_table(facts: Mapping[str, object]) -> Styler:

@@ -16,13 +16,20 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 PALETTE: tuple[str, ...] = tuple(sns.color_palette("colorblind").as_hex())
 NORMAL_COLOR, ANOMALOUS_COLOR = PALETTE[0], PALETTE[3]
+# Asked, where they are installed, for what the font of the figures lacks.
+_FALLBACKS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Microsoft YaHei", "Malgun Gothic", "Hiragino Sans",
+    "PingFang SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS",
+)  # fmt: skip
 
 
 def theme() -> None:
     """Set the style of all figures that follow."""
+    installed = {font.name for font in fontManager.ttflist}
     sns.set_theme(
         context="notebook",
         style="ticks",
@@ -34,6 +41,7 @@ def theme() -> None:
             "savefig.bbox": "tight",
             "figure.dpi": 100,
             "figure.constrained_layout.use": True,
+            "font.family": ["sans-serif", *(name for name in _FALLBACKS if name in installed)],
             "font.size": 10,
             "axes.titlesize": 10,
             "axes.labelsize": 10,
@@ -47,6 +55,25 @@ def theme() -> None:
             "lines.linewidth": 1.6,
         },
     )
+
+
+def literal(text: str, longest: int = 40) -> str:
+    r"""Write names for a figure so that it shows them as they are, for matplotlib reads some as commands.
+
+    A dollar sign starts no formula, a leading underscore hides nothing from a legend, a character that no
+    font has is escaped, and a line of more than `longest` characters loses its middle.
+
+    >>> literal("$5 bolt"), literal("tab\tnut")
+    ('\\$5 bolt', 'tab\\tnut')
+    """
+    if not (text.isascii() and text.isprintable()):
+        fonts = [get_font(findfont(FontProperties(family=[name]))) for name in plt.rcParams["font.family"]]
+        known = {ord("\n")}.union(*(font.get_charmap() for font in fonts))
+        text = "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in text)
+    half = longest // 2
+    lines = [x if len(x) <= longest else f"{x[: longest - half]}…{x[1 - half :]}" for x in text.split("\n")]
+    shown = "\n".join(lines).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def class_colors(classes: Sequence[str]) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -11,6 +13,7 @@ import numpy as np
 from hgadlib.config import Config
 from hgadlib.datasets.images import read_image, resize_image
 from hgadlib.evaluation.evaluate import map_batches
+from hgadlib.files import write_atomically
 from hgadlib.runs.inputs import Inputs
 from hgadlib.runs.record import Result
 
@@ -69,7 +72,8 @@ def gallery(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int
         ],
     }
     for row, (index, record) in enumerate(zip(chosen, records, strict=True)):
-        shown["images"][row] = resize_image(read_image(record.path), size, config.data.resize)
+        image = read_image(record.path, record.bit_depth)
+        shown["images"][row] = resize_image(image, size, config.data.resize)
         values, constants = result.values[index : index + 1], evaluation.constants[record.class_name]
         _, maps = next(map_batches(values, constants, config.score, evaluation.protocol.criterion))
         shown["maps"][row] = maps[0].numpy()
@@ -84,13 +88,18 @@ def write_maps(folder: Path, shown: Gallery) -> None:
     import matplotlib.pyplot as plt  # here, so that training alone needs no figures
 
     from hgadlib.figures.maps import anomaly_map_grid
+    from hgadlib.figures.theme import theme
 
     folder.mkdir(exist_ok=True)
     limits = (float(shown["maps"].min()), float(shown["maps"].max())) if len(shown["maps"]) else None
     for i, title in enumerate(shown["titles"]):
-        one = slice(i, i + 1)
+        one, png = slice(i, i + 1), io.BytesIO()
         masks = None if shown["masks"] is None else shown["masks"][one]
-        figure = anomaly_map_grid(shown["images"][one], shown["maps"][one], masks, [title], limits=limits)
-        name = title.partition("\n")[0].replace(", ", "_").replace("/", "_").replace(" ", "_")
-        figure.savefig(folder / f"{i:02d}_{name}.png", bbox_inches="tight")
+        with plt.rc_context():
+            theme()
+            figure = anomaly_map_grid(shown["images"][one], shown["maps"][one], masks, [title], limits=limits)
+            figure.savefig(png, format="png")
         plt.close(figure)
+        # File systems hold at most 255 bytes, and some no more than letters and digits; the number is unique.
+        name = re.sub(r"[^\w.-]+", "_", title.partition("\n")[0]).encode()[:100].decode(errors="ignore")
+        write_atomically(folder / f"{i:02d}_{name}.png", png.getvalue())

@@ -170,7 +170,8 @@ def summary(inputs: Inputs) -> pd.DataFrame:
     if inputs.test_labelled.all():
         del table["test unlabelled"]
     if len(table) > 1:
-        table.loc["all"] = table.sum()
+        # A row of its own, also beside a class of that name.
+        table = pd.concat([table, table.sum().to_frame("all").T]).rename_axis("class")
     return table
 
 
