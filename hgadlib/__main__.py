@@ -26,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: Words of the command line; None for the real ones.
-
     Returns:
         Exit status: 0 if all is well; 1 if `data check` found problems or a training diverged; 2 on wrong
         input; 130 when interrupted.
@@ -121,14 +120,17 @@ def train(options: argparse.Namespace) -> int:
             return 0
         metrics = finish_run(local, inputs, model, run).metrics
     mean = {name: value for name, value in metrics["mean"].items() if value is not None}
-    print("  ".join(f"{name} {value:.4f}" for name, value in mean.items()))
+    for text in inputs.dataset.skipped:
+        print(f"left out: {text}")
+    for text in inputs.dataset.remarks:
+        print(f"note: {text}")
+    print("  ".join(f"{name} {value:.4f}" for name, value in mean.items()) or "no metric has a meaning here")
     print(run.path)
     return 0
 
 
 def read_parameters(options: argparse.Namespace) -> dict[str, Any]:
     """Put the parameters of a command line together; later kinds win: -f, then -y, then -p.
-
     Raises:
         InputError: Something is not YAML, or holds no names with values.
     """

@@ -46,7 +46,6 @@ class Group:
 
         Args:
             batch: Indices of the whole batch, (B,), the same in every process.
-
         Returns:
             This process's indices, at least one, and what its mean counts for in the batch's mean. A process
             for which nothing is left computes on an image all the same, counting 0, so that every process
@@ -93,10 +92,8 @@ def process_group(device: str = "auto") -> Iterator[tuple[Group, str]]:
 
     Args:
         device: As in the configuration. With CUDA, each process takes the device of its local number.
-
     Yields:
         The group, and the name of this process's device.
-
     Raises:
         InputError: More processes than CUDA devices, or one device named for several processes.
     """

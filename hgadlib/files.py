@@ -47,7 +47,6 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; it becomes the target at once when the block ends.
 
     An exception leaves nothing behind. The target may be an empty folder, not a full one.
-
     Raises:
         OSError: The place cannot be written, or the target was filled by somebody else meanwhile.
     """
@@ -78,7 +77,6 @@ def content_digests(paths: Sequence[Path | str]) -> list[str]:
     """Compute the sha256 of each file's content, reading only those that changed since the last time.
 
     What is known lies in ``cache_dir()/contents.sqlite``, by path, size, times of change and inode.
-
     Raises:
         OSError: A file cannot be read.
     """

@@ -33,13 +33,10 @@ def positional_encoding_2d(dim: int, height: int, width: int) -> Tensor:
         dim: Channels P, a multiple of 4.
         height: Rows H.
         width: Columns W.
-
     Returns:
         Code, (P, H, W) float32.
-
     Raises:
         ValueError: dim is not a positive multiple of 4.
-
     Source: paper Fig. 3 and App. C (after CFLOW-AD).
 
     >>> positional_encoding_2d(4, 1, 2)[:, 0, 1].round(decimals=2).tolist()
@@ -166,7 +163,6 @@ def random_rotation(dim: int, generator: torch.Generator | None = None) -> Tenso
     Args:
         dim: Size of the matrix.
         generator: Source of randomness; the global one by default.
-
     Returns:
         Orthogonal matrix of determinant +1, (dim, dim) in the default type.
     """
@@ -188,7 +184,6 @@ class AffineCoupling(InvertibleModule):
 
     Parameter names and arithmetic are those of FrEIA's ``AllInOneBlock`` (soft clamping,
     ``SOFTPLUS`` global affine, soft permutation), so states are interchangeable.
-
     Source: paper Eq. 4 (Real-NVP).
     """
 
@@ -264,7 +259,6 @@ class PositionalCoupling(AffineCoupling):
         dims_c: ``[(P,)]`` where positions are given, empty where not.
         clamp: Soft clamp of the log-scale.
         hidden: Width of the hidden layer; None for twice the subnet's inputs, as published.
-
     Source: paper Eq. 4, App. C.
     """
 
@@ -306,7 +300,6 @@ class ConvolutionalCoupling(AffineCoupling):
         kernel_size: Odd size of both kernels.
         clamp: Soft clamp of the log-scale.
         hidden: Channels of the hidden layer; None for the width of the passive half.
-
     Source: paper Sec. 3.2 (the reproduced FastFlow).
     """
 
@@ -393,7 +386,6 @@ class FeatureFlow(nn.Module):
 
         Args:
             features: (B, H*W, C), float32 or float64.
-
         Returns:
             Latents z, (B, H*W, C), and log |det dz/dx| in nats, (B, H*W).
         """

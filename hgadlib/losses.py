@@ -28,10 +28,8 @@ def gaussian_nll(z: Tensor, log_det: Tensor) -> Tensor:
     Args:
         z: Latents, (..., D).
         log_det: Log |det dz/dx|, (...).
-
     Returns:
         Loss per position, (...).
-
     Source: paper Eq. 3.
     """
     return -(standard_log_prob(z) + log_det)
@@ -47,10 +45,8 @@ def inter_class_nll(z: Tensor, log_det: Tensor, centers: Tensor, log_weights: Te
         log_det: Log |det dz/dx|, (..., N).
         centers: Main class centres, (K, D).
         log_weights: Normalised log class weights c_y, (K,).
-
     Returns:
         Loss per position, (..., N).
-
     Source: paper Eq. 6.
     """
     return -(mixture_log_prob(z, centers, log_weights) + log_det)
@@ -69,10 +65,8 @@ def mutual_information_loss(
         centers: Main class centres, (K, D).
         log_weights: Normalised log class weights, (K,).
         label_smoothing: Share of the label spread evenly over all classes (0 in the paper, 0.02 released).
-
     Returns:
         Loss per position, (B, N).
-
     Source: paper Eq. 8.
     """
     log_posterior = F.log_softmax(center_logits(z, centers) + log_weights, dim=-1)
@@ -89,10 +83,8 @@ def entropy_loss(z: Tensor, centers: Tensor) -> Tensor:
     Args:
         z: Latents, (..., N, D).
         centers: Main class centres, (K, D).
-
     Returns:
         Loss per position, (..., N), between 0 and log K.
-
     Source: paper Eq. 9.
     """
     return center_entropy(z, centers)
@@ -114,10 +106,8 @@ def intra_class_nll(
         class_idx: Class of each image, (B,) int64.
         intra_centers: Centres with the main one detached, (K, M, D).
         log_weights_intra: Normalised log weights within each class, (K, M).
-
     Returns:
         Loss per position, (B, N).
-
     Source: paper Eq. 10 (the constant added, see the module's text).
     """
     return -(mixture_log_prob(z, intra_centers[class_idx], log_weights_intra[class_idx]) + log_det)
@@ -137,10 +127,8 @@ def full_mixture_nll(
         log_weights: Log class weights, (K,).
         intra_centers: (K, M, D), the main centres not detached.
         log_weights_intra: (K, M).
-
     Returns:
         Loss per position, (..., N).
-
     Source: paper Eq. 18.
     """
     weights = log_weights[:, None] + log_weights_intra
@@ -153,7 +141,6 @@ def log_sigmoid_nll(nll: Tensor, dim: int) -> Tensor:
     Args:
         nll: A negative log-likelihood, any shape.
         dim: D.
-
     Source: published code; not in the paper's text.
     """
     return -F.logsigmoid(-nll / dim)
@@ -196,11 +183,9 @@ def hgad_losses(
         label_smoothing: See :func:`mutual_information_loss`.
         detach_class_weights: Keep L_mi from moving the class weights, as the released code does.
         extended: Optimise Eq. 18 in place of Eq. 6 and 10 (what the paper warns of).
-
     Returns:
         "total" and one scalar per term: "nll" (the likelihood term that is trained), "mi", "entropy",
         "intra", "log_sigmoid"; terms are in nats per position, likelihoods per dimension where asked for.
-
     Source: paper Eq. 11.
     """
     scale = 1.0 / z.shape[-1] if per_dimension else 1.0

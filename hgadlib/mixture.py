@@ -29,10 +29,8 @@ def center_logits(z: Tensor, centers: Tensor) -> Tensor:
     Args:
         z: Latents, (..., N, D).
         centers: Centres, (..., K, D), with the same or broadcastable leading axes.
-
     Returns:
         Logits, (..., N, K).
-
     Raises:
         ValueError: The last axes of z and centers differ.
     """
@@ -58,10 +56,8 @@ def mixture_log_prob(z: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
         z: Latents, (..., N, D).
         centers: (..., K, D).
         log_weights: Normalised log weights, (..., K).
-
     Returns:
         Log-density, (..., N).
-
     Source: paper Eq. 13.
     """
     # Distances do not depend on the origin, but rounding does: seen from among the centres the two large
@@ -118,7 +114,6 @@ class HierarchicalGaussianMixture(nn.Module):
         delta_std: Standard deviation of the initial offsets.
         learn_centers: Train the main centres; False for the fixed centres of Tab. 3a (FMC).
         learn_weights: Train the class weights psi.
-
     Source: paper Sec. 3.3 and Alg. 1.
     """
 
@@ -191,10 +186,8 @@ class HierarchicalGaussianMixture(nn.Module):
         Args:
             z: Latents, (B, N, D).
             class_idx: Class of each image, (B,) int64.
-
         Returns:
             (B, N).
-
         Source: paper Sec. 3.4.
         """
         return mixture_log_prob(z, self.intra_centers()[class_idx], self.log_weights_intra[class_idx])

@@ -132,7 +132,6 @@ class HGAD(nn.Module):
         Args:
             batches: Training images: features, one (B, H*W, C) a level, and class indices, (B,).
             seed: Of the positions taken and of k-means.
-
         Raises:
             FloatingPointError: A latent is not finite.
         """
@@ -170,7 +169,6 @@ class HGAD(nn.Module):
             intra: Second stage: with the intra-class terms.
             precision: bfloat16 runs the subnets under autocast.
             **weights: See :func:`hgadlib.losses.hgad_losses`.
-
         Returns:
             One dictionary of scalars a level, "total" among them.
         """
@@ -189,10 +187,8 @@ class HGAD(nn.Module):
         Args:
             features: One (B, H*W, C) a level.
             class_idx: Class of each image, (B,) int64; without meaning where the prior is a single Gaussian.
-
         Returns:
             One (B, H*W) a level.
-
         Source: paper Eq. 1 and Sec. 3.4.
         """
         return [log_prob for _, log_prob in self._densities(features, class_idx)]
@@ -210,7 +206,6 @@ class HGAD(nn.Module):
         Args:
             features: One (B, H*W, C) a level.
             class_idx: Class of each image, (B,).
-
         Returns:
             Log-likelihoods (per dimension where so configured) and negative entropies, one (B, H, W) a level.
         """
@@ -228,7 +223,6 @@ class HGAD(nn.Module):
 
         Args:
             batches: Level values of training images, and their class indices.
-
         Raises:
             FloatingPointError: A value is not finite: the weights are not, or a class has no images.
         """
@@ -284,7 +278,6 @@ class HGAD(nn.Module):
     @classmethod
     def load(cls, path: Path, device: str | torch.device = "cpu") -> HGAD:
         """Read a model that :meth:`save` wrote.
-
         Raises:
             InputError: The file is missing, truncated, or holds something else.
         """
@@ -314,7 +307,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file and its metadata.
-
     Raises:
         InputError: The file is missing or is not whole.
     """

@@ -41,7 +41,6 @@ def progress_bar(
         unit: What is counted.
         initial: Units done before, by the run that is resumed; they leave the rate alone.
         show: Whether to show it at all.
-
     Returns:
         A tqdm bar to `update`, also a context manager.
     """

@@ -111,7 +111,6 @@ def upsampling_matrix(length: int, size: int, sigma: float) -> Tensor:
         length: Positions h along the axis.
         size: Pixels along the axis.
         sigma: Standard deviation of the blur in pixels (mirrored at the border, cut at 4 sigma); 0 for none.
-
     Returns:
         (size, length) float64; each row sums to 1.
     """
@@ -131,7 +130,6 @@ def missing_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma
         maxima: (L,) or (B, L); values above them count as fully normal.
         size: Side of the map in pixels.
         sigma: Blur in pixels; 0 for none.
-
     Returns:
         (B, size, size), between 0 and L, in the values' type.
     """
@@ -147,7 +145,6 @@ def log_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma: fl
         maxima: (L,) or (B, L); values above them count as fully normal.
         size: Side of the map in pixels.
         sigma: Blur in pixels; 0 for none.
-
     Returns:
         (B, size, size), finite however far a value lies below its maximum.
     """
@@ -218,10 +215,8 @@ def published_maps(
         sigma: Gaussian blur in pixels of the map.
         criterion: "likelihood" for S_l, "entropy" for S_e, "both" for their product. A prior without
             classes has no entropy: then it is S_l throughout.
-
     Returns:
         (B, size, size), at most :math:`L - o`, or its square; higher is more anomalous.
-
     Source: paper Sec. 3.4.
     """
     parts = [
@@ -246,11 +241,9 @@ def anomaly_maps(
         size: Side of the maps in pixels.
         sigma: Gaussian blur of S in pixels of the map.
         criterion: As of :func:`published_maps`.
-
     Returns:
         (B, size, size), in the values' type: from about -7 for what lacks nothing, upwards without an end,
         there in nats (per dimension where the values are); higher is more anomalous.
-
     Source: paper Sec. 3.4, in the log domain.
     """
     criteria = _criteria(values, constants, criterion)

@@ -33,7 +33,6 @@ def learning_rate(progress: float, config: TrainConfig) -> float:
         progress: Share of all steps done, 0 to 1.
         config: "step" drops the rate tenfold at each milestone, "cosine" lets it fall to
             ``lr * final_lr_ratio``; a warm-up rises linearly from ``lr * warmup_start_ratio``.
-
     Source: paper Sec. 4.2 (step); the released code (cosine with warm-up).
     """
     if progress < config.warmup:
@@ -106,14 +105,11 @@ def fit(
         on_history: Called with the history so far after each epoch, before a checkpoint is written.
         progress: Show a bar.
         group: The processes that share the batches; the first one alone evaluates and writes.
-
     Returns:
         History, a row an epoch: mean of every loss term, learning rate, seconds, images/s.
-
     Raises:
         FloatingPointError: The loss is no longer finite.
         InputError: The checkpoint is damaged.
-
     Source: paper Alg. 1, Sec. 4.2 and App. C.
     """
     labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
@@ -231,7 +227,6 @@ def _mean_terms(
 
 def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int, per_class: int = 64) -> None:
     """Start the second stage with the centres within each class on clusters of its latents.
-
     Raises:
         FloatingPointError: The last step of the first stage has left weights that are not finite.
     """
@@ -268,7 +263,6 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path, model: HGAD, optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Load a checkpoint's state into model and optimiser, and return its history's rows.
-
     Raises:
         InputError: It is damaged, or of another model; the line says what to delete.
     """

@@ -24,7 +24,6 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
     Args:
         network: In evaluation mode; takes images of 64 x 64 pixels, else it comes back as it was.
-
     Returns:
         The folded copy, or the network itself.
     """

@@ -60,7 +60,6 @@ def couple(
         grid: (H, W) of the N positions; of no account without a code.
         blocks: At least one.
         clamp: Soft clamp of the log-scale.
-
     Returns:
         Outputs (B, N, C), and the log-determinant of each position, (B, N).
     """
