@@ -252,10 +252,10 @@ def anomaly_maps(
     # Some 700 nats down, beyond what float64 holds as a number, the logs themselves are added.
     lost = total > -_LEAST
     if (images := lost.flatten(1).any(1)).any():
+        own = constants[images] if constants.log_prob_max.ndim == 2 else constants
         logs = [
-            log_normality([v[images].double() for v in levels], _rows(maxima, images), size, sigma)
-            - math.log(len(levels) - offset)
-            for levels, maxima, offset in criteria
+            log_normality([v.double() for v in levels], maxima, size, sigma) - math.log(len(levels) - offset)
+            for levels, maxima, offset in _criteria(values[images], own, criterion)
         ]
         maps[images] = torch.where(lost[images], -torch.stack(logs).logsumexp(0), maps[images])
     return maps.to(values.log_prob[0].dtype)
@@ -263,15 +263,10 @@ def anomaly_maps(
 
 def _log_share(levels: Sequence[Tensor], maxima: Tensor, offset: float, size: int, sigma: float) -> Tensor:
     """Compute log(S / (L - o)) in float64, near 0 from the normality and elsewhere from what is missing."""
-    deficits, top = _deficits([v.double() for v in levels], maxima), len(levels) - offset
-    present = torch.stack([_upsample(x.exp(), size, sigma) for x in deficits]).sum(0) / top
-    missing = torch.stack([_upsample(-torch.expm1(x), size, sigma) for x in deficits]).sum(0) - offset
-    near = (missing / top).clamp(_LEAST, 1).log()
-    return torch.where(present < 0.5, torch.log1p(-present), near)
-
-
-def _rows(maxima: Tensor, images: Tensor) -> Tensor:
-    return maxima[images] if maxima.ndim == 2 else maxima
+    levels, top = [v.double() for v in levels], len(levels) - offset
+    present = torch.stack([_upsample(x.exp(), size, sigma) for x in _deficits(levels, maxima)]).sum(0) / top
+    missing = (missing_normality(levels, maxima, size, sigma) - offset) / top
+    return torch.where(present < 0.5, torch.log1p(-present), missing.clamp(_LEAST, 1).log())
 
 
 def _criteria(
