@@ -184,6 +184,7 @@ class AffineCoupling(InvertibleModule):
 
     Parameter names and arithmetic are those of FrEIA's ``AllInOneBlock`` (soft clamping,
     ``SOFTPLUS`` global affine, soft permutation), so states are interchangeable.
+
     Source: paper Eq. 4 (Real-NVP).
     """
 

@@ -227,6 +227,7 @@ def _mean_terms(
 
 def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int, per_class: int = 64) -> None:
     """Start the second stage with the centres within each class on clusters of its latents.
+
     Raises:
         FloatingPointError: The last step of the first stage has left weights that are not finite.
     """
@@ -263,6 +264,7 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path, model: HGAD, optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Load a checkpoint's state into model and optimiser, and return its history's rows.
+
     Raises:
         InputError: It is damaged, or of another model; the line says what to delete.
     """
