@@ -383,8 +383,11 @@ RUN_ALL = """
 const done = arguments[arguments.length - 1];
 const app = window.jupyterapp;
 app.restored.then(async () => {
-  while (!app.shell.currentWidget?.sessionContext) await new Promise(r => setTimeout(r, 200));
-  await app.shell.currentWidget.sessionContext.ready;
+  // A browser without a window gives nothing the focus, so no widget is the current one by itself.
+  const notebook = () => [...app.shell.widgets("main")].find(widget => widget.sessionContext);
+  while (!notebook()) await new Promise(r => setTimeout(r, 200));
+  await notebook().sessionContext.ready;
+  app.shell.activateById(notebook().id);
   app.commands.execute("notebook:run-all-cells");
   done();
 });
