@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # of the machine; the library's own say what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -131,6 +134,7 @@ def train(options: argparse.Namespace) -> int:
 
 def read_parameters(options: argparse.Namespace) -> dict[str, Any]:
     """Put the parameters of a command line together; later kinds win: -f, then -y, then -p.
+
     Raises:
         InputError: Something is not YAML, or holds no names with values.
     """

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hgadlib.errors import InputError
+
 _TICK_NS = 2 * 10**9
 
 
@@ -20,6 +22,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to; what lies there afterwards takes the file's place at once.
 
     An exception leaves the file as it was and nothing beside it.
+
+    Raises:
+        InputError: The file cannot be written; the disk is full, for instance.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -31,13 +36,19 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{path}: cannot be written: {error.strerror or error}; make room or mend that, and the same "
+                "call goes on"
+            ) from error
         raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write text (UTF-8) or bytes."""
+    """Write text (UTF-8) or bytes; an InputError where that fails."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -47,6 +58,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; it becomes the target at once when the block ends.
 
     An exception leaves nothing behind. The target may be an empty folder, not a full one.
+
     Raises:
         OSError: The place cannot be written, or the target was filled by somebody else meanwhile.
     """
@@ -77,6 +89,7 @@ def content_digests(paths: Sequence[Path | str]) -> list[str]:
     """Compute the sha256 of each file's content, reading only those that changed since the last time.
 
     What is known lies in ``cache_dir()/contents.sqlite``, by path, size, times of change and inode.
+
     Raises:
         OSError: A file cannot be read.
     """

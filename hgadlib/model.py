@@ -173,7 +173,7 @@ class HGAD(nn.Module):
             One dictionary of scalars a level, "total" among them.
         """
         terms = []
-        for (flow, prior), x in zip(self.levels, features, strict=True):
+        for flow, prior, x in self._fitted(features):
             with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
                 z, log_det = flow(x)
             terms.append(hgad_losses(z, log_det, class_idx, prior, intra=intra, **weights))
@@ -195,9 +195,21 @@ class HGAD(nn.Module):
 
     def _densities(self, features: Sequence[Tensor], class_idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each level's latents, (B, H*W, C), and log-densities, (B, H*W)."""
-        for (flow, prior), x in zip(self.levels, features, strict=True):
+        for flow, prior, x in self._fitted(features):
             z, log_det = flow(x)
             yield z, prior.log_prob(z, class_idx) + log_det
+
+    def _fitted(self, features: Sequence[Tensor]) -> Iterator[tuple[FeatureFlow, Prior, Tensor]]:
+        """Pair each level with its features; refuse those of another shape than the model's."""
+        expected = [(h * w, c) for (h, w), c in zip(self.grids, self.channels, strict=True)]
+        found = [tuple(x.shape[1:]) for x in features]
+        if found != expected:
+            raise InputError(
+                f"expected features of {expected} positions and channels, level by level, found {found}; take "
+                "the backbone, the levels and the image size that the model was trained with"
+            )
+        for (flow, prior), x in zip(self.levels, features, strict=True):
+            yield flow, prior, x
 
     @torch.inference_mode()
     def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
@@ -276,8 +288,9 @@ class HGAD(nn.Module):
         write_tensors(path, dict(self.state_dict()), {"hgad": json.dumps(self.architecture())})
 
     @classmethod
-    def load(cls, path: Path, device: str | torch.device = "cpu") -> HGAD:
+    def load(cls, path: Path | str, device: str | torch.device = "cpu") -> HGAD:
         """Read a model that :meth:`save` wrote.
+
         Raises:
             InputError: The file is missing, truncated, or holds something else.
         """
@@ -302,15 +315,19 @@ class HGAD(nn.Module):
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file from tensors on any device, atomically."""
     with replacing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # its word for a full disk too
+            raise OSError(str(error)) from None
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file and its metadata.
+
     Raises:
         InputError: The file is missing or is not whole.
     """
-    if not path.is_file():
+    if not Path(path).is_file():
         raise InputError(f"{path}: expected a safetensors file, found none")
     try:
         with safe_open(path, framework="pt") as file:

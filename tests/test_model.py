@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from small import CHANNELS, GRIDS, features, model
 from torch import Tensor
 
 from hgadlib.config import FlowConfig, PriorConfig
+from hgadlib.errors import InputError
 from hgadlib.model import HGAD, read_tensors, write_tensors
 
 
@@ -107,3 +109,22 @@ def test_a_file_with_today_s_names_loads(tmp_path: Path) -> None:
     write_tensors(tmp_path / "old.safetensors", {name: other.state_dict()[name] for name in NAMES}, metadata)
     loaded = HGAD.load(tmp_path / "old.safetensors").state_dict()
     assert all(loaded[name].equal(value) for name, value in other.state_dict().items())
+
+
+def test_features_of_another_shape_are_refused_in_a_line() -> None:
+    made, (data, class_idx) = model(), features(2)
+    labels, (first, second) = torch.from_numpy(class_idx), data.levels
+    for wrong in ([first[..., :4], second], [first[:, :8], second], [first], [second, first]):
+        for call in (made.log_prob, made.level_values, partial(made.losses, intra=True)):
+            with pytest.raises(
+                InputError, match=r"expected features of \[\(12, 6\), \(4, 4\)\].* image size"
+            ) as said:
+                call(wrong, labels)
+            assert "\n" not in str(said.value)
+
+
+def test_a_model_loads_by_a_text_path(tmp_path: Path) -> None:
+    model().save(tmp_path / "model.safetensors")
+    assert HGAD.load(str(tmp_path / "model.safetensors")).classes == ("class0", "class1")
+    with pytest.raises(InputError, match="expected a safetensors file, found none"):
+        HGAD.load(str(tmp_path / "other"))

@@ -21,6 +21,7 @@ from hgadlib.errors import InputError
 from hgadlib.files import replacing, write_atomically
 from hgadlib.model import read_tensors, write_tensors
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
+from hgadlib.runs.gallery import write_maps
 from hgadlib.runs.hardware import matmul_rate
 
 DATA = {"digest": "images", "train": 3, "test": 2}
@@ -299,3 +300,91 @@ def test_tensors_come_back_and_others_may_read_them(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match=r"a\.safetensors: expected a whole safetensors file"):
         read_tensors(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("name", ["history.csv", "scores.npz", "metrics.json"])
+def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on(name: str) -> None:
+    run = RunDirectory.open(config())
+    run.start(DATA)
+    writes: dict[str, Any] = {
+        "history.csv": lambda: run.write_history(pd.DataFrame({"epoch": [1]})),
+        "scores.npz": lambda: run.write_arrays("scores", {"score": np.zeros(3)}),
+        "metrics.json": lambda: run.finish({"mean": {}}),
+    }
+    (run.path / f".{name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=rf"{name}: cannot be written: .*No space left.*; make room") as said:
+        writes[name]()
+    assert "\n" not in str(said.value)
+    assert not (run.path / name).exists() and not list(run.path.glob(".*.tmp"))
+    writes[name]()
+    assert (run.path / name).stat().st_size > 0
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_told_in_a_line(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before, file = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "model.safetensors"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"model\.safetensors: cannot be written: .*large.*; make room"):
+            write_tensors(file, {"a": torch.zeros(1000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["params"]
+
+
+@pytest.mark.parametrize("text", ["", '{"mean": ', "[]", "null", b"\xff\xfe\x00"])
+def test_a_damaged_record_is_named_with_what_to_do(text: str | bytes) -> None:
+    path = whole(config())
+    for name, said in (
+        ("metrics.json", "delete it, and the same call evaluates"),
+        ("data.json", "delete it if"),
+    ):
+        before = (path / name).read_bytes()
+        (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(InputError, match=rf"{name}: expected a whole JSON record.*; {said}") as caught:
+            read_metrics(path) if name == "metrics.json" else RunDirectory.open(config()).start(DATA)
+        assert "\n" not in str(caught.value)
+        (path / name).write_bytes(before)
+    # What the line says to do mends it.
+    (path / "data.json").unlink()
+    RunDirectory.open(config()).start(DATA)
+    assert json.loads((path / "data.json").read_text()) == DATA
+
+
+def test_a_damaged_history_is_named() -> None:
+    path = whole(config())
+    for text in (b"", b'epoch,total\n1,"2', b"\xff\xfe\x00\xd8"):
+        (path / "history.csv").write_bytes(text)
+        with pytest.raises(
+            InputError, match=r"history\.csv: expected a table, found a damaged file"
+        ) as caught:
+            read_history(path)
+        assert "\n" not in str(caught.value)
+
+
+# Whatever a file system allows as the name of a class or of a defect.
+NAMES = [
+    "cost_$5_or_$_6",
+    "<b>bold<i>",
+    'a:b*c?"d|e\\f',
+    "100%_done",
+    "螺丝 ø",
+    "\udcff",
+    "new\nline",
+    "n" * 250,
+]
+
+
+@pytest.mark.filterwarnings("error")
+def test_maps_of_any_name_are_written(tmp_path: Path) -> None:
+    images = np.zeros((len(NAMES), 4, 4, 3), np.uint8)
+    titles = [f"{name}, {name}\n0.5" for name in NAMES]
+    write_maps(
+        tmp_path / "maps",
+        {"images": images, "maps": np.zeros((len(NAMES), 4, 4)), "masks": None, "titles": titles},
+    )
+    names = sorted(path.name for path in (tmp_path / "maps").iterdir())
+    assert [name[:3] for name in names] == [f"{i:02d}_" for i in range(len(NAMES))]
+    assert all(len(name.encode()) < 120 and not set(name) & set('<>:"|?*\\$%\n') for name in names)
+    assert names[0] == "00_cost__5_or___6_cost__5_or___6.png" and "螺丝_ø" in names[4]

@@ -34,17 +34,17 @@ def read_config(path: Path) -> Config:
 def read_metrics(path: Path) -> dict[str, Any]:
     """Read a run's metrics.json; an InputError if the run is not finished."""
     file = _existing(path, "metrics.json", "run it to its end first")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file, "delete it, and the same call evaluates the trained model again")
 
 
 def read_history(path: Path) -> pd.DataFrame:
     """Read a run's history.csv, a row per epoch; an InputError if there is none."""
-    return pd.read_csv(_existing(path, "history.csv", "train first"))
+    return _read_table(_existing(path, "history.csv", "train first"))
 
 
 def read_coupling(path: Path) -> pd.DataFrame:
     """Read a run's coupling.csv, a row per evaluated epoch, level, block and group of positions."""
-    return pd.read_csv(
+    return _read_table(
         _existing(path, "coupling.csv", "train with train.evaluate_every above 0 and a record of the blocks")
     )
 
@@ -53,6 +53,28 @@ def _existing(path: Path, name: str, remedy: str) -> Path:
     if not (path / name).is_file():
         raise InputError(f"{path}: expected a run with {name}, found none; {remedy}")
     return path / name
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """Read a record; an InputError that ends with the remedy if it is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content:
+            return content
+        error: object = f"it holds {content!r:.40}"
+    except (OSError, ValueError) as found:
+        error = found
+    raise InputError(f"{file}: expected a whole JSON record, found a damaged one ({error}); {remedy}")
+
+
+def _read_table(file: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(file)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file}: expected a table, found a damaged file ({' '.join(str(error).split())}); move the run "
+            "away and train again"
+        ) from None
 
 
 class RunDirectory:
@@ -144,7 +166,7 @@ class RunDirectory:
         if self._started:
             return
         why = self.another(data)
-        if self.complete and not why:
+        if self.complete and not why and self._stored_data() is not None:
             return
         if why and self.config.run_dir is not None:
             raise self._refusal(why)
@@ -214,7 +236,8 @@ class RunDirectory:
 
     def _stored_data(self) -> str | None:
         file = self.path / "data.json"
-        return json.loads(file.read_text(encoding="utf-8"))["digest"] if file.is_file() else None
+        remedy = "delete it if the run's images are still the same, else move the run away"
+        return str(read_json(file, remedy).get("digest")) if file.is_file() else None
 
     def _beside(self, config: str | None, data: str | None) -> Path:
         """Return where a run of the same name is kept while another has its place."""
@@ -250,11 +273,12 @@ class RunDirectory:
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
     """List the dotted keys whose values differ, with both values."""
     found = []
-    for key in one:
-        if isinstance(one[key], dict):
-            found += _differences(one[key], other[key], f"{prefix}{key}.")
-        elif one[key] != other[key]:
-            found.append(f"{prefix}{key}: {one[key]}, now {other[key]}")
+    for key in {**one, **other}:  # a setting that is left to the data is not there
+        before, now = one.get(key), other.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key}: {before}, now {now}")
     return found
 
 

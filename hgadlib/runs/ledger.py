@@ -15,7 +15,7 @@ from hgadlib.config import config_from_dict, project_dir, training_key
 from hgadlib.errors import InputError
 from hgadlib.evaluation.likelihoods import class_overlaps
 from hgadlib.files import write_atomically
-from hgadlib.runs.directory import read_config, read_coupling, read_history, read_metrics
+from hgadlib.runs.directory import read_config, read_coupling, read_history, read_json, read_metrics
 
 # Rows of a history that a record keeps at most, and evaluated epochs of the couplings' coefficients.
 _CURVE_ROWS, _COUPLING_EPOCHS = 60, 8
@@ -45,8 +45,7 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
         "coupling": coupling(read_coupling(run)) if (run / "coupling.csv").is_file() else {},
         "config_digest": config.digest,
         "config": config.identity(),
-        "data": json.loads((run / "data.json").read_text(encoding="utf-8")),
-        "environment": json.loads((run / "environment.json").read_text(encoding="utf-8")),
+        **{name: read_json(run / f"{name}.json", "run it again") for name in ("data", "environment")},
     }
 
 
@@ -105,7 +104,7 @@ def read_records(folder: Path | None = None) -> list[dict[str, Any]]:
     """Read the ledger (results/runs) by file name; each record says its file's name under "record"."""
     folder = folder or project_dir() / "results" / "runs"
     return [
-        json.loads(file.read_text(encoding="utf-8")) | {"record": file.stem}
+        read_json(file, "restore it, or delete it") | {"record": file.stem}
         for file in sorted(folder.glob("*.json"))
     ]
 
