@@ -24,6 +24,7 @@ from pydantic import BeforeValidator, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hgadlib.errors import InputError
+from hgadlib.files import user_path
 
 
 def _whole(value: Any) -> Any:
@@ -68,6 +69,8 @@ class DataConfig:
     """Where classes come from: the folders' names, or clusters of the images' features (App. A.2)."""
     strict: Flag = True
     """False leaves bad images out and lists them in the run record."""
+    bit_depth: Annotated[Whole, Field(ge=8, le=16)] | None = None
+    """Bits in use of files that hold 16 a channel; None finds them over the training images."""
     num_workers: Annotated[Whole, Field(ge=1, le=1024)] | None = None
     """Decoding threads; None for one per core."""
 
@@ -202,6 +205,8 @@ class Config:
             del values[key]
         for key in ("root", "download", "num_workers"):
             del values["data"][key]
+        if values["data"]["bit_depth"] is None:  # as before there was this setting
+            del values["data"]["bit_depth"]
         for key in ("storage", "batch_size"):
             del values["features"][key]
         return values
@@ -490,7 +495,7 @@ def read_params(name: Any, folder: Path) -> dict[str, Any]:
 def run_dir(config: Config) -> Path:
     """Return the run's directory: as configured, else runs/<dataset>/<experiment>/seed<k> in the project."""
     if config.run_dir is not None:
-        return Path(config.run_dir).expanduser()
+        return user_path(config.run_dir)
     return project_dir() / "runs" / config.dataset / config.experiment / f"seed{config.seed}"
 
 

@@ -261,7 +261,7 @@ from hgadlib.features import extract
 from hgadlib.features.backbone import build_backbone
 
 what, folder = sys.argv[1], Path(sys.argv[2])
-records = [SimpleNamespace(path=path) for path in sorted((folder / "images").iterdir())]
+records = [SimpleNamespace(path=path, bit_depth=16) for path in sorted((folder / "images").iterdir())]
 backbone = build_backbone()
 load_images = extract.load_images
 (folder / f"{what}.ready").touch()

@@ -96,3 +96,21 @@ def visa_table(root: Path, rows: list[tuple[str, ...]]) -> Path:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     return path
+
+
+def deep(path: Path, top: int, seed: int = 0) -> Path:
+    """Write a 16-bit grey image whose values go from 0 to just `top`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng([seed, *path.name.encode()]).integers(0, top, (12, 16)).astype(np.uint16)
+    pixels[0, 0], pixels[0, 1] = 0, top
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def deep_class(folder: Path, top: int, test_top: int | None = None) -> Path:
+    """Write one class of 16-bit images: nine for training, and of both kinds for the test."""
+    for number in range(9):
+        deep(folder / "train" / "good" / f"{number}.png", top, number)
+    for kind in ("good", "crack"):
+        deep(folder / "test" / kind / "0.png", test_top or top)
+    return folder

@@ -15,6 +15,7 @@ from hgadlib.datasets.published import PARTS, load_union
 from hgadlib.datasets.records import Dataset, ImageRecord
 from hgadlib.datasets.scan import Findings, keep_trainable, verify
 from hgadlib.errors import InputError
+from hgadlib.files import user_path
 
 DATASETS = ("mvtec", "btad", "mvtec3d", "visa", "union", "elpv", "demo", "folder")
 
@@ -25,7 +26,13 @@ def default_root(name: str) -> Path:
 
 
 def load_dataset(
-    name: str, *, root: Path | str | None = None, download: bool = False, strict: bool = True, seed: int = 0
+    name: str,
+    *,
+    root: Path | str | None = None,
+    download: bool = False,
+    strict: bool = True,
+    bit_depth: int | None = None,
+    seed: int = 0,
 ) -> Dataset:
     """Load the records of a dataset.
 
@@ -35,6 +42,7 @@ def load_dataset(
             four parts, each in a folder of its name.
         download: Fetch the data if it is missing.
         strict: Raise on the first bad image; False leaves bad images out and lists them in `Dataset.skipped`.
+        bit_depth: Bits in use of 16-bit files, 8 to 16; None finds them over the training images.
         seed: Draws the demo's images and elpv's split. It is not the seed of a training run: runs that are to
             be compared must see the same data.
 
@@ -47,7 +55,7 @@ def load_dataset(
     if name not in DATASETS:
         raise InputError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}")
     findings = Findings(strict=strict)
-    where = Path(root).expanduser() if root is not None else default_root(name)
+    where = user_path(root) if root is not None else default_root(name)
     records: list[ImageRecord]
     if name == "demo":
         where = demo.ensure(where, seed)
@@ -64,7 +72,7 @@ def load_dataset(
     else:
         _require(name, where, download)
         records = {"folder": folder.read_tree, **PARTS}[name](where, findings)
-    records = keep_trainable(verify(records, findings), where, findings)
+    records = keep_trainable(verify(records, findings, bit_depth), where, findings)
     classes = tuple(sorted({record.class_name for record in records if record.split == "train"}))
     return Dataset(name, where, classes, tuple(records), tuple(findings.skipped), tuple(findings.notes))
 

@@ -43,12 +43,16 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class ImageHeader(NamedTuple):
-    """What a file says about its image before it is decoded: pixels as shown (EXIF applied), mode, format."""
+    """What a file says of its image before it is decoded: pixels as shown (EXIF applied), mode, format.
+
+    `is_deep` where a channel has more than 8 bits.
+    """
 
     height: int
     width: int
     mode: str
     format: str
+    is_deep: bool
 
 
 @contextlib.contextmanager
@@ -67,7 +71,11 @@ def _reason(path: Path, error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
         return _REASONS.get(error.errno, f"cannot be read: {error.strerror}")
     if isinstance(error, Image.DecompressionBombError):
-        return f"image too large: {error}"
+        pixels = int(str(error).partition("(")[2].partition(" ")[0])
+        return (
+            f"an image of {pixels / 1e6:.0f} million pixels, and those of more than "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million are not read; shrink it or cut it into tiles"
+        )
     with path.open("rb") as file:
         start = file.read(16)
     if not start:
@@ -85,13 +93,31 @@ def read_header(path: Path | str) -> ImageHeader:
         InputError: The file is missing, unreadable, empty or not an image.
     """
     with _opened(path) as image:
+        # Of colours with 16 bits Pillow keeps 8; the tiles' raw mode tells, such as "RGB;16B", until
+        # the pixels or the EXIF data are loaded.
+        is_deep = image.mode.startswith("I") or any(
+            ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+        )
         width, height = image.size
         if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
             width, height = height, width
-        return ImageHeader(height, width, image.mode, image.format or "?")
+        return ImageHeader(height, width, image.mode, image.format or "?", is_deep)
 
 
-def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
+def largest_value(path: Path | str) -> int:
+    """Find the largest value of a 16-bit image; of colours Pillow reads 8 bits, the lower count as 1.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    with _opened(path) as image:
+        image.load()
+        if image.mode.startswith("I"):
+            return int(np.asarray(image).max())
+        return 256 * int(np.asarray(image.convert("RGB")).max()) + 255
+
+
+def _to_rgb(image: Image.Image, path: Path | str, bit_depth: int = 16) -> Image.Image:
     """Bring any mode to 8-bit RGB by a rule that does not look at the image's content."""
     mode = image.mode
     if mode.startswith("I;16") or mode == "I":
@@ -99,7 +125,8 @@ def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
         if values.size and (values.max() > 65535 or values.min() < 0):
             raise InputError(f"{path}: 32-bit image with values outside 0..65535; save it with 8 or 16 bits")
         # One scale for all images: stretching each to its own range would hide how bright it is.
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        top = 2**bit_depth - 1
+        image = Image.fromarray(((np.minimum(values, top) * 255 + top // 2) // top).astype(np.uint8))
     elif mode == "F":
         raise InputError(f"{path}: floating-point image of unknown range; save it with 8 or 16 bits")
     elif "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
@@ -110,22 +137,27 @@ def _to_rgb(image: Image.Image, path: Path | str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open_rgb(path: Path | str) -> Image.Image:
+def _open_rgb(path: Path | str, bit_depth: int = 16) -> Image.Image:
     with _opened(path) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), path)
+        return _to_rgb(ImageOps.exif_transpose(image), path, bit_depth)
 
 
-def read_image(path: Path | str) -> NDArray[np.uint8]:
+def read_image(path: Path | str, bit_depth: int = 16) -> NDArray[np.uint8]:
     """Decode an image of any mode to RGB, (H, W, 3) uint8.
 
-    Grey becomes three equal channels; 16-bit is scaled by 255/65535; transparency is laid over black; palette
-    and CMYK are converted; EXIF rotation is applied; of several frames the first counts.
+    Grey becomes three equal channels; transparency is laid over black; palette and CMYK are converted; EXIF
+    rotation is applied; of several frames the first counts.
+
+    Args:
+        path: The file.
+        bit_depth: Bits in use of a 16-bit file, see `ImageRecord.bit_depth`: values from 0 to 2^bit_depth - 1
+            are scaled to 0..255, those above count as 255.
 
     Raises:
         InputError: The file cannot be read; the line names it and the reason.
     """
-    return np.array(_open_rgb(path))
+    return np.array(_open_rgb(path, bit_depth))
 
 
 def read_mask(path: Path | str) -> NDArray[np.bool_]:
@@ -268,6 +300,7 @@ def load_images(
     std: tuple[float, float, float],
     batch_size: int,
     num_workers: int | None = None,
+    bit_depths: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Decode, resize and normalise images in batches, in parallel, in order.
 
@@ -279,6 +312,7 @@ def load_images(
         std: Per channel, of values in 0..1.
         batch_size: B; the last batch may be smaller.
         num_workers: Decoding threads; None for one per core.
+        bit_depths: Of each file, see `read_image`; None for all 16.
 
     Yields:
         Indices into paths, (B,) int64, and images, (B, 3, size, size) float32.
@@ -294,13 +328,14 @@ def load_images(
     scale = (1.0 / (255.0 * np.array(std))).astype(np.float32)[:, None, None]
     offset = (-np.array(mean) / np.array(std)).astype(np.float32)[:, None, None]
 
-    def load(path: Path | str) -> Tensor:
-        small = _resize(_open_rgb(path), size, resize, Image.Resampling.BILINEAR)
+    def load(file: tuple[Path | str, int]) -> Tensor:
+        small = _resize(_open_rgb(*file), size, resize, Image.Resampling.BILINEAR)
         return torch.from_numpy(np.asarray(small).transpose(2, 0, 1) * scale + offset)
 
     # Read ahead while the network computes, but never more than about two batches lie in memory.
     ahead = max(batch_size, _threads(num_workers)) + batch_size
-    loaded = parallel_map(load, paths, num_workers=num_workers, ahead=ahead)
+    files = zip(paths, bit_depths or [16] * len(paths), strict=True)
+    loaded = parallel_map(load, files, num_workers=num_workers, ahead=ahead)
     for start in range(0, len(paths), batch_size):
         indices = torch.arange(start, min(start + batch_size, len(paths)))
         batch = torch.empty(len(indices), 3, size, size)

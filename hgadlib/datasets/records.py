@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,8 @@ GOOD = "good"
 """Defect type of a normal image."""
 UNLABELLED = "unlabelled"
 """Defect type of an image to score of which nobody said whether it is normal."""
+FEW = 8
+"""Training images of a class from which on nothing is said of their number."""
 UNKNOWN_CLASS = "unknown"
 """Class name of an image to score of which nobody said what it shows."""
 
@@ -33,6 +37,7 @@ class ImageRecord:
         is_anomalous: True where the image shows a defect. False for unlabelled images too: ask `is_labelled`.
         defect_type: "good" for normal images, "unlabelled" where unknown, else the defect's name.
         mask_path: Mask of the defect, or None where there is none.
+        bit_depth: Bits in use where the file holds 16 a channel; other files say theirs.
     """
 
     path: Path
@@ -41,6 +46,12 @@ class ImageRecord:
     is_anomalous: bool
     defect_type: str
     mask_path: Path | None = None
+    bit_depth: int = 16
+
+    def __post_init__(self) -> None:
+        """Bring the names to one Unicode form: macOS writes an accent apart from its letter, others do not."""
+        for name in ("class_name", "defect_type"):
+            object.__setattr__(self, name, unicodedata.normalize("NFC", getattr(self, name)))
 
     @property
     def is_labelled(self) -> bool:
@@ -82,6 +93,39 @@ class Dataset:
     def test(self) -> tuple[ImageRecord, ...]:
         """Images to score."""
         return tuple(record for record in self.records if record.split == "test")
+
+    @property
+    def bit_depth(self) -> int:
+        """Bits in use of its 16-bit files, by which images that come later are read too."""
+        return min((record.bit_depth for record in self.records), default=16)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, classes of few training images, and which metrics have no meaning here, and why."""
+        reasons: dict[str, list[str]] = defaultdict(list)
+        by_class: dict[str, list[ImageRecord]] = {name: [] for name in self.classes}
+        for record in self.test:
+            by_class.setdefault(record.class_name, []).append(record)
+        trained = Counter(record.class_name for record in self.train)
+        for name, test in by_class.items():
+            if name in self.classes and trained[name] < FEW:
+                reasons[f"fewer than {FEW} training images, scores will tell little"].append(name)
+            labelled = [record for record in test if record.is_labelled]
+            anomalous = [record for record in labelled if record.is_anomalous]
+            bare = sum(record.mask_path is None for record in anomalous)
+            if not test:
+                reasons["no metrics: no test images"].append(name)
+            elif not labelled:
+                reasons["no metrics: nobody said which test images are normal"].append(name)
+            elif not anomalous:
+                reasons["image and pixel metrics are null: all labelled test images are normal"].append(name)
+            elif len(anomalous) == len(labelled):
+                reasons["image metrics are null: all labelled test images are anomalous"].append(name)
+            if bare:
+                why = "no masks" if bare == len(anomalous) else "anomalous images without a mask"
+                reasons[f"pixel metrics are null: {why}"].append(name)
+        found = (f"{reason} (class {', '.join(names)})" for reason, names in reasons.items())
+        return (*self.notes, *found)
 
     def class_idx(self, records: Sequence[ImageRecord]) -> NDArray[np.int64]:
         """Look up the class ids of B records of this dataset, (B,) int64.

@@ -6,17 +6,35 @@ import errno
 import json
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from hgadlib.datasets.images import check_mask_size, parallel_map, read_header, read_image, read_mask
+from hgadlib.datasets.images import (
+    ImageHeader,
+    check_mask_size,
+    largest_value,
+    parallel_map,
+    read_header,
+    read_image,
+    read_mask,
+)
 from hgadlib.datasets.records import UNKNOWN_CLASS, ImageRecord
 from hgadlib.errors import InputError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-# Left behind by operating systems and archivers; no one means them as data.
-_LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+# Still images that Pillow decodes itself, without calling another program.
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".avif",
+    ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm", ".tga",
+)  # fmt: skip
+# Left behind by operating systems, network drives and archivers; no one means them as data.
+_LITTER = frozenset({
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "@recycle", "#recycle", "@sharebin",
+    "#snapshot", "$recycle.bin", "system volume information", "lost+found", "icon\r",
+})  # fmt: skip
+_BIT_DEPTHS = (8, 10, 12, 14, 16)
 
 
 @dataclass
@@ -106,6 +124,16 @@ def list_images(folder: Path, findings: Findings) -> list[Path]:
     return [path for path in files if is_image(path)]
 
 
+def suffixes_found(folder: Path) -> str:
+    """Say which suffixes the files of a folder have, to follow on "no images"; empty if there are none."""
+    files = list_folder(folder, Findings(strict=False))[1] if folder.is_dir() else []
+    found = Counter(path.suffix.lower() or "none" for path in files if not is_image(path))
+    if not found:
+        return ""
+    counts = some([f"{suffix} ({count})" for suffix, count in found.most_common()])
+    return f"; found files with suffix {counts}, read are {', '.join(IMAGE_SUFFIXES)}"
+
+
 def check_unique_names(folders: Sequence[Path], findings: Findings) -> list[Path]:
     """Refuse classes whose names are the same but for case or Unicode form; unless strict, keep the first.
 
@@ -145,40 +173,99 @@ def holds(folder: Path, marker: str, what: str, expected: Mapping[str, object]) 
     return True
 
 
-def verify(records: Sequence[ImageRecord], findings: Findings) -> list[ImageRecord]:
+class _Seen(NamedTuple):
+    record: ImageRecord
+    header: ImageHeader
+    largest: int | None
+    """Its largest value, of a 16-bit image alone."""
+
+
+def verify(
+    records: Sequence[ImageRecord], findings: Findings, bit_depth: int | None = None
+) -> list[ImageRecord]:
     """Look at every image and mask before hours are spent on them.
 
-    Under strict the headers are read: cheap, and enough to find empty files, text named .png and masks of
-    another size; what is damaged further in is found on decoding. Otherwise all is decoded here, in parallel,
-    so that bad images can be left out.
+    Under strict the headers are read, and 16-bit images decoded: cheap, and enough to find empty files, text
+    named .png, masks of another size and the values in use; what is damaged further in is found on decoding.
+    Otherwise all is decoded here, in parallel, so that bad images can be left out.
+
+    Args:
+        records: Of a dataset.
+        findings: Takes up what is bad, and which of 16 bits are in use.
+        bit_depth: Bits in use of 16-bit files; None for the least of 8, 10, 12, 14 and 16 that hold the
+            training images' largest value.
 
     Returns:
-        The good records, in order.
+        The good records, in order, with their bit depth.
 
     Raises:
         InputError: Under strict, for the first bad image or mask.
     """
 
-    def problem(record: ImageRecord) -> InputError | None:
+    def look(record: ImageRecord) -> _Seen | InputError:
         mask = record.mask_path
         try:
-            (read_header if findings.strict else read_image)(record.path)
+            header = read_header(record.path)
+            if not findings.strict:
+                read_image(record.path)
             if mask is not None:
                 shape = read_header(mask)[:2] if findings.strict else read_mask(mask).shape
                 check_mask_size(mask, shape, record.path)
+            return _Seen(record, header, largest_value(record.path) if header.is_deep else None)
         except InputError as error:
             return error
-        return None
 
-    good: list[ImageRecord] = []
-    for record, error in zip(records, parallel_map(problem, records), strict=True):
-        if error is None:
-            good.append(record)
+    good: list[_Seen] = []
+    for seen in parallel_map(look, records):
+        if isinstance(seen, _Seen):
+            good.append(seen)
         elif findings.strict:
-            raise error
+            raise seen
         else:
-            findings.skipped.append(str(error))
-    return good
+            findings.skipped.append(str(seen))
+    depth = _settle_bit_depth(good, bit_depth, findings)
+    return [seen.record if seen.largest is None else replace(seen.record, bit_depth=depth) for seen in good]
+
+
+def _settle_bit_depth(images: Sequence[_Seen], bit_depth: int | None, findings: Findings) -> int:
+    """Find how many of 16 bits are in use, and note what does not go together."""
+    deep = [(seen, seen.largest) for seen in images if seen.largest is not None]
+    if not deep:
+        return 16
+    largest = max((value for seen, value in deep if seen.record.split == "train"), default=0)
+    # Where no training image has 16 bits, or all are black, there is nothing to learn it from.
+    found = next((bits for bits in _BIT_DEPTHS if 0 < largest < 2**bits), 16)
+    depth = bit_depth or found
+    colours = [seen.record.path for seen, _ in deep if not seen.header.mode.startswith("I")]
+    if colours and depth < 16:
+        findings.bad(
+            colours[0],
+            f"16-bit colours of which {depth} bits are in use, while Pillow reads the upper 8; "
+            "save the images with 8 bits a channel",
+        )
+        return 16
+    top = 2**depth - 1
+    reason = "as data.bit_depth says" if bit_depth else "data.bit_depth sets another range"
+    findings.note(
+        f"{len(deep)} image(s) hold 16 bits a channel, the largest value in training is {largest}: "
+        f"read as {depth} bits, 0 to {top} ({reason})"
+    )
+    for name in sorted({seen.record.class_name for seen, _ in deep}):
+        own = [(seen.record.path, value) for seen, value in deep if seen.record.class_name == name]
+        shallow = sum(seen.record.class_name == name for seen in images) - len(own)
+        if shallow:
+            findings.note(f"class {name!r} mixes bit depths: {len(own)} file(s) of 16 bits, {shallow} of 8")
+        # Between neighbouring depths lies a factor of four; brightness alone seldom makes as much.
+        dark = [str(path) for path, value in own if 3 * value < largest]
+        if dark:
+            findings.note(
+                f"class {name!r}: {len(dark)} of {len(own)} 16-bit image(s) use less than a third of the "
+                f"values up to {largest}, so bit depths may be mixed: {some(dark, 1)}"
+            )
+    beyond = [str(seen.record.path) for seen, value in deep if value > top]
+    if beyond:
+        findings.note(f"{len(beyond)} image(s) have values above {top}, read as white: {some(beyond, 1)}")
+    return depth
 
 
 def keep_trainable(records: Sequence[ImageRecord], root: Path, findings: Findings) -> list[ImageRecord]:

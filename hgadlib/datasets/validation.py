@@ -33,7 +33,7 @@ from hgadlib.datasets.published import PARTS
 from hgadlib.datasets.records import GOOD, Dataset, ImageRecord
 from hgadlib.datasets.scan import holds
 from hgadlib.errors import InputError
-from hgadlib.files import new_folder, sha256_of
+from hgadlib.files import new_folder, sha256_of, user_path
 from hgadlib.progress import progress_bar
 
 KINDS = ("scratch", "stain", "patch", "blur", "texture")
@@ -83,7 +83,7 @@ def make_validation(
         raise InputError(f"defects_per_image: expected 1 to {len(KINDS)}, found {defects_per_image}")
     if seed < 0:
         raise InputError(f"seed: expected 0 or more, found {seed}")
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     home = folder.resolve()
     for part in PARTS if dataset.name == "union" else ("",):
         # A loader would take it for one more class.
@@ -159,7 +159,7 @@ def _write_class(
     def write(rank: int) -> None:
         digest = drawn[rank]
         record = first[digest]
-        image = read_image(record.path)
+        image = read_image(record.path, record.bit_depth)
         if min(image.shape[:2]) < MIN_SIDE:
             size = f"{image.shape[1]}x{image.shape[0]}"
             raise InputError(

@@ -81,6 +81,7 @@ def dataset_features(
     device = resolve_device(device)
     backbone.to(device)
     paths = [record.path for record in records]
+    bit_depths = [record.bit_depth for record in records]
     facts = _file_facts(paths)
     try:
         contents = content_digests(paths)
@@ -94,6 +95,7 @@ def dataset_features(
         "dtype": dtype,
         "pillow": PIL.__version__,
         "contents": contents,
+        **({"bit_depths": bit_depths} if min(bit_depths) < 16 else {}),
     }
     text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), allow_nan=False)
     key = hashlib.sha256(text.encode()).hexdigest()
@@ -114,6 +116,7 @@ def dataset_features(
             std=backbone.std,
             batch_size=batch_size,
             num_workers=num_workers,
+            bit_depths=bit_depths,
         )
         batches = _compute(backbone, loaded, facts, dtype=dtype, device=device, progress=progress)
         if not keep:

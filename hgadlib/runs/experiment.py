@@ -201,6 +201,7 @@ def predict_files(
         std=inputs.backbone.std,
         batch_size=config.features.batch_size,
         num_workers=config.data.num_workers,
+        bit_depths=[record.bit_depth for record in records],
     )
     class_idx, dtype = inputs.dataset.class_idx(records), config.features.dtype
     return predict_batches(inputs.backbone, model, images, class_idx, score=config.score, dtype=dtype)

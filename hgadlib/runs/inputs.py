@@ -95,6 +95,7 @@ def identify(dataset: Dataset) -> dict[str, Any]:
         "classes": list(dataset.classes),
         "train": len(dataset.train),
         "test": len(dataset.test),
+        "bit_depth": dataset.bit_depth,
     }
 
 
@@ -107,7 +108,14 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
     device = select_device(config.device)
     data, features = config.data, config.features
     # The split belongs to the dataset: it is the same for every seed of a run.
-    dataset = load_dataset(config.dataset, root=data.root, download=data.download, strict=data.strict, seed=0)
+    dataset = load_dataset(
+        config.dataset,
+        root=data.root,
+        download=data.download,
+        strict=data.strict,
+        bit_depth=data.bit_depth,
+        seed=0,
+    )
     if not dataset.test:
         raise InputError(f"{dataset.root}: expected test images to evaluate on, found none; add some")
     if data.classes == "folders":
