@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
 
 from hgadlib.datasets import load_dataset
-from hgadlib.datasets.images import parallel_map, read_header, read_mask
-from hgadlib.datasets.published import SPLIT_FILE
+from hgadlib.datasets.images import parallel_map, read_header, read_image, read_mask
+from hgadlib.datasets.published import BTAD, SPLIT_FILE
 from hgadlib.datasets.records import Dataset, ImageRecord
 from hgadlib.datasets.scan import Findings, list_folder, some
 from hgadlib.errors import InputError
 from hgadlib.files import sha256_of
+
+# Pixels a side that images are compared at, and the root mean square difference of twins in grey levels.
+_SIDE, _TWIN = 32, 1.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def guess_layout(path: Path) -> str:
         return "elpv"
     if any((folder / "train" / "good" / "rgb").is_dir() for folder in inner):
         return "mvtec3d"
-    if any((folder / "train" / "ok").is_dir() for top in inner for folder in top.glob("*")):
+    if any((folder / name / "train" / "ok").is_dir() for folder in inner for name in BTAD):
         return "btad"
     return "folder"
 
@@ -81,7 +86,8 @@ def check(path: Path | str, name: str | None = None) -> Report:
     table = pd.DataFrame.from_dict({name: _row(by_class[name]) for name in sorted(by_class)}, orient="index")
     table.index.name = "class"
     problems = (*dataset.skipped, *_content_problems(dataset.records, facts))
-    return Report(dataset, table, problems, dataset.notes)
+    notes = (*dataset.remarks, *_too_alike(by_class))
+    return Report(dataset, table, problems, notes)
 
 
 class _Facts(NamedTuple):
@@ -90,13 +96,21 @@ class _Facts(NamedTuple):
     mode: str
     digest: str
     mask_share: float | None
+    is_flat: bool
+    sample: NDArray[np.float32]
+    """Grey levels of pixels spread evenly over the image, (_SIDE * _SIDE,)."""
 
 
 def _look(record: ImageRecord) -> _Facts:
     header = read_header(record.path)
     share = None if record.mask_path is None else float(np.mean(read_mask(record.mask_path)))
     mode = f"{header.format} {header.mode}"
-    return _Facts(header.height, header.width, mode, sha256_of(record.path), share)
+    image = read_image(record.path, record.bit_depth)
+    is_flat = bool((np.ptp(image, axis=(0, 1)) <= 1).all())
+    # Single pixels and no averages: noise of the sensor tells two photographs of one thing apart.
+    rows, columns = (np.linspace(0, length - 1, _SIDE).astype(int) for length in image.shape[:2])
+    sample = image[np.ix_(rows, columns)].mean(axis=2, dtype=np.float32).ravel()
+    return _Facts(header.height, header.width, mode, sha256_of(record.path), share, is_flat, sample)
 
 
 def _row(pairs: Sequence[tuple[ImageRecord, _Facts]]) -> dict[str, object]:
@@ -120,6 +134,24 @@ def _row(pairs: Sequence[tuple[ImageRecord, _Facts]]) -> dict[str, object]:
         "size": size,
         "modes": some(sorted({facts.mode for _, facts in pairs}), 3),
     }
+
+
+def _too_alike(by_class: Mapping[str, Sequence[tuple[ImageRecord, _Facts]]]) -> list[str]:
+    """Note training images that teach nothing of how good ones differ: of one colour, or copies."""
+    notes = []
+    for name in sorted(by_class):
+        facts = [fact for record, fact in by_class[name] if record.split == "train"]
+        varied = [fact.sample for fact in facts if not fact.is_flat]
+        if flat := len(facts) - len(varied):
+            notes.append(f"class {name!r}: {flat} of {len(facts)} training images are of one flat colour")
+        if len(varied) > 1:
+            distances, _ = NearestNeighbors(n_neighbors=1).fit(np.stack(varied)).kneighbors()
+            if twins := int((distances < _TWIN * _SIDE).sum()):
+                notes.append(
+                    f"class {name!r}: {twins} of {len(facts)} training images have a twin, the same picture "
+                    "but for less than a grey level"
+                )
+    return notes
 
 
 def _content_problems(records: Sequence[ImageRecord], facts: Sequence[_Facts]) -> list[str]:

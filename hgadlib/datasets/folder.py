@@ -6,7 +6,8 @@ MVTec layout, with any class and defect names; masks are optional and named NAME
     ROOT/CLASS/test/{good, DEFECT, ...}/*.png
     ROOT/CLASS/ground_truth/DEFECT/NAME_mask.png
 
-ROOT may also be one such class. Flat layout, for those who have normal images and images to score::
+Folders may also be called Train and Test, ok or normal for good, masks or gt for ground_truth. ROOT may
+also be one such class. Flat layout, for those who have normal images and images to score::
 
     ROOT/CLASS/*.png          normal images (or ROOT/*.png: one class, named after ROOT)
     ROOT/score/CLASS/*.png    images to score (or ROOT/score/*.png)
@@ -14,16 +15,29 @@ ROOT may also be one such class. Flat layout, for those who have normal images a
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from hgadlib.datasets.images import read_mask
 from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, ImageRecord, Split
-from hgadlib.datasets.scan import Findings, check_unique_names, is_image, list_folder, list_images, some
+from hgadlib.datasets.scan import (
+    Findings,
+    check_unique_names,
+    is_image,
+    list_folder,
+    list_images,
+    some,
+    suffixes_found,
+)
 from hgadlib.errors import InputError
 
 SCORE = "score"
 EXPECTED = "expected CLASS/train/good/*.png (MVTec layout) or CLASS/*.png (flat layout)"
+_GOOD = (GOOD, "ok", "normal")
+_TRUTH = ("ground_truth", "groundtruth", "ground truth", "gt", "masks", "mask")
+# How far below the given folder the classes are looked for.
+_DEPTH = 4
 
 
 def read_tree(root: Path, findings: Findings) -> list[ImageRecord]:
@@ -36,15 +50,82 @@ def read_tree(root: Path, findings: Findings) -> list[ImageRecord]:
         InputError: The folder has neither layout, or (under strict) something in it is bad.
     """
     folders, files = list_folder(root, findings)
-    if any(folder.name in ("train", "test", "ground_truth") for folder in folders):
+    if _part(folders, "train", "test", "ground_truth"):
         return read_class(root, root.resolve().name, findings)
-    if any((folder / "train").is_dir() or (folder / "test").is_dir() for folder in folders):
+    if any(map(_is_class, folders)):
         return [
             record
             for folder in check_unique_names(folders, findings)
             for record in read_class(folder, folder.name, findings)
         ]
+    _refuse_other_layouts(root, folders, files)
     return _read_flat(root, folders, files, findings)
+
+
+def _part(folders: list[Path], *names: str) -> Path | None:
+    """Find a folder by the first of these names that one has, in upper or lower case."""
+    by_name = {folder.name.casefold(): folder for folder in reversed(folders)}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _is_class(folder: Path) -> bool:
+    return _part(list_folder(folder, Findings(strict=False))[0], "train", "test") is not None
+
+
+def class_homes(folder: Path, depth: int = _DEPTH) -> list[Path]:
+    """Find the folders, this one or below it, that hold classes in a layout that can be read."""
+    folders, _ = list_folder(folder, Findings(strict=False))
+    listed = [list_folder(inner, Findings(strict=False)) for inner in folders]
+    if any(_part(inner, "train", "test") or any(map(is_image, files)) for inner, files in listed):
+        return [folder]
+    return [home for inner in folders if depth for home in class_homes(inner, depth - 1)]
+
+
+def _refuse_other_layouts(root: Path, folders: list[Path], files: list[Path]) -> None:
+    """Say what a folder that would be misread as a flat one probably is, and what to do.
+
+    Raises:
+        InputError: It is such a folder.
+    """
+    if root.resolve().name.casefold() in ("train", "test") and _part(folders, *_GOOD):
+        parent = root.resolve().parent
+        raise InputError(f"{root}: a part of a class, expected the class or all classes; give {parent}")
+    for folder in (root, *folders):
+        inner = folders if folder is root else list_folder(folder, Findings(strict=False))[0]
+        if (folder / "Data" / "Images").is_dir():
+            raise InputError(
+                f"{root}: looks like VisA, without its table split_csv/1cls.csv; copy that from the archive "
+                f"to {root}, or arrange the images as CLASS/train/good and CLASS/test/DEFECT"
+            )
+        if (good := _part(inner, *_GOOD)) and len(inner) > 1:
+            raise InputError(
+                f"{folder}: {good.name!r} beside {some([i.name for i in inner if i != good])} looks like one "
+                "class with its defects, which must lie apart from the training images; "
+                f"arrange it by: {_commands(folder, good, inner)}"
+            )
+    homes = [] if any(map(is_image, files)) else class_homes(root)
+    if homes and homes != [root]:
+        raise InputError(f"{root}: expected classes, found them further down; give {_either(homes)} instead")
+
+
+def _either(homes: list[Path]) -> str:
+    return " or ".join(str(home) for home in homes[:3]) + (" or another" if len(homes) > 3 else "")
+
+
+def _commands(folder: Path, good: Path, inner: list[Path]) -> str:
+    """Compose the shell commands that bring good, defects and masks of one class to the MVTec layout."""
+    truth = _part(inner, *_TRUTH)
+    kinds = [shlex.quote(path.name) for path in inner if path not in (good, truth)]
+    words = ["cd " + shlex.quote(str(folder)), "mkdir -p train test"]
+    words.append(f"mv {shlex.quote(good.name)} train/{GOOD}")
+    if kinds:
+        words.append(f"mv -- {' '.join(kinds)} test/")
+    if truth is not None:
+        nested = bool(list_folder(truth, Findings(strict=False))[0])
+        target = "ground_truth" if nested or len(kinds) != 1 else f"ground_truth/{kinds[0]}"
+        words.append("mkdir ground_truth" if "/" in target else "")
+        words.append(f"mv {shlex.quote(truth.name)} {target}" if truth.name != target else "")
+    return " && ".join(filter(None, words))
 
 
 def read_class(
@@ -52,9 +133,9 @@ def read_class(
     class_name: str,
     findings: Findings,
     *,
-    good: str = GOOD,
+    good: str | None = None,
     photos: str = "",
-    masks: str = "ground_truth/{kind}",
+    masks: str | None = None,
 ) -> list[ImageRecord]:
     """Read one class of the MVTec layout.
 
@@ -62,9 +143,9 @@ def read_class(
         folder: The class's folder.
         class_name: Its name in the records.
         findings: Takes up what is bad or worth a note.
-        good: Name of the folders of normal images.
+        good: Name of the folders of normal images; None for good, ok or normal.
         photos: Folder of the images below that of their kind, where there is one.
-        masks: Folder of a kind's masks below the class's.
+        masks: Folder of a kind's masks below the class's; None for ground_truth/{kind} and its like.
 
     Returns:
         Records, train before test, test by defect type and name.
@@ -72,28 +153,38 @@ def read_class(
     Raises:
         InputError: Under strict, for a class without normal images and for whatever is bad in it.
     """
-    train, test, truth = folder / "train", folder / "test", folder / "ground_truth"
-    place = Path("train", good, photos).as_posix()
-    if not train.is_dir():
-        if test.is_dir():
-            findings.bad(folder, f"class {class_name!r} has a test folder but no train/{good} to learn from")
+    parts, loose = list_folder(folder, findings)
+    train, test, truth = (_part(parts, *names) for names in (("train",), ("test",), _TRUTH))
+    normal = (good,) if good else _GOOD
+    place = Path("train", normal[0], photos).as_posix()
+    if train is None:
+        if test is not None:
+            findings.bad(
+                folder, f"class {class_name!r} has a test folder but no train/{normal[0]} to learn from"
+            )
         else:
             findings.bad(folder, f"not a class: {EXPECTED}; move the folder elsewhere")
         return []
     records: list[ImageRecord] = []
     kinds, files = list_folder(train, findings)
     for kind in kinds:
-        if kind.name == good:
+        if kind.name.casefold() in normal:
             records += _records(_images(kind / photos, findings), class_name, "train", GOOD)
         else:
-            findings.bad(kind, f"training images must be normal: expected train/{good} only")
+            findings.bad(kind, f"training images must be normal: expected train/{normal[0]} only")
     if not records:
-        loose = sum(map(is_image, files))
-        hint = f"; {loose} image(s) lie in train itself, move them to {place}" if loose else ""
+        count = sum(map(is_image, files))
+        hint = f"; {count} image(s) lie in train itself, move them to {place}" if count else ""
+        hint += "".join(suffixes_found(kind / photos) for kind in kinds if kind.name.casefold() in normal)
         findings.bad(train, f"class {class_name!r} is empty: expected images in {place}{hint}")
         return []
-    if not test.is_dir():
-        findings.note(f"class {class_name!r} has no test images")
+    if count := sum(map(is_image, files)):
+        findings.bad(train, f"{count} image(s) lie in train itself; move them to {place}")
+    read = [part for part in (train, test, truth) if part is not None]
+    rest = [path.name for path in (*parts, *filter(is_image, loose)) if path not in read]
+    if rest and masks is None:
+        findings.note(f"class {class_name!r}: not read, neither train, test nor ground_truth: {some(rest)}")
+    if test is None:
         return records
     kinds, files = list_folder(test, findings)
     for path in filter(is_image, files):
@@ -103,8 +194,13 @@ def read_class(
     unused: list[Path] = []
     for kind in kinds:
         images = _images(kind / photos, findings)
-        marks = _images(folder / masks.format(kind=kind.name), findings)
-        if kind.name == good:
+        if masks is not None:
+            marks = _images(folder / masks.format(kind=kind.name), findings)
+        else:
+            marks = _images(truth / kind.name, findings) if truth is not None else []
+        if kind.name.casefold() in normal:
+            if good is None and kind.name != GOOD:
+                findings.note(f"class {class_name!r}: test/{kind.name} is read as normal images")
             _refuse_masks_of_normal_images(marks, findings)
             records += _records(images, class_name, "test", GOOD)
         else:
@@ -112,7 +208,9 @@ def read_class(
             records += [ImageRecord(path, class_name, "test", True, kind.name, mask) for path, mask in pairs]
             unused += left
     known = {kind.name for kind in kinds}
-    for path in list_folder(truth, findings)[0] if truth.is_dir() else []:
+    marked, files = list_folder(truth, findings) if truth is not None and masks is None else ([], [])
+    unused += filter(is_image, files)
+    for path in marked:
         unused += list_images(path, findings) if path.name not in known else []
     _note_masks(folder, class_name, records, unused, findings)
     return records
@@ -188,12 +286,12 @@ def _read_flat(root: Path, folders: list[Path], files: list[Path], findings: Fin
     for folder in classes:
         images = list_images(folder, findings)
         if not images:
-            findings.bad(folder, f"class {folder.name!r} is empty; {EXPECTED}")
+            findings.bad(folder, f"class {folder.name!r} is empty; {EXPECTED}{suffixes_found(folder)}")
         records += _records(images, folder.name, "train", GOOD)
     names = [folder.name for folder in classes]
     if not classes:
         if not loose:
-            raise InputError(f"{root}: no images found; {EXPECTED}")
+            raise InputError(f"{root}: no images found; {EXPECTED}{suffixes_found(root)}")
         names = [root.resolve().name]
         records = _records(loose, names[0], "train", GOOD)
     if any(folder.name == SCORE for folder in folders):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hgadlib.datasets.folder import read_class
+from hgadlib.datasets.folder import class_homes, read_class
 from hgadlib.datasets.records import GOOD, ImageRecord, Split
 from hgadlib.datasets.scan import Findings, check_unique_names, list_folder, list_images, some
 from hgadlib.errors import InputError
@@ -116,7 +116,10 @@ def _read_classes(root: Path, findings: Findings, **layout: str) -> tuple[Path, 
         home, folders = folders[0], list_folder(folders[0], findings)[0]
     classes = [folder for folder in folders if (folder / "train").is_dir()]
     if not classes:
-        raise InputError(f"{root}: expected folders CLASS/train, found none; give the folder of the dataset")
+        hint = "".join(f", perhaps {home}" for home in class_homes(root)[:1])
+        raise InputError(
+            f"{root}: expected folders CLASS/train, found none; give the folder of the dataset{hint}"
+        )
     for folder in folders:
         if folder not in classes and (folder / "test").is_dir():
             findings.bad(folder, f"class {folder.name!r} is in test but not in train")

@@ -64,6 +64,7 @@ def metrics_record(
             "test_unlabelled": int((~labelled).sum()),
             "skipped": list(dataset.skipped),
         },
+        "notes": list(dataset.remarks),
         "config_digest": config.digest,
         "features_key": {"train": inputs.train.key, "test": inputs.test.key},
     }
