@@ -37,7 +37,7 @@ from hgadlib.model import HGAD
 from hgadlib.runs.experiment import build_model, prediction_rate
 from hgadlib.runs.hardware import select_device
 from hgadlib.runs.inputs import Inputs
-from hgadlib.scoring import LevelValues, anomaly_maps, upsampling_matrix
+from hgadlib.scoring import LevelValues, published_maps, upsampling_matrix
 from hgadlib.training import fit
 
 PARTS = ("backbone", "flow", "prior", "maps")
@@ -192,7 +192,9 @@ def _scoring_costs(model: HGAD, shapes: Sequence[Sequence[int]], config: Config)
                 neg_entropies.append(torch.zeros(1, *grid))
         values, constants = LevelValues(tuple(log_probs), tuple(neg_entropies)), model.normalisation(own)
         costs["maps"] = count_multiply_adds(
-            lambda: anomaly_maps(values, constants, size=size, sigma=sigma, criterion=config.score.criterion)
+            lambda: published_maps(
+                values, constants, size=size, sigma=sigma, criterion=config.score.criterion
+            )
         )
     return costs
 

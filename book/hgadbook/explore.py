@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -184,10 +184,11 @@ class Explorer:
         return float((steps[best] + steps[max(best - 1, 0)]) / 2)
 
     def limits(self, class_name: str, criterion: Criterion) -> tuple[float, float]:
-        """Return the smallest and the largest threshold of use: positive, around all scores of the class."""
+        """Return the smallest and the largest threshold of use, around all scores of the class."""
         scores = self.class_scores(class_name, criterion)
-        high = max(float(scores.max()) * 1.1, 1e-9)
-        return float(np.clip(scores.min() / 4, high / 1e4, high / 2)), high
+        low, high = float(scores.min()), float(scores.max())
+        margin = max(0.1 * (high - low), 1e-3)
+        return low - margin, high + margin
 
     def view(self, state: State) -> View:
         """Compute all that one state shows.
@@ -421,13 +422,8 @@ def _draw_scores(ax: Axes, explorer: Explorer, view: View, limits: tuple[float, 
         ax.scatter(scores[mine], row + spread[mine], s=16, color=KINDS[kind], alpha=0.6, linewidths=0)
     ax.axvline(state.threshold, color="0.2", linestyle=(0, (4, 3)), linewidth=1.2)
     ax.axvline(view.score, color="black")
-    ax.set(xscale="log", xlim=limits, ylim=(-0.6, len(present) - 0.4))
+    ax.set(xlim=limits, ylim=(-0.6, len(present) - 0.4))
     ax.set_yticks(range(len(present)), present)
-    # Few ticks: a logarithmic axis of less than a decade would label every step.
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if limits[1] < 50 * limits[0] else (1.0,)))
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("image score; dashed: threshold, line: this image")
     ax.set_title("scores of the class's test images", loc="left")
 
@@ -455,7 +451,7 @@ class ExplorerApp:
         self.image = choice("image", {}, ())
         self.criterion = choice("criterion", CRITERIA, explorer.criteria)
         self.projection = choice("latents", PROJECTIONS, explorer.projections)
-        self.threshold = ipywidgets.FloatLogSlider(
+        self.threshold = ipywidgets.FloatSlider(
             description="threshold", readout_format=".4g", style=wide["style"], layout={"width": "48em"}
         )
         self.verdict = ipywidgets.HTML()
@@ -503,10 +499,10 @@ class ExplorerApp:
             self._quiet = False
 
     def _put_threshold(self, state: State) -> None:
-        low, high = (math.log10(v) for v in self.explorer.limits(state.class_name, state.criterion))
+        low, high = self.explorer.limits(state.class_name, state.criterion)
         # A browser's slider moves a value to the nearest step from its minimum, and sends it back. So the
         # steps are laid through the threshold: what was chosen for the class is what is shown.
-        at, step = math.log10(state.threshold), (high - low) / 400
+        at, step = state.threshold, (high - low) / 400
         below, above = (max(math.ceil(part / step), 0) for part in (at - low, high - at))
         low, high = at - below * step, at + above * step
         slider = self.threshold
@@ -514,5 +510,5 @@ class ExplorerApp:
         with slider.hold_sync():
             # Widened first: a slider takes no minimum above its maximum, nor a value outside.
             slider.min, slider.max = min(low, slider.min), max(high, slider.max)
-            slider.value = state.threshold
+            slider.value = at
             slider.min, slider.max, slider.step = low, high, step
