@@ -17,7 +17,7 @@ from hgadlib.datasets import load_dataset
 from hgadlib.datasets.images import parallel_map, read_header, read_image, read_mask
 from hgadlib.datasets.published import BTAD, SPLIT_FILE
 from hgadlib.datasets.records import Dataset, ImageRecord
-from hgadlib.datasets.scan import Findings, list_folder, some
+from hgadlib.datasets.scan import list_folder, some
 from hgadlib.errors import InputError
 from hgadlib.files import sha256_of
 
@@ -56,7 +56,7 @@ class Report:
 
 def guess_layout(path: Path) -> str:
     """Recognise by its folders which dataset lies there; "folder" where none of the published ones does."""
-    folders, files = list_folder(path, Findings(strict=False))
+    folders, files = list_folder(path)
     inner = [path, *folders]
     if any((folder / SPLIT_FILE).is_file() for folder in inner):
         return "visa"

@@ -50,7 +50,7 @@ def read_tree(root: Path, findings: Findings) -> list[ImageRecord]:
         InputError: The folder has neither layout, or (under strict) something in it is bad.
     """
     folders, files = list_folder(root, findings)
-    if _part(folders, "train", "test", "ground_truth"):
+    if _part(folders, "train", "test") or (_part(folders, *_TRUTH[:1]) and not _part(folders, *_GOOD)):
         return read_class(root, root.resolve().name, findings)
     if any(map(_is_class, folders)):
         return [
@@ -69,13 +69,13 @@ def _part(folders: list[Path], *names: str) -> Path | None:
 
 
 def _is_class(folder: Path) -> bool:
-    return _part(list_folder(folder, Findings(strict=False))[0], "train", "test") is not None
+    return _part(list_folder(folder)[0], "train", "test") is not None
 
 
 def class_homes(folder: Path, depth: int = _DEPTH) -> list[Path]:
     """Find the folders, this one or below it, that hold classes in a layout that can be read."""
-    folders, _ = list_folder(folder, Findings(strict=False))
-    listed = [list_folder(inner, Findings(strict=False)) for inner in folders]
+    folders, _ = list_folder(folder)
+    listed = [list_folder(inner) for inner in folders]
     if any(_part(inner, "train", "test") or any(map(is_image, files)) for inner, files in listed):
         return [folder]
     return [home for inner in folders if depth for home in class_homes(inner, depth - 1)]
@@ -91,7 +91,7 @@ def _refuse_other_layouts(root: Path, folders: list[Path], files: list[Path]) ->
         parent = root.resolve().parent
         raise InputError(f"{root}: a part of a class, expected the class or all classes; give {parent}")
     for folder in (root, *folders):
-        inner = folders if folder is root else list_folder(folder, Findings(strict=False))[0]
+        inner = [path for path in list_folder(folder)[0] if path != root / SCORE]
         if (folder / "Data" / "Images").is_dir():
             raise InputError(
                 f"{root}: looks like VisA, without its table split_csv/1cls.csv; copy that from the archive "
@@ -105,27 +105,25 @@ def _refuse_other_layouts(root: Path, folders: list[Path], files: list[Path]) ->
             )
     homes = [] if any(map(is_image, files)) else class_homes(root)
     if homes and homes != [root]:
-        raise InputError(f"{root}: expected classes, found them further down; give {_either(homes)} instead")
-
-
-def _either(homes: list[Path]) -> str:
-    return " or ".join(str(home) for home in homes[:3]) + (" or another" if len(homes) > 3 else "")
+        places = some([str(home) for home in homes], 3)
+        raise InputError(f"{root}: expected classes, found them further down; give {places} instead")
 
 
 def _commands(folder: Path, good: Path, inner: list[Path]) -> str:
     """Compose the shell commands that bring good, defects and masks of one class to the MVTec layout."""
     truth = _part(inner, *_TRUTH)
     kinds = [shlex.quote(path.name) for path in inner if path not in (good, truth)]
-    words = ["cd " + shlex.quote(str(folder)), "mkdir -p train test"]
-    words.append(f"mv {shlex.quote(good.name)} train/{GOOD}")
+    steps = [
+        f"cd {shlex.quote(str(folder))}",
+        "mkdir train test",
+        f"mv {shlex.quote(good.name)} train/{GOOD}",
+    ]
     if kinds:
-        words.append(f"mv -- {' '.join(kinds)} test/")
-    if truth is not None:
-        nested = bool(list_folder(truth, Findings(strict=False))[0])
-        target = "ground_truth" if nested or len(kinds) != 1 else f"ground_truth/{kinds[0]}"
-        words.append("mkdir ground_truth" if "/" in target else "")
-        words.append(f"mv {shlex.quote(truth.name)} {target}" if truth.name != target else "")
-    return " && ".join(filter(None, words))
+        steps.append(f"mv -- {' '.join(kinds)} test/")
+    if truth is not None and len(kinds) == 1 and not list_folder(truth)[0]:
+        name = "masks" if truth.name != "masks" else "ground_truth"
+        steps += [f"mkdir {name}", f"mv {shlex.quote(truth.name)} {name}/{kinds[0]}"]
+    return " && ".join(steps)
 
 
 def read_class(

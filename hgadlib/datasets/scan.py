@@ -73,12 +73,15 @@ def _follow(entry: os.DirEntry[str], folder: Path) -> tuple[bool, str | None]:
     return is_folder, None
 
 
-def list_folder(folder: Path, findings: Findings) -> tuple[list[Path], list[Path]]:
-    """List the folders and the files of a folder, sorted by name, hidden entries left out.
+def list_folder(folder: Path, findings: Findings | None = None) -> tuple[list[Path], list[Path]]:
+    """List the folders and the files of a folder, sorted by name, hidden entries and litter left out.
+
+    Where it is only asked what probably lies there, nothing takes up the findings.
 
     Raises:
         InputError: The folder does not exist, or (under strict) it or a link in it cannot be read.
     """
+    findings = findings or Findings(strict=False)
     try:
         with os.scandir(folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
@@ -126,7 +129,7 @@ def list_images(folder: Path, findings: Findings) -> list[Path]:
 
 def suffixes_found(folder: Path) -> str:
     """Say which suffixes the files of a folder have, to follow on "no images"; empty if there are none."""
-    files = list_folder(folder, Findings(strict=False))[1] if folder.is_dir() else []
+    files = list_folder(folder)[1] if folder.is_dir() else []
     found = Counter(path.suffix.lower() or "none" for path in files if not is_image(path))
     if not found:
         return ""
