@@ -72,13 +72,21 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def user_path(path: Path | str) -> Path:
+    """Put the home directory in the place of ``~``; an InputError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: expected a home directory for the ~, found none; write it out") from None
+
+
 def cache_dir() -> Path:
     """Return the folder of what can be computed again: $HGAD_CACHE, else ~/.cache/hgad.
 
     Where nobody has a home, it lies among the temporary files.
     """
     if named := os.environ.get("HGAD_CACHE"):
-        return Path(named).expanduser()
+        return user_path(named)
     try:
         return Path.home() / ".cache" / "hgad"
     except RuntimeError:

@@ -205,8 +205,8 @@ class HGAD(nn.Module):
         found = [tuple(x.shape[1:]) for x in features]
         if found != expected:
             raise InputError(
-                f"expected features of {expected} positions and channels, level by level, found {found}; take "
-                "the backbone, the levels and the image size that the model was trained with"
+                f"expected features of {expected} positions and channels, level by level, found {found}; "
+                "take the backbone, the levels and the image size that the model was trained with"
             )
         for (flow, prior), x in zip(self.levels, features, strict=True):
             yield flow, prior, x

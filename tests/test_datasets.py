@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -410,3 +411,12 @@ def test_records_are_checked() -> None:
         Dataset("x", Path("."), ("b", "a"), ())
     assert ImageRecord(Path("a"), "c", "train", False, "good").mask_path is None
     assert Findings().strict
+
+
+def test_a_name_has_one_unicode_form_whatever_the_file_system_wrote(tmp_path: Path) -> None:
+    names = [
+        unicodedata.normalize(form, name) for form, name in (("NFD", "D\u00fcse"), ("NFC", "Mutter \u00e9"))
+    ]
+    made = load_dataset("folder", root=trees.mvtec(tmp_path, tuple(names)))
+    assert made.classes == ("D\u00fcse", "Mutter \u00e9")
+    assert made.class_idx(made.records).tolist() == sorted(made.class_idx(made.records))

@@ -409,6 +409,25 @@ def test_a_read_only_cache_that_holds_the_features_is_used(
         compute(records[:2], backbone)
 
 
+@pytest.mark.parametrize("storage", ["host", "file"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_were_changed_to_nan_are_named(
+    storage: str, value: float, records: Records, backbone: Backbone, cache: Path
+) -> None:
+    compute(records, backbone)
+    (entry,) = entries(cache)
+    stored = np.load(entry / "level1.npy", mmap_mode="r+")
+    stored[-1, 0, 0] = value
+    stored.flush()
+    with pytest.raises(InputError) as error:
+        compute(records, backbone, storage=storage)
+    said = refusal(error)
+    assert str(entry / "level1.npy") in said and "NaN" in said
+    assert f"delete the folder {entry}, and the same call" in said
+    shutil.rmtree(entry)
+    assert not compute(records, backbone, storage=storage).cached
+
+
 def scaled(backbone: Backbone, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     forward = Backbone.forward
 

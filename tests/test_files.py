@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hgadlib import files
-from hgadlib.files import cache_dir, content_digests
+from hgadlib.errors import InputError
+from hgadlib.files import cache_dir, content_digests, user_path
 
 
 @pytest.fixture
@@ -80,3 +81,14 @@ def test_nobody_s_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HGAD_CACHE", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert cache_dir().name == "hgad"
+
+
+def test_a_home_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert user_path("~/images") == Path("/somewhere/images")
+    assert user_path("images") == Path("images")
+    with pytest.raises(InputError, match=r"~nobody-of-this-name/x: expected a home directory for the ~"):
+        user_path("~nobody-of-this-name/x")
+    monkeypatch.setenv("HGAD_CACHE", "~nobody-of-this-name")
+    with pytest.raises(InputError, match="expected a home directory"):
+        cache_dir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from hgadlib.datasets.images import (
     load_images,
     load_masks,
     parallel_map,
+    read_header,
     read_image,
     read_mask,
     resize_image,
@@ -311,3 +314,19 @@ def test_reading_ahead_is_bounded_and_stops_with_the_reader() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     results.close()  # type: ignore[attr-defined]
     assert len(started) <= 3 + 8
+
+
+def test_an_image_of_400_megapixels_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    path = tmp_path / "scan.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
+    for read in (read_header, read_image):
+        with pytest.raises(
+            InputError, match=r"scan\.png: an image of 400 million pixels..* at most 179 million.*tiles"
+        ):
+            read(path)

@@ -28,7 +28,7 @@ import requests
 from filelock import FileLock, Timeout
 
 from hgadlib.errors import InputError
-from hgadlib.files import new_folder
+from hgadlib.files import new_folder, user_path
 from hgadlib.progress import progress_bar
 
 CHUNK = 1 << 14
@@ -134,7 +134,7 @@ def fetch(
 def _fetch(name: str, root: Path, store: Path, source: str | None, checksum: str, pause: float) -> None:
     local = source is not None and urlparse(source).scheme not in ("http", "https")
     if local:
-        archive = Path(str(source)).expanduser()
+        archive = user_path(str(source))
         _verify(archive, checksum)
     else:
         archive = _download(source or SOURCES[name].url, store, name, checksum, pause)

@@ -63,11 +63,8 @@ class Features:
         return [level.shape[-1] for level in self.levels]
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> list[Tensor]:
-        """Fetch the features of some images.
+        """Fetch the features of images (B,) int64, to a device or where they lie.
 
-        Args:
-            indices: (B,) int64, on any device.
-            device: Where to; None for where the features lie.
         Returns:
             Per level (B, H_l * W_l, C_l) float32.
         """
@@ -77,18 +74,14 @@ class Features:
     def batches(
         self, batches: Iterable[Tensor], device: torch.device | str | None = None
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Fetch one batch after the other, reading ahead where that saves waiting.
+        """Fetch one batch of indices after the other as `batch` does, reading ahead where that saves waiting.
 
-        Args:
-            batches: Indices (B,) int64 of each batch.
-            device: Where to; None for where the features lie.
         Yields:
             The indices and, per level, (B, H_l * W_l, C_l) float32.
         """
         target = self._target(device)
         if self.levels[0].device == target and self.storage != "file":
-            for indices in batches:
-                yield indices, self.batch(indices, target)
+            yield from ((indices, self.batch(indices, target)) for indices in batches)
             return
 
         def gather(indices: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -102,16 +95,11 @@ class Features:
         return self.levels[0].device if device is None else resolve_device(device)
 
     def _gather(self, indices: Tensor, target: torch.device) -> list[Tensor]:
-        source = self.levels[0].device
-        indices = indices.to(source)
+        indices = indices.to(self.levels[0].device)
         # From pinned memory the copy to the device runs beside the computation.
-        pin = source.type == "cpu" and target.type == "cuda"
-        gathered = []
-        for level in self.levels:
-            shape = (len(indices), *level.shape[1:])
-            out = torch.empty(shape, dtype=level.dtype, device=source, pin_memory=pin)
-            gathered.append(torch.index_select(level, 0, indices, out=out))
-        return gathered
+        pin = indices.device.type == "cpu" and target.type == "cuda"
+        outs = [level.new_empty((len(indices), *level.shape[1:]), pin_memory=pin) for level in self.levels]
+        return [torch.index_select(x, 0, indices, out=out) for x, out in zip(self.levels, outs, strict=True)]
 
     @staticmethod
     def _deliver(gathered: Sequence[Tensor], target: torch.device) -> list[Tensor]:
@@ -126,21 +114,16 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def global_features(features: Features, *, level: int = -1) -> NDArray[np.float32]:
-    """Average each image's features over its positions, scaled to length 1, to tell classes apart.
+    """Average each image's features over positions, scaled to length 1, to tell classes apart: (N, C).
 
-    Args:
-        features: The features of N images.
-        level: The level to take; the last one says most about what is shown.
-    Returns:
-        (N, C) float32.
+    The last level says most about what is shown.
     """
-    chosen = features.levels[level]
-    pooled = [rows.float().mean(dim=1) for rows in chosen.split(_CHUNK)]
+    pooled = [rows.float().mean(dim=1) for rows in features.levels[level].split(_CHUNK)]
     return torch.nn.functional.normalize(torch.cat(pooled), dim=1).cpu().numpy()
 
 
 def spread(items: _Items, count: int) -> _Items:
-    """Take every n-th of some items, so that about `count` of them are spread evenly over all.
+    """Take every n-th item, so that about `count` of them are spread evenly over all.
 
     >>> spread(list(range(10)), 5)
     [0, 2, 4, 6, 8]
@@ -165,14 +148,12 @@ def free_host_bytes() -> int:
         return free
     for folder in {root, root / group.strip("/")}:
         try:
-            limit = int((folder / "memory.max").read_text(encoding="utf-8"))
-            used = int((folder / "memory.current").read_text(encoding="utf-8"))
-            words = (folder / "memory.stat").read_text(encoding="utf-8").split()
+            limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no limit is written as "max"
             continue
         # Pages of files that nobody uses count as used, but are given back on demand.
-        unused = int(dict(zip(words[::2], words[1::2], strict=True)).get("inactive_file", 0))
-        free = min(free, limit - used + unused)
+        free = min(free, limit - used + int(facts.get("inactive_file", 0)))
     return max(0, free)
 
 
@@ -187,7 +168,7 @@ def choose_storage(nbytes: int, storage: Storage, device: torch.device) -> Liter
         InputError: The storage has no room.
     """
     if storage == "file":
-        return "file"
+        return storage
     rooms = {"host": free_host_bytes()}
     if device.type == "cuda":
         rooms["device"] = torch.cuda.mem_get_info(device)[0]
