@@ -73,8 +73,8 @@ def _reason(path: Path, error: BaseException) -> str:
     if isinstance(error, Image.DecompressionBombError):
         pixels = int(str(error).partition("(")[2].partition(" ")[0])
         return (
-            f"an image of {pixels / 1e6:.0f} million pixels, and those of more than "
-            f"{2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million are not read; shrink it or cut it into tiles"
+            f"an image of {pixels / 1e6:.0f} million pixels, where at most "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million are read; shrink it or cut it into tiles"
         )
     with path.open("rb") as file:
         start = file.read(16)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +49,7 @@ class ImageRecord:
     bit_depth: int = 16
 
     def __post_init__(self) -> None:
-        """Bring the names to one Unicode form: macOS writes an accent apart from its letter, others do not."""
+        """Bring the names to one Unicode form: macOS writes accents apart from their letters."""
         for name in ("class_name", "defect_type"):
             object.__setattr__(self, name, unicodedata.normalize("NFC", getattr(self, name)))
 
