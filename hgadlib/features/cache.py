@@ -25,18 +25,15 @@ _DISK_MARGIN = 256 * 2**20
 
 
 def open_entry(entry: Path) -> tuple[tuple[tuple[int, int], ...], list[NDArray[Any]]] | None:
-    """Open the features in a folder, named by their key, as memory-mapped arrays, if they are whole.
+    """Open an entry: (H_l, W_l) per level and (N, H_l * W_l, C_l) arrays, memory-mapped and read-only.
 
-    Returns:
-        (H_l, W_l) per level and read-only (N, H_l * W_l, C_l) arrays, or None
-        where anything is missing, cut short or of another key.
+    It is None where anything is missing, cut short or of another key than the folder's name.
     """
     try:
         manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["key"] != entry.name:
             return None
-        grids = tuple((int(h), int(w)) for h, w in manifest["grids"])
-        arrays = []
+        grids, arrays = tuple((int(h), int(w)) for h, w in manifest["grids"]), []
         for level, (h, w) in enumerate(grids):
             path = entry / f"level{level}.npy"
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -52,23 +49,22 @@ def open_entry(entry: Path) -> tuple[tuple[tuple[int, int], ...], list[NDArray[A
 def locked(entry: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
     """Lock an entry for writing, and clear away what writers that are gone left behind.
 
-    The lock is the operating system's and dies with its process, so an unfinished folder whose lock is free
-    has no writer any more. On a file system without locks two writers may both compute; each writes a
-    folder of its own, and the first one that is done makes the entry.
+    The lock dies with its process, so an unfinished folder whose lock is free has no writer any more. On a
+    file system without locks two writers may both compute; the first one that is done makes the entry.
 
     Args:
         entry: The entry's folder; the cache's is made where it is missing.
         on_wait: Called once if another process holds the lock.
-
     Raises:
         InputError: The cache's folder cannot be written.
     """
-    lock = _lock(entry)
+    locks = entry.parent / "locks"
+    lock = FileLock(locks / f"{entry.name}.lock")
     with _disk_errors(entry), contextlib.suppress(NotImplementedError):
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        locks.mkdir(parents=True, exist_ok=True)
         for part in entry.parent.glob(".*-unfinished-*"):
-            key = part.name[1:].partition("-")[0]
-            with contextlib.suppress(Timeout, OSError), _lock(entry.with_name(key)).acquire(timeout=0):
+            other = FileLock(locks / f"{part.name[1:].partition('-')[0]}.lock")
+            with contextlib.suppress(Timeout, OSError), other.acquire(timeout=0):
                 shutil.rmtree(part, ignore_errors=True)
         try:
             lock.acquire(timeout=0)
@@ -79,10 +75,6 @@ def locked(entry: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _lock(entry: Path) -> FileLock:
-    return FileLock(entry.parent / "locks" / f"{entry.name}.lock")
 
 
 def write_entry(
@@ -100,7 +92,6 @@ def write_entry(
         dtype: Of the levels.
         batches: The images in order, one (B, H_l * W_l, C_l) array per level.
         facts: What the manifest keeps beside the key: the grids, and what the key was made of.
-
     Raises:
         InputError: The disk has or gets no room, or cannot be written.
     """
@@ -129,13 +120,10 @@ def _write_levels(
     part: Path, shapes: Sequence[tuple[int, ...]], dtype: str, batches: Iterable[Sequence[NDArray[Any]]]
 ) -> None:
     with contextlib.ExitStack() as stack:
-        files = []
-        for level, shape in enumerate(shapes):
-            file = stack.enter_context((part / f"level{level}.npy").open("wb"))
-            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-            header = {"descr": descr, "fortran_order": False, "shape": shape}
+        files = [stack.enter_context((part / f"level{k}.npy").open("wb")) for k in range(len(shapes))]
+        for file, shape in zip(files, shapes, strict=True):
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
-            files.append(file)
         # Plain writes, not a memory map: a full disk is then an error that can be told, not a crash.
         for arrays in batches:
             for file, array in zip(files, arrays, strict=True):
@@ -150,8 +138,8 @@ def _disk_errors(entry: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
+        full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        reason = full or error.strerror or error
         raise InputError(
             f"features cache: cannot write in {entry.parent} ({reason}); name a writable folder by HGAD_CACHE"
         ) from error

@@ -1,7 +1,6 @@
 """Discover classes where images come without class folders, and assign new images to the nearest class.
 
-Both work on one global feature per image, such as the spatial means of a backbone's stages. Source: paper
-App. A.2.
+Both work on one global feature per image, such as the spatial means of a stage. Source: paper App. A.2.
 """
 
 from __future__ import annotations
@@ -20,21 +19,16 @@ MAX_CLASSES = 60
 
 
 def discover_classes(features: ArrayLike, n_classes: int | None = None, seed: int = 0) -> NDArray[np.int64]:
-    """Cluster images into classes by k-means on their leading principal components.
+    """Cluster images into classes 0..n_classes-1, (N,), by k-means on their leading principal components.
 
-    Features are scaled to length 1 first, so that distances compare directions and not contrast.
-    Where the count is not given, the one with the largest mean silhouette of 2..MAX_CLASSES is taken; that
-    two clusters are one class cannot be seen so: say n_classes=1 where it is.
-    Labels are numbered by first appearance, so that they do not depend on k-means' own order.
+    Features are scaled to length 1 first, so that distances compare directions and not contrast. Where the
+    count is not given, the one with the largest mean silhouette of 2..MAX_CLASSES is taken; that all images
+    are one class cannot be seen so: say n_classes=1 where it is. Classes are numbered by first appearance.
 
     Args:
         features: Global features, (N, C).
         n_classes: How many classes there are; None to find out.
         seed: Of k-means' starts.
-
-    Returns:
-        Class ids, (N,) int64, 0..n_classes-1.
-
     Raises:
         InputError: Fewer images than classes, or features that are no finite matrix.
     """
@@ -57,38 +51,27 @@ def discover_classes(features: ArrayLike, n_classes: int | None = None, seed: in
     x = PCA(min(64, *x.shape), random_state=seed).fit_transform(x)
     if n_classes is not None:
         return _cluster(x, n_classes, seed)
-    best, best_score = one_class, -1.0
-    for k in range(2, min(MAX_CLASSES, count - 1, distinct) + 1):
-        labels = _cluster(x, k, seed)
-        score = float(silhouette_score(x, labels, sample_size=min(count, 3000), random_state=seed))
-        if score > best_score:
-            best, best_score = labels, score
-    return best
+    found = [_cluster(x, k, seed) for k in range(2, min(MAX_CLASSES, count - 1, distinct) + 1)]
+    return max(found, key=lambda c: silhouette_score(x, c, sample_size=min(count, 3000), random_state=seed))
 
 
 def assign_nearest(
     features: ArrayLike, reference_features: ArrayLike, reference_labels: ArrayLike
 ) -> NDArray[np.int64]:
-    """Assign each image to the class of the nearest reference image, by the angle between their features.
+    """Find the class of the nearest reference image, (N,), by the angle between features.
 
     Args:
         features: (N, C).
         reference_features: (R, C), a few per class suffice.
         reference_labels: Class ids, (R,).
-
-    Returns:
-        Class ids, (N,) int64.
-
     Raises:
         InputError: Shapes do not fit, or there is no reference.
     """
     x, reference = _finite_matrix(features), _finite_matrix(reference_features)
     labels = np.asarray(reference_labels, dtype=np.int64)
     if len(reference) == 0 or labels.shape != (len(reference),) or x.shape[1] != reference.shape[1]:
-        raise InputError(
-            f"expected references (R, {x.shape[1]}) and R labels with R > 0, found {reference.shape} and "
-            f"{labels.shape}"
-        )
+        expected = f"expected references (R, {x.shape[1]}) and R labels with R > 0"
+        raise InputError(f"{expected}, found {reference.shape} and {labels.shape}")
     return labels[pairwise_distances_argmin(x, reference, metric="cosine")]
 
 
