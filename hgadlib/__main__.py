@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import logging
 import shlex
 import sys
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 if all is well; 1 if `data check` found problems or a training diverged; 2 on wrong
         input; 130 when interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A class may bear a name that the terminal cannot write.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))

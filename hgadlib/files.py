@@ -105,7 +105,7 @@ def content_digests(paths: Sequence[Path | str]) -> list[str]:
     with contextlib.closing(_known_contents()) as known:
         for path in map(os.path.abspath, paths):
             stat = os.stat(path)
-            facts = (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            facts = (os.fsencode(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
             row = known.execute(
                 "select sha256 from contents where path=? and size=? and mtime=? and ctime=? and inode=?",
                 facts,

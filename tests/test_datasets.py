@@ -414,9 +414,17 @@ def test_records_are_checked() -> None:
 
 
 def test_a_name_has_one_unicode_form_whatever_the_file_system_wrote(tmp_path: Path) -> None:
-    names = [
-        unicodedata.normalize(form, name) for form, name in (("NFD", "D\u00fcse"), ("NFC", "Mutter \u00e9"))
-    ]
-    made = load_dataset("folder", root=trees.mvtec(tmp_path, tuple(names)))
+    names = unicodedata.normalize("NFD", "D\u00fcse"), "Mutter \u00e9"
+    made = load_dataset("folder", root=trees.mvtec(tmp_path, names))
     assert made.classes == ("D\u00fcse", "Mutter \u00e9")
     assert made.class_idx(made.records).tolist() == sorted(made.class_idx(made.records))
+
+
+def test_the_command_writes_names_that_the_terminal_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = trees.mvtec(tmp_path, ("bytes", "螺丝"))
+    (root / "bytes").rename(root / "bytes \udcff")
+    assert main(["data", "check", str(root)]) == 0
+    said = capsys.readouterr().out
+    assert r"bytes \udcff" in said and "螺丝" in said

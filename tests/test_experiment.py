@@ -21,8 +21,9 @@ from hgadlib.config import Config
 from hgadlib.errors import InputError
 from hgadlib.evaluation.likelihoods import stored_histograms
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
+from hgadlib.figures import auroc_table, log_likelihood_histograms
 from hgadlib.model import HGAD
-from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
+from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
 from hgadlib.runs.experiment import build_model, finish_run, predict_files, train_model
 from hgadlib.runs.gallery import gallery, typical_images
 from hgadlib.runs.hardware import select_device
@@ -395,6 +396,32 @@ def test_a_damaged_checkpoint_in_a_run_says_what_to_delete(done: Done, tmp_path:
     run.checkpoint.write_bytes(b"half of it")
     with pytest.raises(InputError, match=r"checkpoint\.safetensors.*delete it to train from the start"):
         train_model(config, done.inputs, run, progress=False)
+
+
+@pytest.mark.filterwarnings("error:.*[Gg]lyph:UserWarning")
+def test_classes_of_any_name_go_through(tmp_path: Path) -> None:
+    # Read as a formula, as the row of the sum, and bytes that are no UTF-8.
+    names = ("$x_{1}$", "all", "n" * 200 + "\udcff")
+    root = image_folder(tmp_path / "images", classes=names)
+    config = folder_config(root, tmp_path / "run", epochs=1)
+    run = RunDirectory.open(config)
+    inputs = prepare(config, progress=False)
+    result = finish_run(config, inputs, train_model(config, inputs, run, progress=False), run)
+    assert tuple(read_metrics(run.path)["per_class"]) == names
+    assert HGAD.load(str(run.model)).classes == names
+    assert [path.name[:2] for path in sorted((run.path / "maps").iterdir())] == [f"{i:02d}" for i in range(6)]
+    table = summary(inputs)
+    assert table.index.tolist() == [*names, "all"]
+    assert table["train"].tolist() == [6, 6, 6, 18]
+    with np.load(run.path / "scores.npz") as scores:
+        figure = log_likelihood_histograms(*stored_histograms(scores, level=1))
+    figure.draw_without_rendering()
+    assert auroc_table(result.metrics).to_html()
+    # The record speaks for itself when the images are gone.
+    shutil.rmtree(root)
+    assert (
+        read_config(run.path).digest == config.digest and len(read_history(run.path)) == config.train.epochs
+    )
 
 
 def test_unlabelled_images_are_scored_and_counted_apart(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def separation_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 def _with_mean(table: pd.DataFrame) -> pd.DataFrame:
     """Add the mean of the rows as the last one; a class may bear its name."""
-    return pd.concat([table, table.mean().to_frame("mean").T]).rename_axis(table.index.name)
+    return pd.concat([table, table.mean().to_frame("mean").T]).rename_axis("class")
 
 
 def overlap_sentence(overlaps: Overlaps) -> str:
