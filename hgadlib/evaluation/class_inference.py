@@ -32,18 +32,12 @@ _BATCH = 32
 
 @torch.inference_mode()
 def class_log_probs(model: HGAD, features: Features) -> NDArray[np.float64]:
-    """Compute the log-density of images' latents under every class's mixture.
-
-    Args:
-        model: With a mixture prior.
-        features: Of N images.
+    """Compute the log-density of N images' latents under every class's mixture.
 
     Returns:
         Sums over levels and positions in nats, (N, K).
-
     Raises:
         InputError: The model has one Gaussian for all classes, so no class is likelier than another.
-
     Source: paper Sec. 3.4, for every class in turn.
     """
     if not model.has_entropy:
@@ -51,16 +45,14 @@ def class_log_probs(model: HGAD, features: Features) -> NDArray[np.float64]:
             "class inference: expected a prior with a mixture per class, found one Gaussian for all; use "
             "the nearest training image instead"
         )
-    n_classes, parts = len(model.classes), []
-    for _, batch in features.batches(torch.arange(len(features)).split(_BATCH), model.device):
-        total = torch.zeros(len(batch[0]), n_classes, dtype=torch.float64, device=model.device)
+    totals = torch.zeros(len(features), len(model.classes), dtype=torch.float64, device=model.device)
+    for rows, batch in features.batches(torch.arange(len(features)).split(_BATCH), model.device):
         for (flow, prior), x in zip(model.levels, batch, strict=True):
             z = flow(x)[0]
-            for k in range(n_classes):
+            for k in range(len(model.classes)):
                 own = torch.full((len(z),), k, device=z.device)
-                total[:, k] += prior.log_prob(z, own).double().sum(1)
-        parts.append(total.cpu())
-    return torch.cat(parts).numpy()
+                totals[rows, k] += prior.log_prob(z, own).double().sum(1)
+    return totals.cpu().numpy()
 
 
 def infer_classes(model: HGAD, features: Features) -> NDArray[np.int64]:
@@ -71,22 +63,15 @@ def infer_classes(model: HGAD, features: Features) -> NDArray[np.int64]:
 def score_as(
     model: HGAD, features: Features, class_idx: NDArray[np.int64], score: ScoreConfig
 ) -> NDArray[np.float32]:
-    """Score images as members of given classes, under the constants that training stored for these.
-
-    Args:
-        model: Trained and calibrated.
-        features: Of N images.
-        class_idx: The class to score each one as, true or inferred, (N,).
-        score: Map size, blur and criterion.
+    """Score N images as members of classes (N,), true or inferred, under the constants that training stored.
 
     Returns:
         Image scores, (N,); higher is more anomalous.
     """
     values, nobody = level_values(model, features, class_idx), np.zeros(len(class_idx), bool)
-    protocol = Protocol("inductive", score.criterion)
-    return evaluate(
-        model, values, class_idx, nobody, None, score=score, protocol=protocol, labelled=nobody
-    ).scores
+    how = Protocol("inductive", score.criterion)
+    found = evaluate(model, values, class_idx, nobody, None, score=score, protocol=how, labelled=nobody)
+    return found.scores
 
 
 def auroc_by_class(

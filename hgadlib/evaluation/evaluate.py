@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hgadlib.config import ScoreConfig
-from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS, PixelMetrics, image_metrics, mean_metrics
+from hgadlib.evaluation.metrics import IMAGE_METRICS, PixelMetrics, image_metrics, mean_metrics
 from hgadlib.features.store import Features
 from hgadlib.model import HGAD
 from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores, transductive
@@ -40,7 +40,6 @@ class Evaluation:
         per_class: Metrics by class name; None where one has no meaning.
         mean: Their means over the classes that have them.
         scores: Image scores, (N,) float32; higher is more anomalous.
-        protocol: How they came about.
         constants: The normalisation of each class, to draw its maps again.
     """
 
@@ -61,9 +60,8 @@ def level_values(model: HGAD, features: Features, class_idx: np.ndarray) -> Leve
     parts = []
     for index, batch in features.batches(torch.arange(len(labels)).split(_BATCH), model.device):
         values = model.level_values(batch, labels[index.to(model.device)])
-        parts.append(
-            LevelValues(tuple(v.cpu() for v in values.log_prob), tuple(v.cpu() for v in values.neg_entropy))
-        )
+        log_prob, neg_entropy = map(Tensor.cpu, values.log_prob), map(Tensor.cpu, values.neg_entropy)
+        parts.append(LevelValues(tuple(log_prob), tuple(neg_entropy)))
     return LevelValues.cat(parts)
 
 
@@ -110,10 +108,6 @@ def evaluate(
         protocol: Normalisation and criterion.
         labelled: False where nobody said whether an image is anomalous, (N,); it gets a score, but counts
             in no metric. None where all are labelled.
-
-    Returns:
-        Metrics and image scores.
-
     Source: paper Sec. 3.4 and 4.1.
     """
     scores = np.zeros(len(labels), dtype=np.float32)
@@ -126,17 +120,13 @@ def evaluate(
             continue
         mine = values[torch.from_numpy(members)]
         constants[name] = class_normalisation(model, mine, k, protocol.normalisation, score.map_size)
-        truth = masks.get(k) if masks is not None else None
-        pixels = PixelMetrics()
+        truth, pixels = (masks or {}).get(k), PixelMetrics()
         for index, maps in map_batches(mine, constants[name], score, protocol.criterion):
             scores[members[index]] = image_scores(maps).numpy()
             if truth is not None:
                 known = counted[members[index]]
                 pixels.update(maps.half().numpy()[known], truth[index][known])
         known = members[counted[members]]
-        found: dict[str, float | None] = dict.fromkeys(IMAGE_METRICS)
-        if len(known):
-            found |= image_metrics(scores[known], labels[known])
-        found |= pixels.compute() if truth is not None else dict.fromkeys(PIXEL_METRICS)
-        per_class[name] = found
+        found = image_metrics(scores[known], labels[known]) if len(known) else dict.fromkeys(IMAGE_METRICS)
+        per_class[name] = found | pixels.compute()  # all None where no pixel was seen, for want of masks
     return Evaluation(per_class, mean_metrics(per_class), scores, protocol, constants)

@@ -22,16 +22,13 @@ Histograms = dict[str, tuple[np.ndarray, np.ndarray]]
 def anomalous_positions(
     class_idx: np.ndarray, labels: np.ndarray, masks: Mapping[int, np.ndarray], grid: Sequence[int]
 ) -> Tensor:
-    """Mark the anomalous positions: those whose cell the mask touches; without masks, all of the image.
+    """Mark the anomalous positions, (N, H, W): where a mask touches the cell; without masks, the whole image.
 
     Args:
         class_idx: (N,).
         labels: True where an image is known to be anomalous, (N,) bool.
         masks: By class index, those of the class's images in their order, (n_k, S, S) bool.
         grid: (H, W) of the level.
-
-    Returns:
-        (N, H, W) bool.
     """
     # Torch takes seconds to import, and the ledger has histograms alone.
     import torch
@@ -50,10 +47,10 @@ class Likelihoods(NamedTuple):
     Attributes:
         edges: Of the histograms' bins, (L, bins + 1).
         counts: Normal and anomalous positions, (K, L, 2, bins).
-        columns: Means over classes and levels, for a row of history.csv: ``test_overlap``, the share that the
-            two histograms of a class have in common, and the log-likelihoods ``test_log_prob_normal`` and
-            ``test_log_prob_anomalous``, as the scores have them (nats, or nats per dimension). Classes that
-            lack one kind of positions do not count; without others there are no columns.
+        columns: Means over levels and those classes that have both kinds, for a row of history.csv:
+            ``test_overlap``, the share that the two histograms have in common, and ``test_log_prob_normal``
+            and ``test_log_prob_anomalous`` as the scores have them (nats, or nats per dimension). Empty where
+            no class has both.
     """
 
     edges: np.ndarray
@@ -70,7 +67,7 @@ def compare_likelihoods(
     labelled: np.ndarray,
     n_classes: int,
 ) -> Likelihoods:
-    """Compare normal with anomalous positions of a test set.
+    """Compare normal with anomalous positions of a test set, as in Fig. 2 of the paper.
 
     Args:
         log_prob: One (N, H, W) a level.
@@ -79,8 +76,6 @@ def compare_likelihoods(
         masks: As :func:`anomalous_positions` takes them.
         labelled: False where nobody said, (N,) bool; no position of such an image counts.
         n_classes: K.
-
-    Source: paper Fig. 2.
     """
     edges = np.zeros((len(log_prob), _BINS + 1))
     counts = np.zeros((n_classes, len(log_prob), 2, _BINS), np.int64)
@@ -94,40 +89,31 @@ def compare_likelihoods(
             members = np.flatnonzero((class_idx == k) & labelled)
             own, where = values[members], touched[members]
             groups = own[~where], own[where]
-            for state, group in enumerate(groups):
-                counts[k, level, state] = np.histogram(group.clamp_min(low).numpy(), edges[level])[0]
+            counts[k, level] = [np.histogram(g.clamp_min(low).numpy(), edges[level])[0] for g in groups]
             overlap = histogram_overlap(*counts[k, level])
             if overlap is not None:
-                found.append((overlap, *(float(group.double().mean()) for group in groups)))
+                found.append((overlap, *(float(g.double().mean()) for g in groups)))
     names = ("test_overlap", "test_log_prob_normal", "test_log_prob_anomalous")
     columns = {name: float(np.mean(of)) for name, of in zip(names, zip(*found, strict=True), strict=False)}
     return Likelihoods(edges, counts, columns)
 
 
 def histogram_overlap(a: ArrayLike, b: ArrayLike) -> float | None:
-    r"""Area that two histograms over the same bins have in common, each scaled to area 1.
+    r"""Area that two histograms, counts (K,) over the same bins, have in common, each scaled to area 1.
 
     .. math:: \sum_i \min\Bigl(\frac{a_i}{\sum a}, \frac{b_i}{\sum b}\Bigr)
 
-    Args:
-        a: Counts per bin, (K,).
-        b: Counts per bin, (K,).
-
     Returns:
         0 (apart) to 1 (the same), or None where a histogram is empty.
-
     Raises:
         InputError: Shapes differ, or a count is negative or not finite.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.ndim != 1 or a.shape != b.shape:
         raise InputError(f"expected counts (K,) over the same bins, found {a.shape} and {b.shape}")
-    both = np.stack([a, b])
-    if not np.isfinite(both).all() or (both < 0).any():
+    if not np.isfinite([a, b]).all() or np.min([a, b], initial=0) < 0:
         raise InputError("expected counts of 0 or more, found a negative or non-finite one")
-    if not a.sum() or not b.sum():
-        return None
-    return float(np.minimum(a / a.sum(), b / b.sum()).sum())
+    return float(np.minimum(a / a.sum(), b / b.sum()).sum()) if a.sum() and b.sum() else None
 
 
 def class_overlaps(scores: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:

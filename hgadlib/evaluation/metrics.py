@@ -8,7 +8,6 @@ a number. Images are few, and scikit-learn ranks them. Pixels are many, so their
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,9 +26,7 @@ _PATTERNS = 1 << 16  # bit patterns of float16
 # +infinity and +NaN are the patterns from the first up to the second, -infinity and -NaN from the third on.
 _INFINITY, _NEGATIVE_ZERO, _NEGATIVE_INFINITY = 0x7C00, 0x8000, 0xFC00
 # The patterns of the finite values from the largest down; -0 is counted as 0.
-_DESCENDING = np.concatenate(
-    [np.arange(_INFINITY - 1, -1, -1), np.arange(_NEGATIVE_ZERO + 1, _NEGATIVE_INFINITY)]
-)
+_DESCENDING = np.r_[_INFINITY - 1 : -1 : -1, _NEGATIVE_ZERO + 1 : _NEGATIVE_INFINITY]
 # Pixels counted at once: bincount makes an int64 copy of them (2 MB), which still fits in a cache.
 _CHUNK = 1 << 18
 
@@ -39,15 +36,11 @@ _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> Metrics:
-    """Return image AUROC, AP and F1-max.
+    """Return the metrics of IMAGE_METRICS, each in [0, 1], or None for all with one class only.
 
     Args:
         scores: Image scores, (N,) float.
         labels: True where anomalous, (N,) bool.
-
-    Returns:
-        The metrics named in IMAGE_METRICS, each in [0, 1], or None for all with one class only.
-
     Raises:
         InputError: No scores, another shape, labels that are not bool, or a score that is not finite.
 
@@ -57,19 +50,15 @@ def image_metrics(scores: ArrayLike, labels: ArrayLike) -> Metrics:
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape or not len(scores):
-        raise InputError(
-            f"expected scores and labels of one shape (N,), N > 0, found {scores.shape} and {labels.shape}; "
-            "pass one of each per image"
-        )
+        found = f"found {scores.shape} and {labels.shape}; pass one of each per image"
+        raise InputError(f"expected scores and labels of one shape (N,), N > 0, {found}")
     if labels.dtype != np.bool_:
         raise InputError(f"expected bool labels, found {labels.dtype}; pass labels > 0")
     if scores.dtype.kind not in "fiu":
         raise InputError(f"expected numbers as scores, found {scores.dtype}")
-    if not np.isfinite(scores).all():
-        first = int(np.flatnonzero(~np.isfinite(scores))[0])
-        raise InputError(
-            f"expected finite scores, found {scores[first]} for image {first}; look for NaN weights"
-        )
+    i = np.isfinite(scores).argmin()  # the first that is not finite, if there is one
+    if not np.isfinite(scores[i]):
+        raise InputError(f"expected finite scores, found {scores[i]} for image {i}; look for NaN weights")
     if labels.all() or not labels.any():
         return dict.fromkeys(IMAGE_METRICS)
     precision, recall, _ = precision_recall_curve(labels, scores)
@@ -86,11 +75,7 @@ class PixelMetrics:
     Between two thresholds the curve is straight, and it is cut exactly at the limit.
 
     Args:
-        fpr_limit: False-positive rate, in (0, 1], up to which AUPRO is taken.
-
-    Raises:
-        InputError: fpr_limit lies outside (0, 1].
-
+        fpr_limit: False-positive rate, in (0, 1], up to which AUPRO is taken; else an InputError.
     Source: paper Sec. 4.1; AUPRO as defined with MVTec AD (Bergmann et al., 2021).
 
     Example:
@@ -103,13 +88,10 @@ class PixelMetrics:
 
     def __init__(self, fpr_limit: float = FPR_LIMIT) -> None:
         if not 0 < fpr_limit <= 1:
-            raise InputError(
-                f"expected fpr_limit in (0, 1], found {fpr_limit}; AUPRO is usually taken up to 0.3"
-            )
+            raise InputError(f"expected fpr_limit in (0, 1], found {fpr_limit}; AUPRO usually goes up to 0.3")
         self.fpr_limit = float(fpr_limit)
-        self._scores = np.zeros(_PATTERNS, np.int64)
-        self._anomalous = np.zeros(_PATTERNS, np.int64)
-        self._regions = np.zeros(_PATTERNS, np.float64)
+        self._scores, self._anomalous = np.zeros((2, _PATTERNS), np.int64)
+        self._regions = np.zeros(_PATTERNS)
 
     def update(self, maps: ArrayLike, masks: ArrayLike) -> None:
         """Count the scores of some maps; the split into batches changes no bit of the result.
@@ -117,29 +99,23 @@ class PixelMetrics:
         Args:
             maps: Anomaly maps, (B, H, W) float16; H and W may differ between calls.
             masks: True where anomalous, (B, H, W) bool.
-
         Raises:
             InputError: Shapes differ, maps are not float16, masks are not bool, or a score is not finite;
                 nothing of the batch is then counted.
         """
         maps, masks = np.asarray(maps), np.asarray(masks)
         if maps.ndim != 3 or maps.shape != masks.shape:
-            raise InputError(
-                f"expected maps and masks of one shape (N, H, W), found {maps.shape} and {masks.shape}; "
-                "resize the masks to the maps without smoothing"
-            )
+            found = f"found {maps.shape} and {masks.shape}; resize the masks to the maps without smoothing"
+            raise InputError(f"expected maps and masks of one shape (N, H, W), {found}")
         if masks.dtype != np.bool_:
             raise InputError(f"expected bool masks, found {masks.dtype}; pass masks > 0")
         if maps.dtype != np.float16:
-            raise InputError(
-                f"expected float16 maps, found {maps.dtype}; round them with maps.astype(np.float16)"
-            )
-        counts = np.zeros(_PATTERNS, np.int64)
-        step = max(1, _CHUNK // max(1, maps[0].size)) if len(maps) else 1
-        for start in range(0, len(maps), step):
-            counts += np.bincount(_bits(maps[start : start + step]), minlength=_PATTERNS)
+            raise InputError(f"expected float16 maps, found {maps.dtype}; pass maps.astype(np.float16)")
+        counts, bits = np.zeros(_PATTERNS, np.int64), _bits(maps)
+        for start in range(0, len(bits), _CHUNK):
+            counts += np.bincount(bits[start : start + _CHUNK], minlength=_PATTERNS)
         if counts[_INFINITY:_NEGATIVE_ZERO].any() or counts[_NEGATIVE_INFINITY:].any():
-            bad = [i for i, anomaly_map in enumerate(maps) if not np.isfinite(anomaly_map).all()]
+            bad = np.flatnonzero(~np.isfinite(maps).all((1, 2)))
             raise InputError(
                 f"expected finite scores, found NaN or infinity in {len(bad)} of {len(maps)} maps, first in "
                 f"map {bad[0]} of this batch; look for NaN weights, or for scores beyond float16's 65504"
@@ -147,29 +123,41 @@ class PixelMetrics:
         self._scores += counts
         for anomaly_map, mask in zip(maps, masks, strict=True):
             if mask.any():
-                bits = _bits(anomaly_map[mask])
+                touched = _bits(anomaly_map[mask])
                 region = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)[0][mask]
                 # One image after another, so that the order of additions is the same in any split.
-                np.add.at(self._anomalous, bits, 1)
-                np.add.at(self._regions, bits, 1.0 / np.bincount(region)[region])
+                np.add.at(self._anomalous, touched, 1)
+                np.add.at(self._regions, touched, 1.0 / np.bincount(region)[region])
 
     def compute(self) -> Metrics:
         """Return the metrics named in PIXEL_METRICS; all None unless both kinds of pixel were seen."""
-        ranks = _ranks(self._scores, self._anomalous, self._regions)
-        if ranks.n_normal == 0 or len(ranks.anomalous) == 0:
+        scores, anomalous, regions = map(_descend, (self._scores, self._anomalous, self._regions))
+        normal, seen = scores - anomalous, anomalous > 0
+        up_to = np.cumsum(normal)
+        n_normal = int(up_to[-1])
+        if not n_normal or not seen.any():
             return dict.fromkeys(PIXEL_METRICS)
-        values = (_auroc(ranks), _average_precision(ranks), _f1_max(ranks), _aupro(ranks, self.fpr_limit))
+        # By distinct anomalous score, from the largest down: anomalous pixels that have it, the sum of
+        # 1 / (size of their region) over them, normal pixels that lie above it, and those tied with it.
+        anomalous, regions = anomalous[seen], regions[seen]
+        above, tied = (up_to - normal)[seen], normal[seen]
+        found = np.cumsum(anomalous)
+        flagged = found + above + tied
+        # Probability that an anomalous score exceeds a normal one; a tie counts one half.
+        auroc = anomalous @ ((n_normal - above - 0.5 * tied) / n_normal) / found[-1]
+        # Sum of precision times gained recall, without interpolation.
+        average_precision = anomalous @ (found / flagged) / found[-1]
+        # The largest F1 lies at an anomalous score, since other thresholds only add false alarms.
+        f1_max = np.max(2 * found / (flagged + found[-1]))
+        # Two corners per score: flat over the normal scores above it, then a slope over those tied with it.
+        corners = np.stack([above, above + tied], axis=1).ravel() / n_normal
+        aupro = _area(corners, np.cumsum(regions), self.fpr_limit)
+        values = map(float, (auroc, average_precision, f1_max, aupro))
         return dict(zip(PIXEL_METRICS, values, strict=True))
 
 
 def mean_metrics(per_class: Mapping[str, Mapping[str, float | None]]) -> Metrics:
-    """Average each metric over the classes that have it.
-
-    Args:
-        per_class: Metrics by class name.
-
-    Returns:
-        The plain mean of each metric, None where no class has it.
+    """Average each metric over the classes that have it; None where no class does.
 
     Raises:
         InputError: There is no class, or a metric is not finite.
@@ -184,67 +172,22 @@ def mean_metrics(per_class: Mapping[str, Mapping[str, float | None]]) -> Metrics
     for name in dict.fromkeys(name for metrics in per_class.values() for name in metrics):
         values = [v for metrics in per_class.values() if (v := metrics.get(name)) is not None]
         if not np.isfinite(values).all():
-            raise InputError(
-                f"expected finite metrics, found {values} for {name}; evaluate those classes again"
-            )
+            raise InputError(f"expected finite metrics, found {values} for {name}; evaluate these again")
         means[name] = float(np.mean(values)) if values else None
     return means
 
 
-class _Ranks(NamedTuple):
-    """How anomalous and normal scores interleave: V distinct anomalous scores, from the largest down."""
-
-    anomalous: NDArray[np.int64]  # (V,) anomalous ones that have this score, at least 1
-    normal_above: NDArray[np.int64]  # (V,) normal ones with a larger score
-    normal_tied: NDArray[np.int64]  # (V,) normal ones with exactly this score
-    regions: NDArray[np.float64]  # (V,) sum over the anomalous ones of 1 / (size of their region)
-    n_normal: int  # all normal ones
+def _descend(sums: NDArray) -> NDArray:
+    """Order sums per bit pattern (65536,) by score, from the largest finite one down."""
+    ordered = sums[_DESCENDING]
+    ordered[_INFINITY - 1] += sums[_NEGATIVE_ZERO]
+    return ordered
 
 
-def _ranks(scores: NDArray, anomalous: NDArray, regions: NDArray) -> _Ranks:
-    """Rank finite scores from sums per bit pattern (65536,): of all, of the anomalous, of their regions."""
-
-    def descend(sums: NDArray) -> NDArray:
-        ordered = sums[_DESCENDING]
-        ordered[_INFINITY - 1] += sums[_NEGATIVE_ZERO]
-        return ordered
-
-    anomalous = descend(anomalous)
-    tied = descend(scores) - anomalous
-    up_to = np.cumsum(tied)
-    seen = anomalous > 0
-    return _Ranks(anomalous[seen], (up_to - tied)[seen], tied[seen], descend(regions)[seen], int(up_to[-1]))
-
-
-def _auroc(r: _Ranks) -> float:
-    """Probability that an anomalous score exceeds a normal one; a tie counts one half."""
-    outranked = (r.n_normal - r.normal_above - 0.5 * r.normal_tied) / r.n_normal
-    return float(r.anomalous @ outranked / r.anomalous.sum())
-
-
-def _average_precision(r: _Ranks) -> float:
-    r"""Sum of precision times gained recall, :math:`\sum_i (R_i - R_{i-1}) P_i`, without interpolation."""
-    found = np.cumsum(r.anomalous)
-    precision = found / (found + r.normal_above + r.normal_tied)
-    return float(r.anomalous @ precision / found[-1])
-
-
-def _f1_max(r: _Ranks) -> float:
-    """Largest F1 over all thresholds; it lies at an anomalous score, since others only add false alarms."""
-    found = np.cumsum(r.anomalous)
-    flagged = found + r.normal_above + r.normal_tied
-    return float(np.max(2 * found / (flagged + found[-1])))
-
-
-def _aupro(r: _Ranks, fpr_limit: float) -> float:
-    """Area under the per-region overlap against the false-positive rate up to the limit, over the limit."""
-    overlap = np.cumsum(r.regions)
+def _area(corners: NDArray, overlap: NDArray, fpr_limit: float) -> float:
+    """Area under the overlap against the false-positive rate up to the limit, over the limit."""
     # The last sum is the number of regions; dividing by it keeps rounding within [0, 1].
-    overlap = np.concatenate([[0.0], overlap / overlap[-1]])
-    # Two corners per score: flat over the normal scores above it, then a slope over those tied with it.
-    corners = np.stack([r.normal_above, r.normal_above + r.normal_tied], axis=1).ravel() / r.n_normal
-    x = np.concatenate([[0.0], corners, [1.0]])
-    y = np.repeat(overlap, 2)
+    x, y = np.r_[0.0, corners, 1.0], np.repeat(np.r_[0.0, overlap / overlap[-1]], 2)
     # The first corner at or past the limit: where the curve steps up just there, the step is left out.
     cut = int(np.searchsorted(x, fpr_limit))
     share = (fpr_limit - x[cut - 1]) / (x[cut] - x[cut - 1])

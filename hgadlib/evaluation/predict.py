@@ -28,15 +28,13 @@ def predict_batches(
     Args:
         backbone: Of the model's features.
         model: Trained and calibrated.
-        images: Batches as :func:`hgadlib.datasets.images.load_images` yields them: indices (B,), images.
+        images: As :func:`hgadlib.datasets.images.load_images` yields them: indices (B,) and images.
         class_idx: Classes of all N images, (N,).
         score: Map size, blur and criterion.
         dtype: Of the features that the model was trained on; rounded alike, an image gets the same score
             here as from stored features.
-
     Yields:
         Image scores (B,) and anomaly maps (B, S, S), float32; higher is more anomalous.
-
     Raises:
         InputError: An image is bad.
     """
@@ -46,11 +44,6 @@ def predict_batches(
             features = flatten_maps(backbone(batch.to(model.device)))
             own = classes[index.to(model.device)]
             values = model.level_values([level.to(getattr(torch, dtype)).float() for level in features], own)
-            maps = anomaly_maps(
-                values,
-                model.normalisation(own),
-                size=score.map_size,
-                sigma=score.sigma,
-                criterion=score.criterion,
-            )
+            constants, size, sigma = model.normalisation(own), score.map_size, score.sigma
+            maps = anomaly_maps(values, constants, size=size, sigma=sigma, criterion=score.criterion)
         yield image_scores(maps).cpu().numpy(), maps.cpu().numpy()

@@ -24,9 +24,6 @@ from hgadlib.errors import InputError
 def images_needed(false_alarm_rate: float) -> int:
     """Return the least number of held-out normal images for which a threshold exists.
 
-    Args:
-        false_alarm_rate: Share of normal images that may be called anomalous, in (0, 1).
-
     Raises:
         InputError: The rate lies outside (0, 1).
 
@@ -43,10 +40,6 @@ def conformal_threshold(scores: ArrayLike, false_alarm_rate: float) -> float:
     Args:
         scores: Of n held-out normal images, (n,).
         false_alarm_rate: In (0, 1).
-
-    Returns:
-        The threshold; scores above it are alarms.
-
     Raises:
         InputError: The rate lies outside (0, 1), a score is not finite, or there are too few images for the
             rate (the line says how many it takes).
@@ -55,7 +48,8 @@ def conformal_threshold(scores: ArrayLike, false_alarm_rate: float) -> float:
     8.0
     """
     values = _check_scores(scores)
-    rank = _rank(len(values), false_alarm_rate)
+    # (n + 1)(1 - rate) of 19 and 0.05 is a little more than 19 in binary; it is 19.
+    rank = max(1, math.ceil(round((len(values) + 1) * (1 - _check_rate(false_alarm_rate)), 9)))
     if rank > len(values):
         raise InputError(
             f"a false alarm rate of {false_alarm_rate:g} takes at least {images_needed(false_alarm_rate)} "
@@ -72,19 +66,15 @@ def conformal_p_values(scores: ArrayLike, held_out: ArrayLike) -> NDArray[np.flo
     Args:
         scores: Of images to judge, (N,).
         held_out: Of n held-out normal images, (n,).
-
     Returns:
         (N,), in (0, 1]; an image is called anomalous at rate alpha where p <= alpha, ties included.
-
     Raises:
         InputError: A score is not finite, or there are none to compare with.
 
     >>> conformal_p_values([0.0, 2.5, 9.0], [1.0, 2.0, 3.0]).tolist()
     [1.0, 0.5, 0.25]
     """
-    known, new = np.sort(_check_scores(held_out)), np.asarray(scores, dtype=np.float64)
-    if not np.isfinite(new).all():
-        raise InputError("expected finite scores, found NaN or infinity; look for NaN weights")
+    known, new = np.sort(_check_scores(held_out)), _finite(scores)
     return (1 + len(known) - np.searchsorted(known, new, side="left")) / (len(known) + 1)
 
 
@@ -115,17 +105,11 @@ class Rate:
 
 def binomial_rate(events: ArrayLike, *, confidence: float = 0.95) -> Rate:
     """Count events, (N,) bool, with the exact (Clopper-Pearson) interval of their probability."""
-    happened = np.asarray(events, dtype=bool)
-    count, trials = int(happened.sum()), happened.size
+    count, trials = int(np.count_nonzero(events)), np.size(events)
     if not trials:
         return Rate(0, 0, math.nan, math.nan)
     interval = stats.binomtest(count, trials).proportion_ci(confidence, method="exact")
     return Rate(count, trials, float(interval.low), float(interval.high))
-
-
-def _rank(n: int, rate: float) -> int:
-    # (n + 1)(1 - rate) of 19 and 0.05 is a little more than 19 in binary; it is 19.
-    return max(1, math.ceil(round((n + 1) * (1 - _check_rate(rate)), 9)))
 
 
 def _check_rate(rate: float) -> float:
@@ -135,9 +119,14 @@ def _check_rate(rate: float) -> float:
 
 
 def _check_scores(scores: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(scores, dtype=np.float64)
+    values = _finite(scores)
     if values.ndim != 1 or not len(values):
         raise InputError(f"expected the scores of some normal images, (n,), found shape {values.shape}")
+    return values
+
+
+def _finite(scores: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(scores, dtype=np.float64)
     if not np.isfinite(values).all():
         raise InputError("expected finite scores, found NaN or infinity; look for NaN weights")
     return values
