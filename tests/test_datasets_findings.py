@@ -28,7 +28,9 @@ from hgadlib.errors import InputError
 from hgadlib.features.backbone import build_backbone
 from hgadlib.features.extract import dataset_features
 from hgadlib.runs.directory import RunDirectory
-from hgadlib.runs.inputs import identify
+from hgadlib.runs.experiment import finish_run, predict_files, train_model
+from hgadlib.runs.gallery import gallery
+from hgadlib.runs.inputs import identify, prepare
 
 
 def said(dataset: Dataset, *words: str) -> bool:
@@ -367,3 +369,19 @@ def test_command_line_and_metrics_say_what_was_left_out(
     assert [f"note: {note}" for note in metrics["notes"]] == [line for line in lines if line[:5] == "note:"]
     assert len(metrics["counts"]["skipped"]) == 1
     assert shlex.split(lines[-1]) == [str(tmp_path / "run")]
+
+
+def test_a_run_keeps_the_depth_for_whatever_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HGAD_CACHE", str(tmp_path / "cache"))
+    root = image_folder(tmp_path / "images", classes=("disc",), masks=False)
+    for path in root.rglob("*.png"):
+        with Image.open(path) as image:
+            Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 16).save(path)
+    config = folder_config(root, tmp_path / "run")
+    run, inputs = RunDirectory.open(config), prepare(config, progress=False)
+    result = finish_run(config, inputs, train_model(config, inputs, run, progress=False), run)
+    assert json.loads((run.path / "data.json").read_text())["bit_depth"] == 12
+    assert gallery(config, inputs, result)["images"].max() > 90
+    model = train_model(config, inputs, run, progress=False)
+    scores = np.concatenate([s for s, _ in predict_files(config, inputs, model, inputs.dataset.test)])
+    np.testing.assert_allclose(scores, result.evaluation.scores, rtol=1e-2)
