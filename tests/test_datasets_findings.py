@@ -381,6 +381,8 @@ def test_a_run_keeps_the_depth_for_whatever_it_reads(tmp_path: Path, monkeypatch
     run, inputs = RunDirectory.open(config), prepare(config, progress=False)
     result = finish_run(config, inputs, train_model(config, inputs, run, progress=False), run)
     assert json.loads((run.path / "data.json").read_text())["bit_depth"] == 12
+    given = folder_config(root, None, data={"bit_depth": 14})
+    assert prepare(given, progress=False).identity()["bit_depth"] == 14
     assert gallery(config, inputs, result)["images"].max() > 90
     model = train_model(config, inputs, run, progress=False)
     scores = np.concatenate([s for s, _ in predict_files(config, inputs, model, inputs.dataset.test)])
