@@ -17,60 +17,47 @@ from torch import Tensor, nn
 
 from hgadlib.errors import InputError
 from hgadlib.fast.convolution import fold_batch_norms
-from hgadlib.features.weights import (
-    BUNDLED,
-    bundled_weights_path,
-    fit_weights,
-    hub_weights,
-    read_weights,
-    weights_digest,
-)
+from hgadlib.features import weights as sources
+from hgadlib.features.weights import BUNDLED
 
 # Pixels of the images that go through the network at a time, on a processor.
 _PART_PIXELS = 512 * 512
 
 
 class Backbone(nn.Module):
-    """A frozen network in evaluation mode that gives one feature map per level.
+    """A frozen network that gives one feature map per level, made by `build_backbone`.
 
-    Made by `build_backbone`. Its weights take no gradient and `train()` leaves it in evaluation mode; a
-    gradient with respect to the images still flows.
+    Its weights take no gradient and `train()` leaves it in evaluation mode; a gradient with respect to the
+    images still flows.
 
     Attributes:
         name: timm's name of the network.
         out_indices: Stages taken, counted from 0.
         pyramid: Image sizes of the levels, pixels; None where the levels are stages.
         channels: C_l per level.
-        mean: Normalisation that the weights expect, per channel, of values in 0..1.
-        std: As mean.
+        mean, std: Normalisation that the weights expect, per channel, of values in 0..1.
         weights_digest: sha256 of the tensors.
     """
 
     def __init__(
-        self, network: nn.Module, *, name: str, out_indices: tuple[int, ...], pyramid: tuple[int, ...] | None
+        self, network: Any, *, name: str, out_indices: tuple[int, ...], pyramid: tuple[int, ...] | None
     ) -> None:
         super().__init__()
         self.name, self.out_indices, self.pyramid = name, out_indices, pyramid
         data = resolve_model_data_config(network)
         self.mean: tuple[float, float, float] = tuple(data["mean"])
         self.std: tuple[float, float, float] = tuple(data["std"])
-        info: Any = network.feature_info
-        self.channels: list[int] = list(info.channels()) * (1 if pyramid is None else len(pyramid))
+        self.channels: list[int] = network.feature_info.channels() * (1 if pyramid is None else len(pyramid))
         # timm's transformers with windows give (B, H, W, C).
         self._channels_last_maps = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
-        self.weights_digest = weights_digest(network.state_dict())
-        network = fold_batch_norms(network.eval().requires_grad_(False))
-        self.network = network.to(memory_format=torch.channels_last)
+        self.weights_digest = sources.weights_digest(network.state_dict())
+        folded = fold_batch_norms(network.eval().requires_grad_(False))
+        self.network = folded.to(memory_format=torch.channels_last)
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: batch statistics of a few images would not be ImageNet's."""
         return super().train(False)
-
-    @property
-    def input_size(self) -> int | None:
-        """The image size that a pyramid starts from, pixels; None where any size will do."""
-        return None if self.pyramid is None else max(self.pyramid)
 
     def identity(self) -> dict[str, Any]:
         """Return everything about this network that shapes a feature, ready for JSON."""
@@ -85,33 +72,27 @@ class Backbone(nn.Module):
         }
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Compute the feature maps of some images, each image by itself.
+        """Compute one map per level, (B, C_l, H_l, W_l) float32, of each image by itself.
 
         Args:
             images: (B, 3, H, W) float32, normalised with `mean` and `std`.
-
-        Returns:
-            One map per level, (B, C_l, H_l, W_l) float32.
-
         Raises:
             InputError: The images' size is not one that the network takes.
         """
         images = images.contiguous(memory_format=torch.channels_last)
         if self.pyramid is None:
             return self._in_parts(images)
-        height, width = images.shape[-2:]
-        if height != self.input_size or width != self.input_size:
+        (height, width), largest = images.shape[-2:], max(self.pyramid)
+        if not height == width == largest:
             raise InputError(
-                f"image_size: a pyramid of {list(self.pyramid)} starts from images of {self.input_size} "
-                f"pixels, found {height} x {width}"
+                f"image_size: a pyramid of {list(self.pyramid)} starts from images of {largest} pixels, "
+                f"found {height} x {width}"
             )
         maps = []
         for size in self.pyramid:
             scaled = images
-            if size != self.input_size:
-                scaled = F.interpolate(
-                    images, size=(size, size), mode="bilinear", align_corners=False, antialias=True
-                )
+            if size != largest:
+                scaled = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
             maps += self._in_parts(scaled)
         return maps
 
@@ -130,19 +111,13 @@ class Backbone(nn.Module):
         try:
             maps = self.network(images)
         except AssertionError as error:  # timm's word for a size that patches or windows do not divide
-            raise InputError(
-                f"image_size: {self.name} does not take {tuple(images.shape[-2:])}: {error}"
-            ) from error
-        if self._channels_last_maps:
-            maps = [level.permute(0, 3, 1, 2) for level in maps]
-        return list(maps)
+            size = tuple(images.shape[-2:])
+            raise InputError(f"image_size: {self.name} does not take {size}: {error}") from error
+        return [level.permute(0, 3, 1, 2) if self._channels_last_maps else level for level in maps]
 
     @torch.no_grad()
     def grids(self, image_size: int) -> list[tuple[int, int]]:
-        """Find (H_l, W_l) of each level for square images, by one forward pass of an empty one.
-
-        Args:
-            image_size: Side of the images, pixels.
+        """Find (H_l, W_l) of each level for square images of this side in pixels, by a pass of an empty one.
 
         Raises:
             InputError: The network does not take images of that size.
@@ -172,7 +147,7 @@ def build_backbone(
     pyramid: Sequence[int] | None = None,
     weights: Path | str | None = None,
 ) -> Backbone:
-    """Build a frozen feature network.
+    """Build a frozen feature network, on the host.
 
     Args:
         name: A model of timm, with or without a tag, such as "tf_efficientnet_b6.aa_in1k".
@@ -180,10 +155,6 @@ def build_backbone(
         pyramid: Image sizes in pixels; one stage is then taken at each of them, as the released code does.
         weights: A weights file (see `hgadlib.features.weights.read_weights`); None for the bundled weights
             (tf_efficientnet_lite0) or timm's published ones; "random" for none, to count operations only.
-
-    Returns:
-        The backbone, on the host.
-
     Raises:
         InputError: The model, its stages or its weights cannot be had; the line says what to do.
     """
@@ -197,36 +168,23 @@ def build_backbone(
             "features.pyramid: expected image sizes and exactly one stage in features.out_indices, "
             f"found sizes {list(pyramid)} and stages {list(indices)}"
         )
-    network = create_feature_network(name, indices, weights)
     sizes = None if pyramid is None else tuple(pyramid)
+    network = create_feature_network(name, indices, weights)
     return Backbone(network, name=name, out_indices=indices, pyramid=sizes)
 
 
 def create_feature_network(name: str, out_indices: tuple[int, ...], weights: Path | str | None) -> Any:
-    """Create timm's feature network with its weights.
-
-    Args:
-        name: A model of timm, with or without a tag.
-        out_indices: Stages to take, counted from 0, rising.
-        weights: A weights file; None for the bundled or published ones; "random" for none.
-
-    Raises:
-        InputError: The model, its stages or its weights cannot be had.
-    """
-    config = _published(name)
+    """Create timm's feature network with its weights; arguments and errors as of `build_backbone`."""
+    config, trained = _published(name), weights != "random"
     overlay: dict[str, Any] = {}
     if weights is None and name != BUNDLED:
-        overlay = hub_weights(name, config)
-    elif weights != "random":
-        path = bundled_weights_path() if weights is None else Path(weights)
-        heads = (config.classifier,) if isinstance(config.classifier, str) else tuple(config.classifier or ())
+        overlay = sources.hub_weights(name, config)
+    elif trained:
+        path = sources.bundled_weights_path() if weights is None else Path(weights)
+        heads = [config.classifier] if isinstance(config.classifier, str) else config.classifier or ()
         # timm forgives missing tensors of a feature network, so each is checked against the whole model.
-        state = fit_weights(
-            read_weights(path),
-            _create(name).state_dict(),
-            optional=tuple(f"{head}." for head in heads),
-            source=str(path),
-        )
+        expected, optional = _create(name).state_dict(), tuple(f"{head}." for head in heads)
+        state = sources.fit_weights(sources.read_weights(path), expected, optional=optional, source=str(path))
         overlay = {"state_dict": state, "custom_load": False}
     # timm would warn of a classifier that a feature network has no use for.
     logger = logging.getLogger("timm.models._builder")
@@ -237,7 +195,7 @@ def create_feature_network(name: str, out_indices: tuple[int, ...], weights: Pat
             name,
             features_only=True,
             out_indices=out_indices,
-            pretrained=weights != "random",
+            pretrained=trained,
             pretrained_cfg_overlay=overlay,
         )
     except (IndexError, AssertionError, ValueError) as error:

