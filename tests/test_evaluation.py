@@ -149,6 +149,19 @@ def test_float16_tells_the_least_scores_apart(fitted: HGAD) -> None:
     assert 0.6 < expected < 1
 
 
+def test_scores_beyond_float16_are_ranked(fitted: HGAD) -> None:
+    labels, masks = np.array([False, True]), {0: np.zeros((2, 16, 16), bool)}
+    masks[0][1] = True
+    far = torch.tensor([1e5, 1e6])[:, None, None]
+    values = LevelValues(
+        tuple(-far.expand(2, *grid) for grid in fitted.grids),
+        tuple(-torch.ones(2, *grid) for grid in fitted.grids),
+    )
+    likelihood = Protocol("inductive", "likelihood")
+    found = evaluate(fitted, values, np.zeros(2, int), labels, masks, score=SCORE, protocol=likelihood)
+    assert found.per_class["class0"] == dict.fromkeys([*IMAGE_METRICS, *PIXEL_METRICS], 1.0)
+
+
 def inductive_of(fitted: HGAD) -> Normalisation:
     return fitted.normalisation(torch.zeros(2, dtype=torch.int64))
 
