@@ -45,10 +45,8 @@ def load_dataset(
         bit_depth: Bits in use of 16-bit files, 8 to 16; None finds them over the training images.
         seed: Draws the demo's images and elpv's split. It is not the seed of a training run: runs that are to
             be compared must see the same data.
-
     Returns:
         The dataset; its order depends on names only.
-
     Raises:
         InputError: The name is unknown, the data is missing or (under strict) bad.
     """

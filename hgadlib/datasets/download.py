@@ -99,10 +99,8 @@ def fetch(
         checksum: "algorithm:digest" of that archive, where it is not the published one.
         say: Shows one line to the user; None prints to standard error.
         pause: Seconds before the first retry; each further wait is twice as long.
-
     Returns:
         The folder.
-
     Raises:
         InputError: The name is unknown, the address fails, the checksum differs, the archive is damaged or
             unsafe, or something cannot be written.

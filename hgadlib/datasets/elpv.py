@@ -42,7 +42,6 @@ def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
         root: Folder with labels.csv and images/.
         findings: Takes up bad files and counts.
         seed: Another seed draws another split.
-
     Raises:
         InputError: labels.csv is missing or malformed, or (under strict) an image is missing.
     """

@@ -45,7 +45,6 @@ def read_tree(root: Path, findings: Findings) -> list[ImageRecord]:
 
     Returns:
         Records, by class, train before test, then by defect type and name.
-
     Raises:
         InputError: The folder has neither layout, or (under strict) something in it is bad.
     """
@@ -144,10 +143,8 @@ def read_class(
         good: Name of the folders of normal images; None for good, ok or normal.
         photos: Folder of the images below that of their kind, where there is one.
         masks: Folder of a kind's masks below the class's; None for ground_truth/{kind} and its like.
-
     Returns:
         Records, train before test, test by defect type and name.
-
     Raises:
         InputError: Under strict, for a class without normal images and for whatever is bad in it.
     """

@@ -153,7 +153,6 @@ def read_image(path: Path | str, bit_depth: int = 16) -> NDArray[np.uint8]:
         path: The file.
         bit_depth: Bits in use of a 16-bit file, see `ImageRecord.bit_depth`: values from 0 to 2^bit_depth - 1
             are scaled to 0..255, those above count as 255.
-
     Raises:
         InputError: The file cannot be read; the line names it and the reason.
     """
@@ -228,7 +227,6 @@ def resize_image(image: NDArray[np.uint8], size: int, policy: str = "stretch") -
         size: Side of the result, pixels.
         policy: "stretch" (whole image, aspect ratio given up), "short_side_center_crop" (as published: what
             lies outside the central square is lost) or "pad" (whole image, aspect ratio kept, black bars).
-
     Returns:
         (size, size, 3) uint8.
     """
@@ -313,10 +311,8 @@ def load_images(
         batch_size: B; the last batch may be smaller.
         num_workers: Decoding threads; None for one per core.
         bit_depths: Of each file, see `read_image`; None for all 16.
-
     Yields:
         Indices into paths, (B,) int64, and images, (B, 3, size, size) float32.
-
     Raises:
         InputError: An image is bad (the line names file and reason) or a parameter is wrong.
     """
@@ -354,10 +350,8 @@ def load_masks(
         size: Side of the result, pixels.
         resize: Policy, see `resize_image`.
         num_workers: Decoding threads; None for one per core.
-
     Returns:
         Masks, (N, size, size) bool.
-
     Raises:
         InputError: A mask is bad or its size differs from its image's.
     """

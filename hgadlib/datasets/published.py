@@ -54,7 +54,6 @@ def load_mvtec(root: Path, findings: Findings) -> list[ImageRecord]:
     Args:
         root: Folder that holds the class folders, or the archive's own folder with them.
         findings: Takes up what is bad, and whether the set is complete.
-
     Raises:
         InputError: Nothing like it lies there, or (under strict) something is bad.
     """

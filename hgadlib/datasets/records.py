@@ -153,7 +153,6 @@ def relabel(dataset: Dataset, train_classes: Sequence[str], test_classes: Sequen
         dataset: The dataset.
         train_classes: A class name for each of `dataset.train`.
         test_classes: A class name for each of `dataset.test`.
-
     Raises:
         InputError: The number of names differs from the number of images, or a class has no training image.
     """

@@ -197,10 +197,8 @@ def verify(
         findings: Takes up what is bad, and which of 16 bits are in use.
         bit_depth: Bits in use of 16-bit files; None for the least of 8, 10, 12, 14 and 16 that hold the
             training images' largest value.
-
     Returns:
         The good records, in order, with their bit depth.
-
     Raises:
         InputError: Under strict, for the first bad image or mask.
     """

@@ -69,10 +69,8 @@ def make_validation(
             are taken, and never more than half.
         defects_per_image: Defective copies of each held-out image, each with one defect of another kind.
         seed: Another seed draws other images and other defects.
-
     Returns:
         The folder.
-
     Raises:
         InputError: A parameter is out of range, a class has too few or too small images, an image is bad, or
             the folder holds something else or cannot be written.
@@ -226,7 +224,6 @@ def draw_defect(
         kind: One of `KINDS`.
         severity: 0 for subtle, 1 for clear.
         rng: Draws place, form and colour.
-
     Returns:
         The image with the defect, (H, W, 3) uint8, and its mask, (H, W) bool; a grey image stays grey. None
         where the image shows no such defect wherever it is put: a blank sheet cannot be blurred.

@@ -119,10 +119,8 @@ def ensure(where: Path, seed: int = 0) -> Path:
     Args:
         where: Folder of the dataset; another seed than 0 has its own beside it, `where`-seedK.
         seed: Draws all images.
-
     Returns:
         The folder that holds the dataset, whole.
-
     Raises:
         InputError: The folder holds something else, or cannot be written.
     """
