@@ -217,6 +217,11 @@ def test_hgad_and_the_single_gaussian_under_equal_settings(records: list[dict[st
     longer = copy.deepcopy(records[0])
     longer["config"]["train"]["epochs"] = 99
     assert method_runs([*records, longer])["settings"].nunique() == 2
+    # A class called "mean" is no mean.
+    longer["per_class"] = {"mean": {"image_auroc": 0.1, "pixel_auroc": None}}
+    named = method_runs([longer])
+    assert named["class"].tolist() == ["class mean", "mean"]
+    assert named["image_auroc"].tolist() == pytest.approx([10, 100 * longer["mean"]["image_auroc"]])
 
 
 def test_every_claim_of_all_tables_is_held_against_the_ledger(records: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from hgadbook.beyond import (
     unseen_table,
 )
 from hgadlib.config import Config, ScoreConfig, config_from_dict
-from hgadlib.datasets.records import Dataset, ImageRecord
+from hgadlib.datasets.records import Dataset, ImageRecord, relabel
 from hgadlib.errors import InputError
 from hgadlib.evaluation.class_inference import (
     auroc_by_class,
@@ -228,3 +228,13 @@ def test_auroc_within_the_true_class() -> None:
     labels = np.array([False, True, False, True])
     found = auroc_by_class(scores, labels, np.array([0, 0, 1, 1]), ["a", "b", "c"])
     assert found == {"a": 1.0, "b": 0.0}
+
+
+def test_a_class_called_all_is_refused_where_all_of_them_have_that_name() -> None:
+    found = inputs()
+    renamed = [
+        ["all" if r.class_name == "a" else r.class_name for r in part]
+        for part in (found.dataset.train, found.dataset.test)
+    ]
+    with pytest.raises(InputError, match=r"a class is called 'all'.*rename its folder"):
+        hold_out(config(), replace(found, dataset=relabel(found.dataset, *renamed)), 0.34)

@@ -228,6 +228,8 @@ def hold_out(config: Config, inputs: Inputs, share: float, *, without: str | Non
         raise InputError(
             f"expected a class to leave out of {', '.join(names)}, two at least; found {without!r}"
         )
+    if "all" in names:
+        raise InputError("a class is called 'all', which here stands for all of them; rename its folder")
     out = held_out(classes, share)
     wanted = np.array([name != without for name in names])[classes]
     rest = select_train(inputs, wanted & ~out)

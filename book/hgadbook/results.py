@@ -47,14 +47,15 @@ def method_runs(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             "settings": shared,
             "method": _method(record),
             "seed": record["seed"],
-            "class": name,
+            # A class of that name is none of the means.
+            "class": "class mean" if name == "mean" and values is not record["mean"] else name,
             "image_auroc": percent(values["image_auroc"]),
             "pixel_auroc": percent(values["pixel_auroc"]),
             "criterion": record["protocol"]["criterion"],
             "record": record["record"],
         }
         for record, shared in zip(found, settings, strict=True)
-        for name, values in {**record["per_class"], "mean": record["mean"]}.items()
+        for name, values in [*record["per_class"].items(), ("mean", record["mean"])]
     ]
     return pd.DataFrame(lines, columns=_COLUMNS)
 
