@@ -15,14 +15,17 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from small import image_folder
 
 from hgadlib.config import Config, load_config
+from hgadlib.datasets import load_dataset
 from hgadlib.errors import InputError
 from hgadlib.files import replacing, write_atomically
 from hgadlib.model import read_tensors, write_tensors
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
 from hgadlib.runs.gallery import write_maps
 from hgadlib.runs.hardware import matmul_rate
+from hgadlib.runs.inputs import identify
 
 DATA = {"digest": "images", "train": 3, "test": 2}
 OTHER_DATA = {"digest": "other images", "train": 4, "test": 2}
@@ -152,6 +155,27 @@ def test_another_run_in_a_named_directory_is_refused(project: Path) -> None:
 def test_other_images_in_a_named_directory_are_refused() -> None:
     whole(config(run_dir="mine"), OTHER_DATA)
     refused(config(run_dir="mine"), "another run .its images differ, now 3 train, 2 test")
+
+
+def test_images_are_told_apart_by_what_is_in_the_files(tmp_path: Path) -> None:
+    """Same names, same sizes, as when new pictures are copied over old ones."""
+    root = image_folder(tmp_path / "images")
+    before = identify(load_dataset("folder", root=root))
+    whole(config(run_dir="mine"), before)
+    assert RunDirectory.open(config(run_dir="mine")).another(before) == ""
+    changed = root / "disc" / "test" / "spot" / "000.png"
+    content = bytearray(changed.read_bytes())
+    content[content.index(b"IEND") - 5] ^= 1  # a checksum: enough to be another file
+    changed.write_bytes(content)
+    after = identify(load_dataset("folder", root=root))
+    assert after["digest"] == before["digest"] and after["content"] != before["content"]
+    run = RunDirectory.open(config(run_dir="mine"))
+    with pytest.raises(InputError, match="its images differ"):
+        run.start(after)
+    # A run of before the content was noted goes by names and sizes.
+    old = {key: value for key, value in before.items() if key != "content"}
+    whole(config(run_dir="older"), old)
+    assert RunDirectory.open(config(run_dir="older")).another(after) == ""
 
 
 @pytest.mark.parametrize("what", ["configuration", "images", "version"])

@@ -140,7 +140,11 @@ class RunDirectory:
             except InputError as error:
                 return f"this version cannot read it: {error}"
             return "it differs in " + ", ".join(_differences(other.identity(), self.config.identity()))
-        if data is None or seen in (None, data["digest"]):  # None: killed between the first two files
+        if data is None or seen in (
+            None,
+            _images(data),
+            data["digest"],
+        ):  # None: killed between the first two files
             return ""
         return f"its images differ, now {data['train']} train, {data['test']} test"
 
@@ -158,7 +162,7 @@ class RunDirectory:
         """Begin to write, or go on with what this configuration has written on these images.
 
         Args:
-            data: What identifies the images, "digest" among it; see `Inputs.identity`.
+            data: What identifies the images, "digest" and "content" among it; see `Inputs.identity`.
 
         Raises:
             InputError: A directory named by run_dir holds another run.
@@ -179,7 +183,7 @@ class RunDirectory:
                 raise InputError(f"{self.path} and {aside.name} both hold earlier runs; move one away")
             self._rename(self.path, aside)
             print(f"moved the earlier run to {aside.name}: {why}")
-        earlier = self._beside(self.config.digest, data["digest"])
+        earlier = self._beside(self.config.digest, _images(data))
         if self.config.run_dir is None and self._stored_config() is None and earlier.is_dir():
             self._rename(earlier, self.path)
             print(f"moved the run in {earlier.name} back: it is of this configuration")
@@ -237,7 +241,7 @@ class RunDirectory:
     def _stored_data(self) -> str | None:
         file = self.path / "data.json"
         remedy = "delete it if the run's images are still the same, else move the run away"
-        return str(read_json(file, remedy).get("digest")) if file.is_file() else None
+        return _images(read_json(file, remedy)) if file.is_file() else None
 
     def _beside(self, config: str | None, data: str | None) -> Path:
         """Return where a run of the same name is kept while another has its place."""
@@ -268,6 +272,11 @@ class RunDirectory:
     def _release(self) -> None:
         (self.path / ".lock").unlink(missing_ok=True)
         self._lock.release(force=True)
+
+
+def _images(data: Mapping[str, Any]) -> str:
+    """Identify images by their content; runs of before have names and sizes alone."""
+    return str(data.get("content", data.get("digest")))
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -21,6 +21,7 @@ from hgadlib.features.backbone import Backbone, build_backbone
 from hgadlib.features.discovery import assign_nearest, discover_classes
 from hgadlib.features.extract import dataset_features
 from hgadlib.features.store import Features, global_features
+from hgadlib.files import content_digests
 from hgadlib.runs.hardware import select_device
 
 
@@ -83,15 +84,22 @@ class Inputs:
 
 
 def identify(dataset: Dataset) -> dict[str, Any]:
-    """Identify a dataset's images, wherever its folder lies, by names, labels and sizes of the files."""
-    digest = hashlib.sha256()
+    """Identify a dataset's images, wherever its folder lies.
+
+    The "digest", which records compare, is of the files' names, labels and sizes; the "content" of their
+    bytes as well.
+    """
+    digest, paths = hashlib.sha256(), []
     for record in dataset.records:
-        sizes = [path.stat().st_size for path in (record.path, record.mask_path) if path is not None]
-        name = image_name(dataset, record)
+        own = [path for path in (record.path, record.mask_path) if path is not None]
+        sizes, name = [path.stat().st_size for path in own], image_name(dataset, record)
         digest.update(repr((name, record.class_name, record.split, record.defect_type, sizes)).encode())
+        paths += own
+    content = hashlib.sha256(digest.digest() + "".join(content_digests(paths)).encode())
     return {
         "name": dataset.name,
         "digest": digest.hexdigest(),
+        "content": content.hexdigest(),
         "classes": list(dataset.classes),
         "train": len(dataset.train),
         "test": len(dataset.test),
