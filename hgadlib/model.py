@@ -256,6 +256,17 @@ class HGAD(nn.Module):
         self.log_prob_max.copy_(log_prob_max)
         self.neg_entropy_max.copy_(neg_entropy_max)
 
+    def class_idx(self, names: Iterable[str]) -> Tensor:
+        """Look up classes by name: (B,) int64, on the model's device.
+
+        Raises:
+            InputError: A name is none of the model's classes.
+        """
+        own = list(names)
+        if strange := sorted(set(own) - set(self.classes)):
+            raise InputError(f"unknown class {strange[0]!r}; this model knows {', '.join(self.classes)}")
+        return torch.tensor([self.classes.index(n) for n in own], dtype=torch.int64, device=self.device)
+
     def normalisation(self, class_idx: Tensor) -> Normalisation:
         """Return the stored constants, (B, L), for images of these classes."""
         return Normalisation(self.log_prob_max, self.neg_entropy_max)[class_idx]

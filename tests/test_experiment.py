@@ -24,7 +24,7 @@ from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
 from hgadlib.figures import auroc_table, log_likelihood_histograms
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
-from hgadlib.runs.experiment import build_model, finish_run, predict_files, train_model
+from hgadlib.runs.experiment import build_model, evaluate_model, finish_run, predict_files, train_model
 from hgadlib.runs.gallery import gallery, typical_images
 from hgadlib.runs.hardware import select_device
 from hgadlib.runs.inputs import Inputs, class_masks, prepare, summary
@@ -190,6 +190,29 @@ def test_an_image_scored_from_its_file_has_the_evaluation_s_score(done: Done) ->
     [(alone, _)] = predict_files(done.config, done.inputs, done.model, [records[0]])
     np.testing.assert_allclose(alone, scores[1:2], rtol=1e-3)
     assert not list(predict_files(done.config, done.inputs, done.model, []))
+
+
+def test_classes_are_looked_up_by_name(done: Done, tmp_path: Path) -> None:
+    """Of one of the model's classes alone: by its place in the folder it would be scored as the other."""
+    root = tmp_path / "images"
+    shutil.copytree(done.root / "square", root / "square")
+    config = folder_config(root, tmp_path / "run")
+    inputs = prepare(config, progress=False)
+    assert inputs.test_classes.tolist() == [0] * 6 and done.model.classes == ("disc", "square")
+    squares = done.inputs.test_classes == 1
+    expected = done.result.evaluation.scores[squares]
+    [(scores, _)] = predict_files(config, inputs, done.model, inputs.dataset.test)
+    np.testing.assert_allclose(scores, expected, rtol=2e-3, atol=1e-3)
+    found = evaluate_model(config, inputs, done.model)
+    np.testing.assert_allclose(found.evaluation.scores, expected, rtol=1e-5, atol=1e-5)
+    assert found.evaluation.per_class == {"square": done.result.evaluation.per_class["square"]}
+    (root / "square").rename(root / "triangle")
+    other = prepare(config, progress=False)
+    line = "unknown class 'triangle'; this model knows disc, square"
+    with pytest.raises(InputError, match=line):
+        list(predict_files(config, other, done.model, other.dataset.test))
+    with pytest.raises(InputError, match=line):
+        evaluate_model(config, other, done.model)
 
 
 def test_a_run_killed_after_training_goes_on_to_the_same_metrics(done: Done, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def predict_batches(
     backbone: Backbone,
     model: HGAD,
     images: Iterable[tuple[Tensor, Tensor]],
-    class_idx: np.ndarray,
+    class_names: Iterable[str],
     *,
     score: ScoreConfig,
     dtype: str = "float32",
@@ -29,16 +29,16 @@ def predict_batches(
         backbone: Of the model's features.
         model: Trained and calibrated.
         images: As :func:`hgadlib.datasets.images.load_images` yields them: indices (B,) and images.
-        class_idx: Classes of all N images, (N,).
+        class_names: Of all N images.
         score: Map size, blur and criterion.
         dtype: Of the features that the model was trained on; rounded alike, an image gets the same score
             here as from stored features.
     Yields:
         Image scores (B,) and anomaly maps (B, S, S), float32; higher is more anomalous.
     Raises:
-        InputError: An image is bad.
+        InputError: An image is bad, or of a class that the model does not know.
     """
-    classes = torch.from_numpy(class_idx).to(model.device)
+    classes = model.class_idx(class_names)
     for index, batch in images:
         with torch.inference_mode():
             features = flatten_maps(backbone(batch.to(model.device)))

@@ -147,8 +147,12 @@ def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols
         all_protocols: Under every protocol, not only the one whose figures stand first.
     """
     started = time.perf_counter()
-    values = level_values(model, inputs.test, inputs.test_classes)
-    truth = (inputs.test_classes, inputs.test_labels, class_masks(config, inputs))
+    # By name: a model may know more classes than are tested, in another order.
+    class_idx = model.class_idx(record.class_name for record in inputs.dataset.test).cpu().numpy()
+    known = model.class_idx(inputs.dataset.classes).tolist()
+    masks = {known[k]: own for k, own in class_masks(config, inputs).items()}
+    values = level_values(model, inputs.test, class_idx)
+    truth = (class_idx, inputs.test_labels, masks)
     labelled = inputs.test_labelled
 
     def under(protocol: Protocol) -> Evaluation:
@@ -159,7 +163,7 @@ def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols
     rest = [under(p) for p in protocols(model) if all_protocols and p != headline.protocol]
     by_protocol = {found.protocol.name: found for found in (headline, *rest)}
     likelihoods = compare_likelihoods(
-        values.log_prob, *truth, labelled=labelled, n_classes=len(inputs.dataset.classes)
+        values.log_prob, *truth, labelled=labelled, n_classes=len(model.classes)
     )
     return Result(values, headline, likelihoods, by_protocol, seconds)
 
@@ -203,8 +207,8 @@ def predict_files(
         num_workers=config.data.num_workers,
         bit_depths=[record.bit_depth for record in records],
     )
-    class_idx, dtype = inputs.dataset.class_idx(records), config.features.dtype
-    return predict_batches(inputs.backbone, model, images, class_idx, score=config.score, dtype=dtype)
+    names, dtype = [record.class_name for record in records], config.features.dtype
+    return predict_batches(inputs.backbone, model, images, names, score=config.score, dtype=dtype)
 
 
 def prediction_rate(config: Config, inputs: Inputs, model: HGAD, *, images: int = 64) -> float:
