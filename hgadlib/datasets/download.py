@@ -1,8 +1,8 @@
 """Fetch a dataset: licence, resumed download, checksum, safe unpacking, and only then its place.
 
-Pooch verifies the checksum and keeps a file under its name only if it is right; the download itself is
-ours, for gigabytes must resume after a broken line. An interrupted fetch leaves a partial archive, which
-the next one goes on with, and nothing that looks like a dataset.
+Pooch verifies the checksum and keeps a file under its name only if it is right; the download itself is ours,
+for gigabytes must resume after a broken line. An interrupted fetch leaves a partial archive, which the next
+one goes on with, and nothing that looks like a dataset.
 """
 
 from __future__ import annotations
@@ -90,17 +90,15 @@ def fetch(
     say: Callable[[str], None] | None = None,
     pause: float = 1.0,
 ) -> Path:
-    """Fetch a dataset into its folder, unless it is there.
+    """Fetch a dataset into its folder, unless that holds something already; return the folder.
 
     Args:
         name: One of `SOURCES`.
-        root: The folder that is to hold the dataset; it must not exist, or be empty.
+        root: The folder that is to hold the dataset.
         source: A URL or an archive on disk to use instead of the known address.
         checksum: "algorithm:digest" of that archive, where it is not the published one.
         say: Shows one line to the user; None prints to standard error.
         pause: Seconds before the first retry; each further wait is twice as long.
-    Returns:
-        The folder.
     Raises:
         InputError: The name is unknown, the address fails, the checksum differs, the archive is damaged or
             unsafe, or something cannot be written.
@@ -114,14 +112,13 @@ def fetch(
         return root
     say(f"Licence: {known.licence}. By using the data you accept it. Page: {known.page}")
     store = root.parent / ".downloads"
-    lock = FileLock(store / f"{name}.lock", timeout=0)
     try:
         store.mkdir(parents=True, exist_ok=True)
-        with lock:
+        with FileLock(store / f"{name}.lock", timeout=0):
             _fetch(name, root, store, source, checksum or known.checksum, pause)
     except Timeout as error:
         raise InputError(
-            f"{lock.lock_file}: another fetch of this dataset is running; wait for it"
+            f"{error.lock_file}: another fetch of this dataset is running; wait for it"
         ) from error
     except OSError as error:
         raise InputError(f"{root}: cannot be written: {error.strerror}; give another data_root") from error
@@ -130,12 +127,11 @@ def fetch(
 
 
 def _fetch(name: str, root: Path, store: Path, source: str | None, checksum: str, pause: float) -> None:
-    local = source is not None and urlparse(source).scheme not in ("http", "https")
+    address = source or SOURCES[name].url
+    local = urlparse(address).scheme not in ("http", "https")
+    archive = user_path(address) if local else _download(address, store, name, checksum, pause)
     if local:
-        archive = user_path(str(source))
         _verify(archive, checksum)
-    else:
-        archive = _download(source or SOURCES[name].url, store, name, checksum, pause)
     # What a killed fetch left; nobody else is here.
     for old in root.parent.glob(f".{root.name}-unfinished-*"):
         shutil.rmtree(old, ignore_errors=True)
@@ -188,26 +184,27 @@ def _resume(url: str, part: Path, pause: float, attempts: int = 5) -> None:
     `attempts` calls in a row did not get further, or the server does not have the file.
     """
     tag = part.with_suffix(".tag")
-    failures, best = 0, part.stat().st_size if part.exists() else 0
+    failures, best = 0, _size(part)
     while True:
         try:
             if _continue(url, part, tag):
-                tag.unlink(missing_ok=True)
-                return
-            problem: requests.RequestException = requests.ConnectionError("the line broke before the end")
-        except _BROKEN as error:
-            problem = error
-        after = part.stat().st_size if part.exists() else 0
-        failures = 0 if after > best else failures + 1
-        best = max(best, after)
-        if failures >= attempts:
-            raise problem
+                return tag.unlink(missing_ok=True)
+            raise requests.ConnectionError("the line broke before the end")
+        except _BROKEN:
+            failures = 0 if _size(part) > best else failures + 1
+            if failures >= attempts:
+                raise
+        best = max(best, _size(part))
         time.sleep(min(30.0, pause * 2.0 ** max(0, failures - 1)))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _continue(url: str, part: Path, tag: Path) -> bool:
     """Ask for what is missing and append it. Returns whether the file is as long as the server says."""
-    have = part.stat().st_size if part.exists() and tag.exists() else 0
+    have = _size(part) if tag.exists() else 0
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -215,32 +212,33 @@ def _continue(url: str, part: Path, tag: Path) -> bool:
         if validator := tag.read_text(encoding="utf-8"):
             headers["If-Range"] = validator
     with requests.get(url, headers=headers, stream=True, timeout=(15, 60)) as response:
-        if response.status_code == 416:
+        status, answered = response.status_code, response.headers
+        span = answered.get("Content-Range", "")
+        if status == 416:
             # Nothing beyond what we have: a download that was complete when it was killed, or another file.
-            complete = response.headers.get("Content-Range", "") == f"bytes */{have}"
-            if not complete:
+            if span != f"bytes */{have}":
                 part.unlink(missing_ok=True)
-            return complete
-        if response.status_code in (408, 429) or response.status_code >= 500:
-            raise requests.ConnectionError(f"the server answered {response.status_code} {response.reason}")
-        if response.status_code not in (200, 206):
-            raise InputError(f"{url}: the server answered {response.status_code} {response.reason}")
-        if response.headers.get("Content-Type", "").startswith("text/html"):
+            return span == f"bytes */{have}"
+        if status in (408, 429) or status >= 500:
+            raise requests.ConnectionError(f"the server answered {status} {response.reason}")
+        if status not in (200, 206):
+            raise InputError(f"{url}: the server answered {status} {response.reason}")
+        if answered.get("Content-Type", "").startswith("text/html"):
             raise InputError(f"{url}: expected an archive, found a web page; the address has probably moved")
-        start = _start(response) if response.status_code == 206 else 0
-        if start > have:
+        if (first := re.match(r"bytes (\d+)-", span if status == 206 else "bytes 0-")) is None:
+            raise InputError(f"{response.url}: partial answer without a usable Content-Range, found {span!r}")
+        if (start := int(first[1])) > have:
             raise InputError(f"{url}: asked for bytes from {have}, the server sent them from {start}")
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length is not None and length.isdecimal() else None
+        length = answered.get("Content-Length", "")
+        total = start + int(length) if length.isdecimal() else None
         # What tells this version of the file from others: a strong ETag, or the time of change.
-        etag = response.headers.get("ETag", "")
-        version = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+        etag = answered.get("ETag", "")
+        version = etag if etag.startswith('"') else answered.get("Last-Modified", "")
         tag.write_text(version, encoding="utf-8")
         with part.open("r+b" if part.exists() else "w+b") as file:
             file.truncate(start)
             file.seek(start)
-            label = f"Fetching {urlparse(url).path.rsplit('/', 1)[-1]}"
-            with _byte_bar(total or 0, label) as bar:
+            with _byte_bar(total or 0, f"Fetching {PurePosixPath(urlparse(url).path).name}") as bar:
                 bar.update(start)
                 for chunk in response.iter_content(CHUNK):
                     file.write(chunk)
@@ -248,14 +246,6 @@ def _continue(url: str, part: Path, tag: Path) -> bool:
             size = file.tell()
     # urllib3 before 2 does not notice a short answer by itself.
     return total is None or size == total
-
-
-def _start(response: requests.Response) -> int:
-    """Read where a partial answer starts."""
-    text = response.headers.get("Content-Range", "")
-    if (found := re.match(r"bytes (\d+)-", text)) is None:
-        raise InputError(f"{response.url}: partial answer without a usable Content-Range, found {text!r}")
-    return int(found[1])
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -269,8 +259,8 @@ def unpack(archive: Path, target: Path) -> None:
             folder below the target.
     """
     try:
-        size = archive.stat().st_size
-        with archive.open("rb") as raw, _byte_bar(size, f"Unpacking {archive.name}") as bar:
+        bar = _byte_bar(archive.stat().st_size, f"Unpacking {archive.name}")
+        with archive.open("rb") as raw, bar:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(raw) as packed:
                     packed.extractall(target, _plain(archive, packed.infolist(), raw, bar))
@@ -295,9 +285,8 @@ def _plain(archive: Path, members: Iterable[Any], raw: IO[bytes], bar: Any) -> I
     seen: set[PurePosixPath] = set()
     for member in members:
         if isinstance(member, zipfile.ZipInfo):
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            name, is_folder, is_file = member.filename, member.is_dir(), kind in (0, stat.S_IFREG)
-            is_link = kind == stat.S_IFLNK
+            name, is_folder, kind = member.filename, member.is_dir(), stat.S_IFMT(member.external_attr >> 16)
+            is_file, is_link = kind in (0, stat.S_IFREG), kind == stat.S_IFLNK
         else:
             name, is_folder, is_file = member.name, member.isdir(), member.isreg()
             is_link = member.issym() or member.islnk()

@@ -1,15 +1,16 @@
 """ELPV: electroluminescence images of solar cells, shipped by the package elpv-dataset.
 
-Source: Deitsch et al., "Automatic classification of defective photovoltaic module cells in
-electroluminescence images", Solar Energy 2019. The images come with a probability of a defect, and without
-masks.
+The images come with a probability of a defect, and without masks. Source: Deitsch et al., "Automatic
+classification of defective photovoltaic module cells in electroluminescence images", Solar Energy 2019.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,9 +48,14 @@ def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
     """
     cells: list[ImageRecord] = []
     doubtful = 0
-    for number, line in enumerate(_lines(root / _TABLE), start=1):
-        fields = line.split()
-        if not fields:
+    try:
+        lines = (root / _TABLE).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(
+            f"{root / _TABLE}: {error.strerror}; expected the data folder of elpv-dataset"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if not (fields := line.split()):
             continue
         try:
             path, probability, kind = root / fields[0], float(fields[1]), fields[2]
@@ -67,18 +73,9 @@ def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
             defect_type = GOOD if probability == 0.0 else "defective"
             cells.append(ImageRecord(path, kind, "test", probability == 1.0, defect_type))
     findings.note(f"{doubtful} images with a defect probability between 0 and 1 were left out")
-    train = _draw(cells, list(parallel_map(_digest, cells)), seed)
+    train = _draw(cells, parallel_map(_digest, cells), seed)
     records = [replace(cell, split="train") if cell in train else cell for cell in cells]
-    return sorted(
-        records, key=lambda r: (r.class_name, r.split != "train", r.defect_type != GOOD, r.path.name)
-    )
-
-
-def _lines(table: Path) -> list[str]:
-    try:
-        return table.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{table}: {error.strerror}; expected the data folder of elpv-dataset") from error
+    return sorted(records, key=lambda r: (r.class_name, r.split != "train", r.is_anomalous, r.path.name))
 
 
 def _digest(cell: ImageRecord) -> str:
@@ -89,7 +86,7 @@ def _digest(cell: ImageRecord) -> str:
         return str(cell.path)
 
 
-def _draw(cells: list[ImageRecord], digests: list[str], seed: int) -> set[ImageRecord]:
+def _draw(cells: list[ImageRecord], digests: Iterable[str], seed: int) -> set[ImageRecord]:
     """Draw about three quarters of each class's normal images, whole groups of identical content."""
     groups: dict[str, list[ImageRecord]] = defaultdict(list)
     for cell, digest in zip(cells, digests, strict=True):
@@ -103,10 +100,7 @@ def _draw(cells: list[ImageRecord], digests: list[str], seed: int) -> set[ImageR
             for digest in drawn
             if all(cell.class_name == kind and not cell.is_anomalous for cell in groups[digest])
         ]
-        target = round(TRAIN_SHARE * sum(map(len, own)))
-        chosen: set[ImageRecord] = set()
-        for group in own:
-            if len(chosen) < target:
-                chosen.update(group)
-        train |= chosen
+        before = [0, *itertools.accumulate(map(len, own))]
+        target = round(TRAIN_SHARE * before[-1])
+        train.update(*(group for group, count in zip(own, before, strict=False) if count < target))
     return train

@@ -43,16 +43,14 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class ImageHeader(NamedTuple):
-    """What a file says of its image before it is decoded: pixels as shown (EXIF applied), mode, format.
-
-    `is_deep` where a channel has more than 8 bits.
-    """
+    """What a file says of its image before it is decoded: pixels as shown (EXIF applied), mode, format."""
 
     height: int
     width: int
     mode: str
     format: str
     is_deep: bool
+    """Whether a channel has more than 8 bits."""
 
 
 @contextlib.contextmanager
@@ -95,9 +93,8 @@ def read_header(path: Path | str) -> ImageHeader:
     with _opened(path) as image:
         # Of colours with 16 bits Pillow keeps 8; the tiles' raw mode tells, such as "RGB;16B", until
         # the pixels or the EXIF data are loaded.
-        is_deep = image.mode.startswith("I") or any(
-            ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
-        )
+        tiles = getattr(image, "tile", ())
+        is_deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in tiles)
         width, height = image.size
         if image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8):
             width, height = height, width
@@ -111,7 +108,6 @@ def largest_value(path: Path | str) -> int:
         InputError: The file cannot be read.
     """
     with _opened(path) as image:
-        image.load()
         if image.mode.startswith("I"):
             return int(np.asarray(image).max())
         return 256 * int(np.asarray(image.convert("RGB")).max()) + 255
@@ -120,7 +116,7 @@ def largest_value(path: Path | str) -> int:
 def _to_rgb(image: Image.Image, path: Path | str, bit_depth: int = 16) -> Image.Image:
     """Bring any mode to 8-bit RGB by a rule that does not look at the image's content."""
     mode = image.mode
-    if mode.startswith("I;16") or mode == "I":
+    if mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.max() > 65535 or values.min() < 0):
             raise InputError(f"{path}: 32-bit image with values outside 0..65535; save it with 8 or 16 bits")
@@ -132,14 +128,12 @@ def _to_rgb(image: Image.Image, path: Path | str, bit_depth: int = 16) -> Image.
     elif "transparency" in image.info or mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         image = image.convert("RGBA")
         # The colour under transparent pixels is whatever an editor left there; black is the same every time.
-        canvas = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(canvas, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")
 
 
 def _open_rgb(path: Path | str, bit_depth: int = 16) -> Image.Image:
     with _opened(path) as image:
-        image.load()
         return _to_rgb(ImageOps.exif_transpose(image), path, bit_depth)
 
 
@@ -147,12 +141,9 @@ def read_image(path: Path | str, bit_depth: int = 16) -> NDArray[np.uint8]:
     """Decode an image of any mode to RGB, (H, W, 3) uint8.
 
     Grey becomes three equal channels; transparency is laid over black; palette and CMYK are converted; EXIF
-    rotation is applied; of several frames the first counts.
+    rotation is applied; of several frames the first counts. Of 16-bit files (`ImageRecord.bit_depth`) values
+    from 0 to 2^bit_depth - 1 are scaled to 0..255, those above count as 255.
 
-    Args:
-        path: The file.
-        bit_depth: Bits in use of a 16-bit file, see `ImageRecord.bit_depth`: values from 0 to 2^bit_depth - 1
-            are scaled to 0..255, those above count as 255.
     Raises:
         InputError: The file cannot be read; the line names it and the reason.
     """
@@ -162,21 +153,25 @@ def read_image(path: Path | str, bit_depth: int = 16) -> NDArray[np.uint8]:
 def read_mask(path: Path | str) -> NDArray[np.bool_]:
     """Decode a mask, (H, W) bool: any non-zero pixel is anomalous.
 
-    A pixel counts where one of its colour channels is not zero after transparency was laid over black. JPEG
-    is the exception, since its compression leaves small non-zero values beside every edge: there values
-    above 127 count.
+    A pixel counts where one of its colour channels is not zero after transparency was laid over black; in a
+    JPEG, whose compression leaves small values beside every edge, where one is above 127.
 
     Raises:
         InputError: The file cannot be read.
     """
     with _opened(path) as image:
-        image.load()
         threshold = 127 if image.format == "JPEG" else 0
         upright = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             # Rounding 16 bits to 8 would lose small labels.
             return np.abs(np.asarray(upright)) > threshold
         return np.asarray(_to_rgb(upright, path)).max(axis=-1) > threshold
+
+
+def save(pixels: NDArray[np.uint8] | NDArray[np.bool_], path: Path) -> None:
+    """Save an image or a mask; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def check_mask_size(mask_path: Path, mask_shape: tuple[int, ...], image_path: Path) -> None:
@@ -192,43 +187,35 @@ def check_mask_size(mask_path: Path, mask_shape: tuple[int, ...], image_path: Pa
 def _placement(height: int, width: int, size: int, policy: str) -> tuple[_Box, tuple[int, int, int, int]]:
     """Return which part of the source goes where: two boxes (left, top, right, bottom)."""
     if policy == "stretch":
-        return (0.0, 0.0, float(width), float(height)), (0, 0, size, size)
+        return (0, 0, width, height), (0, 0, size, size)
     if policy == "short_side_center_crop":
         short = min(height, width)
         new_h, new_w = size * height // short, size * width // short
         top, left = round((new_h - size) / 2.0), round((new_w - size) / 2.0)
         # Resizing only the part that stays equals resizing all and cropping, without a long side's memory.
         scale_h, scale_w = height / new_h, width / new_w
-        box = (left * scale_w, top * scale_h, (left + size) * scale_w, (top + size) * scale_h)
-        return (box[0], box[1], min(box[2], width), min(box[3], height)), (0, 0, size, size)
+        right, bottom = min((left + size) * scale_w, width), min((top + size) * scale_h, height)
+        return (left * scale_w, top * scale_h, right, bottom), (0, 0, size, size)
     if policy == "pad":
         long = max(height, width)
         new_h, new_w = max(1, round(size * height / long)), max(1, round(size * width / long))
         top, left = (size - new_h) // 2, (size - new_w) // 2
-        return (0.0, 0.0, float(width), float(height)), (left, top, left + new_w, top + new_h)
+        return (0, 0, width, height), (left, top, left + new_w, top + new_h)
     raise InputError(f"resize: expected one of {', '.join(RESIZE_POLICIES)}, found {policy!r}")
 
 
 def _resize(image: Image.Image, size: int, policy: str, resample: Image.Resampling) -> Image.Image:
     source, (left, top, right, bottom) = _placement(image.height, image.width, size, policy)
-    resized = image.resize((right - left, bottom - top), resample, box=source)
-    if resized.size == (size, size):
-        return resized
     canvas = Image.new(image.mode, (size, size))
-    canvas.paste(resized, (left, top))
+    canvas.paste(image.resize((right - left, bottom - top), resample, box=source), (left, top))
     return canvas
 
 
 def resize_image(image: NDArray[np.uint8], size: int, policy: str = "stretch") -> NDArray[np.uint8]:
-    """Resize an image to a square, bilinear with antialiasing.
+    """Resize an image, (H, W, 3) uint8, to (size, size, 3), bilinear with antialiasing.
 
-    Args:
-        image: (H, W, 3) uint8.
-        size: Side of the result, pixels.
-        policy: "stretch" (whole image, aspect ratio given up), "short_side_center_crop" (as published: what
-            lies outside the central square is lost) or "pad" (whole image, aspect ratio kept, black bars).
-    Returns:
-        (size, size, 3) uint8.
+    The policy is "stretch" (whole image, aspect ratio given up), "short_side_center_crop" (as published: what
+    lies outside the central square is lost) or "pad" (whole image, aspect ratio kept, black bars).
     """
     return np.array(_resize(Image.fromarray(image), size, policy, Image.Resampling.BILINEAR))
 
@@ -249,7 +236,7 @@ def resize_mask(mask: NDArray[np.bool_], size: int, policy: str = "stretch") -> 
     rows = np.floor((ys + 0.5 - source[1]) * (bottom - top) / (source[3] - source[1])).astype(int) + top
     columns = np.floor((xs + 0.5 - source[0]) * (right - left) / (source[2] - source[0])).astype(int) + left
     inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-    small = np.zeros((size, size), dtype=bool)
+    small = np.zeros_like(small)
     small[rows[inside], columns[inside]] = True
     return small
 
@@ -273,8 +260,8 @@ def parallel_map(
 ) -> Iterator[_Result]:
     """Map in threads, results in the order of the items, at most `ahead` of them unread.
 
-    Threads suffice for images: Pillow and NumPy let go of the interpreter lock while they compute.
-    The first exception ends the iteration; what was not yet started is cancelled.
+    Threads suffice for images: Pillow and NumPy let go of the interpreter lock while they compute. The first
+    exception ends the iteration; what was not yet started is cancelled.
     """
     pending: deque[Future[_Result]] = deque()
     pool = ThreadPoolExecutor(_threads(num_workers), thread_name_prefix="images")
@@ -343,15 +330,10 @@ def load_images(
 def load_masks(
     records: Sequence[ImageRecord], *, size: int, resize: str = "stretch", num_workers: int | None = None
 ) -> NDArray[np.bool_]:
-    """Load the masks of some records, resized along with their images.
+    """Load the masks of N records, (N, size, size) bool, resized along with their images.
 
-    Args:
-        records: N records; those that are normal, or have no mask, get an empty mask.
-        size: Side of the result, pixels.
-        resize: Policy, see `resize_image`.
-        num_workers: Decoding threads; None for one per core.
-    Returns:
-        Masks, (N, size, size) bool.
+    Those that are normal, or have no mask, get an empty mask. For resize and num_workers see `load_images`.
+
     Raises:
         InputError: A mask is bad or its size differs from its image's.
     """

@@ -64,9 +64,9 @@ class Dataset:
     """Records of a dataset in an order that depends on names only, never on the file system.
 
     Attributes:
-        name: The dataset's name, such as "mvtec".
+        name: Such as "mvtec".
         root: The folder it was read from.
-        classes: Class names, sorted; the index of a name is the class id.
+        classes: Their names, sorted; the index of a name is the class id.
         records: All images, by class, then train before test, then as the loader sorts them.
         skipped: Bad images left out under `strict=False`, as "path: reason".
         notes: What a reader should know, one sentence each (counts left out, missing masks, ...).
@@ -103,13 +103,11 @@ class Dataset:
     def remarks(self) -> tuple[str, ...]:
         """The notes, classes of few training images, and which metrics have no meaning here, and why."""
         reasons: dict[str, list[str]] = defaultdict(list)
-        by_class: dict[str, list[ImageRecord]] = {name: [] for name in self.classes}
-        for record in self.test:
-            by_class.setdefault(record.class_name, []).append(record)
         trained = Counter(record.class_name for record in self.train)
-        for name, test in by_class.items():
+        for name in dict.fromkeys([*self.classes, *(record.class_name for record in self.test)]):
             if name in self.classes and trained[name] < FEW:
                 reasons[f"fewer than {FEW} training images, scores will tell little"].append(name)
+            test = [record for record in self.test if record.class_name == name]
             labelled = [record for record in test if record.is_labelled]
             anomalous = [record for record in labelled if record.is_anomalous]
             bare = sum(record.mask_path is None for record in anomalous)
@@ -124,8 +122,7 @@ class Dataset:
             if bare:
                 why = "no masks" if bare == len(anomalous) else "anomalous images without a mask"
                 reasons[f"pixel metrics are null: {why}"].append(name)
-        found = (f"{reason} (class {', '.join(names)})" for reason, names in reasons.items())
-        return (*self.notes, *found)
+        return (*self.notes, *(f"{reason} (class {', '.join(names)})" for reason, names in reasons.items()))
 
     def class_idx(self, records: Sequence[ImageRecord]) -> NDArray[np.int64]:
         """Look up the class ids of B records of this dataset, (B,) int64.
@@ -134,33 +131,29 @@ class Dataset:
             InputError: A record's class is unknown, so that it has no id.
         """
         ids = {name: index for index, name in enumerate(self.classes)}
-        for record in records:
-            if record.class_name not in ids:
-                raise InputError(
-                    f"{record.path}: expected one of the classes {', '.join(self.classes)}, found "
-                    f"{record.class_name!r}; put the image in a folder named after its class, or set "
-                    "classes: discovered"
-                )
+        if unknown := next((record for record in records if record.class_name not in ids), None):
+            raise InputError(
+                f"{unknown.path}: expected one of the classes {', '.join(ids)}, found "
+                f"{unknown.class_name!r}; put the image in a folder named after its class, or set "
+                "classes: discovered"
+            )
         return np.array([ids[record.class_name] for record in records], dtype=np.int64)
 
 
 def relabel(dataset: Dataset, train_classes: Sequence[str], test_classes: Sequence[str]) -> Dataset:
-    """Replace the class names of a dataset, for instance by discovered ones.
+    """Replace the class names of `dataset.train` and `dataset.test`, for instance by discovered ones.
 
     The images stay, in their order, so that what was computed of them still fits.
 
-    Args:
-        dataset: The dataset.
-        train_classes: A class name for each of `dataset.train`.
-        test_classes: A class name for each of `dataset.test`.
     Raises:
         InputError: The number of names differs from the number of images, or a class has no training image.
     """
     expected, found = (len(dataset.train), len(dataset.test)), (len(train_classes), len(test_classes))
     if found != expected:
         raise InputError(
-            f"expected class names of {expected[0]} training and {expected[1]} test images, found "
-            f"{found[0]} and {found[1]}"
+            "expected class names of {} training and {} test images, found {} and {}".format(
+                *expected, *found
+            )
         )
     if orphans := sorted(set(test_classes) - set(train_classes)):
         raise InputError(f"class {orphans[0]!r} has test images but no training image")

@@ -23,12 +23,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import ndimage
 
 from hgadlib.datasets.demo import defects
 from hgadlib.datasets.demo.surface import Array, Surface, mix, noise
-from hgadlib.datasets.images import parallel_map, read_image
+from hgadlib.datasets.images import parallel_map, read_image, save
 from hgadlib.datasets.published import PARTS
 from hgadlib.datasets.records import GOOD, Dataset, ImageRecord
 from hgadlib.datasets.scan import holds
@@ -177,16 +176,11 @@ def _write_class(
                     f"{record.path}: no defect can be seen on this image; leave it out of training"
                 )
             left.remove(kind)
-            _save(drawing[0], folder / "test" / kind / f"{stems[record]}.png")
-            _save(drawing[1], folder / "ground_truth" / kind / f"{stems[record]}_mask.png")
+            save(drawing[0], folder / "test" / kind / f"{stems[record]}.png")
+            save(drawing[1], folder / "ground_truth" / kind / f"{stems[record]}_mask.png")
 
     for _ in parallel_map(write, range(count), ahead=8):
         pass
-
-
-def _save(pixels: NDArray[np.uint8] | NDArray[np.bool_], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
 
 
 def _unique_stems(records: Sequence[ImageRecord]) -> dict[ImageRecord, str]:

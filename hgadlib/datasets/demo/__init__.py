@@ -1,8 +1,7 @@
 """Demo: six classes that the library makes itself, in the MVTec layout, with exact masks.
 
-Three textures are cut from photographs that scikit-image ships (crops for training and for test come from
-disjoint parts of each), three objects are rendered. Nothing is downloaded, and the same seed gives the same
-bytes.
+Three textures are cut from photographs that scikit-image ships (train and test crops from disjoint parts),
+three objects are rendered. Nothing is downloaded, and the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from hgadlib.datasets.demo import defects
 from hgadlib.datasets.demo.defects import contamination, hole, scratch, stain, thread
 from hgadlib.datasets.demo.scenes import SCENES, SIDE
 from hgadlib.datasets.demo.surface import photograph, shade
-from hgadlib.datasets.images import parallel_map
+from hgadlib.datasets.images import parallel_map, save
 from hgadlib.datasets.records import GOOD
 from hgadlib.datasets.scan import holds
 from hgadlib.errors import InputError
@@ -37,8 +35,8 @@ _MARKER = "demo.json"
 _PART = {"contamination": contamination, MISSING: None, "scratch": scratch}
 
 
-def _tinted(red: float, green: float, blue: float) -> defects.Defect:
-    return functools.partial(defects.color, tint=(red, green, blue))
+def _tinted(*tint: float) -> defects.Defect:
+    return functools.partial(defects.color, tint=np.array(tint, dtype=np.float32))
 
 
 DEFECTS: dict[str, dict[str, defects.Defect | None]] = {
@@ -74,13 +72,11 @@ def shots() -> Iterator[Shot]:
 
 def _center(class_name: str, rng: np.random.Generator) -> tuple[float, float]:
     """Choose where a defect lies: on the object, away from the rim of a texture."""
-    if class_name == "hex_nut":
-        angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(0.22, 0.30)
-        return 0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle)
-    if class_name == "gauge":
-        angle, radius = rng.uniform(0, 2 * np.pi), 0.30 * np.sqrt(rng.uniform())
-        return 0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle)
-    return rng.uniform(0.16, 0.84), rng.uniform(0.16, 0.84)
+    if class_name not in ("hex_nut", "gauge"):
+        return rng.uniform(0.16, 0.84), rng.uniform(0.16, 0.84)
+    angle = rng.uniform(0, 2 * np.pi)
+    radius = rng.uniform(0.22, 0.30) if class_name == "hex_nut" else 0.30 * np.sqrt(rng.uniform())
+    return 0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle)
 
 
 def render(shot: Shot, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
@@ -104,23 +100,17 @@ def render(shot: Shot, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] 
 def _write(shot: Shot, seed: int, root: Path) -> None:
     image, mask = render(shot, seed)
     home, name = root / shot.class_name, f"{shot.number:03d}"
-    for pixels, path in (
-        (image, home / shot.split / shot.kind / f"{name}.png"),
-        (mask, home / "ground_truth" / shot.kind / f"{name}_mask.png"),
-    ):
-        if pixels is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+    save(image, home / shot.split / shot.kind / f"{name}.png")
+    if mask is not None:
+        save(mask, home / "ground_truth" / shot.kind / f"{name}_mask.png")
 
 
 def ensure(where: Path, seed: int = 0) -> Path:
-    """Make the demo dataset unless it is there.
+    """Make the demo dataset unless it is there; return its folder.
 
     Args:
         where: Folder of the dataset; another seed than 0 has its own beside it, `where`-seedK.
         seed: Draws all images.
-    Returns:
-        The folder that holds the dataset, whole.
     Raises:
         InputError: The folder holds something else, or cannot be written.
     """

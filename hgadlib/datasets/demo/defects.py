@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from hgadlib.datasets.demo.surface import Array, Surface, grid, mix, noise, ramp
+from hgadlib.datasets.demo.surface import Array, Color, Surface, grid, mix, noise, ramp
 
 Point = tuple[float, float]
 Rng = np.random.Generator
@@ -29,10 +29,10 @@ def _curve(side: int, start: Point, length: float, width: float, bend: float, rn
     x, y = np.cumsum(np.cos(angle)) / steps * length, np.cumsum(np.sin(angle)) / steps * length
     x, y = x - x[steps // 2] + start[0], y - y[steps // 2] + start[1]
     zoom = 4
-    canvas = Image.new("L", (side * zoom, side * zoom))
-    draw = ImageDraw.Draw(canvas)
     scale = side * zoom
-    draw.line([(a * scale, b * scale) for a, b in zip(x, y, strict=True)], 255, round(width * scale), "curve")
+    canvas = Image.new("L", (scale, scale))
+    line = (np.stack([x, y], axis=1) * scale).ravel().tolist()
+    ImageDraw.Draw(canvas).line(line, 255, round(width * scale), "curve")
     return np.asarray(canvas.reduce(zoom), dtype=np.float32) / 255.0
 
 
@@ -62,16 +62,13 @@ def scratch(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn
 def stain(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn:
     """Soak a patch, darker and browner, with a darker rim where it dried."""
     patch = blob(surface.side, center, rng.uniform(0.08, 0.16), 0.16, 0.35, rng)
-    rim = patch * (1.0 - patch) * 4.0
-    dark = (0.16 + 0.46 * severity) * patch * (0.8 + 0.5 * rim)
+    dark = (0.16 + 0.46 * severity) * patch * (0.8 + 0.5 * (patch * (1.0 - patch) * 4.0))
     brown = np.array([0.75, 0.95, 1.2], dtype=np.float32)
     albedo = surface.albedo * np.clip(1.0 - dark[..., None] * brown, 0.05, 1.0)
     return replace(surface, albedo=albedo.astype(np.float32)), patch
 
 
-def color(
-    surface: Surface, center: Point, severity: float, rng: Rng, *, tint: tuple[float, float, float]
-) -> Drawn:
+def color(surface: Surface, center: Point, severity: float, rng: Rng, *, tint: Color) -> Drawn:
     """Discolour a patch: rust, a burn, yellowing or spilt paint, by the tint."""
     side = surface.side
     patch = blob(side, center, rng.uniform(0.055, 0.12), 0.22, 0.45, rng)
@@ -98,9 +95,8 @@ def thread(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn:
     ground = surface.albedo[marked].mean(axis=0) if marked.any() else surface.albedo.mean(axis=(0, 1))
     dyed = np.array(dyes[rng.integers(len(dyes))], dtype=np.float32)
     dye = ground + (0.40 + 0.60 * severity) * (dyed - ground)
-    height = surface.height + 0.016 * line
-    albedo = mix(surface.albedo, (float(dye[0]), float(dye[1]), float(dye[2])), 0.92 * line)
-    return replace(surface, albedo=albedo, height=height.astype(np.float32)), line
+    height = (surface.height + 0.016 * line).astype(np.float32)
+    return replace(surface, albedo=mix(surface.albedo, dye, 0.92 * line), height=height), line
 
 
 def contamination(surface: Surface, center: Point, severity: float, rng: Rng) -> Drawn:
@@ -118,22 +114,16 @@ def contamination(surface: Surface, center: Point, severity: float, rng: Rng) ->
         distance = np.sqrt(u * u + v * v).astype(np.float32)
         cover = np.maximum(cover, ramp(distance, radius * 1.2, radius * 0.75))
     tone = rng.uniform(0.16, 0.46)
-    crumbs = (float(tone), float(tone * 0.86), float(tone * 0.68))
-    rough = 0.3 * noise(rng, side, 90) * cover
-    height = surface.height + 0.014 * cover * (1.0 + rough)
-    albedo = mix(surface.albedo, crumbs, cover * (0.55 + 0.40 * severity))
-    gloss = surface.gloss * (1.0 - cover)
-    return Surface(albedo, height.astype(np.float32), gloss.astype(np.float32)), cover
+    height = surface.height + 0.014 * cover * (1.0 + 0.3 * noise(rng, side, 90) * cover)
+    albedo = mix(surface.albedo, (tone, tone * 0.86, tone * 0.68), cover * (0.55 + 0.40 * severity))
+    return Surface(albedo, height.astype(np.float32), surface.gloss * (1.0 - cover)), cover
 
 
 def confine(before: Surface, after: Surface, cover: Array, where: NDArray[np.bool_]) -> Drawn:
     """Undo a defect, and its coverage, outside a region, (n, n) bool."""
-    surface = Surface(
-        np.where(where[..., None], after.albedo, before.albedo),
-        np.where(where, after.height, before.height),
-        np.where(where, after.gloss, before.gloss),
-    )
-    return surface, cover * where
+    albedo = np.where(where[..., None], after.albedo, before.albedo)
+    height, gloss = np.where(where, (after.height, after.gloss), (before.height, before.gloss))
+    return Surface(albedo, height, gloss), cover * where
 
 
 def exact_mask(cover: Array, side: int) -> NDArray[np.bool_]:

@@ -1,8 +1,7 @@
 """Normal scenes of the demo dataset: three photographed textures and three rendered objects.
 
-A scene is a function of a split and a generator that returns a `Surface`; `part` asks for a defect of shape
-(a chipped nut, a gauge with a broken needle, a missing component), and then the pixels it concerns come
-along.
+A scene draws a `Surface` for a split; `part` asks for a defect of shape (a chipped nut, a broken needle, a
+missing component), and then the pixels it concerns come along.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ SIDE = 256
 _FINE = 2 * SIDE
 """Objects are rendered at twice the size and reduced."""
 
-Scene = Callable[[str, np.random.Generator, bool], tuple[Surface, NDArray[np.bool_] | None]]
-
+Scene = tuple[Surface, NDArray[np.bool_] | None]
 # Photograph -> colours of its darkest and lightest tone; scikit-image ships the three in grey.
 _TONES = {
     "brick": ((0.13, 0.07, 0.06), (1.10, 0.83, 0.71)),
@@ -34,8 +32,7 @@ _TRAIN_COLUMNS = 284
 """Train crops come from the columns before it, test crops from those after: nothing is shared."""
 _CROP = 200
 
-_Fill = int | tuple[int, ...]
-_Values = tuple[_Fill, _Fill, _Fill]
+_Values = tuple[tuple[int, int, int], int, int]
 """Colour, height and gloss of what is drawn."""
 
 # Components of the board: centre, half width, half height in object coordinates, and what they are.
@@ -46,8 +43,6 @@ COMPONENTS = (
     (0.62, 0.30, 0.11, 0.06, "resistor"), (0.62, 0.50, 0.11, 0.06, "diode"),
     (-0.72, -0.30, 0.06, 0.12, "diode"),
 )  # fmt: skip
-
-
 _VIAS = ((-0.90, -0.10), (-0.90, 0.10), (0.86, -0.20), (0.86, 0.05), (0.30, 0.40), (0.16, 0.52), (0.40, 0.56))
 
 
@@ -57,57 +52,54 @@ def draw_board(missing: int | None) -> tuple[Image.Image, Image.Image, Image.Ima
     side = 1280
     albedo = Image.new("RGB", (side, side), (24, 92, 58))
     height, gloss = Image.new("L", (side, side), 20), Image.new("L", (side, side), 38)
-    layers = tuple(ImageDraw.Draw(image) for image in (albedo, height, gloss))
+    layers = [ImageDraw.Draw(image) for image in (albedo, height, gloss)]
 
-    def px(value: float) -> float:
-        return (value + 1.0) * side / 2
+    def px(*values: float) -> list[float]:
+        return [(value + 1.0) * side / 2 for value in values]
+
+    def fill(shape: str, place: list[float], values: _Values, **style: Any) -> None:
+        for layer, value in zip(layers, values, strict=True):
+            getattr(layer, shape)(place, fill=value, **style)
 
     def box(cx: float, cy: float, w: float, h: float, values: _Values, corner: float = 0.0) -> None:
-        shape = (px(cx - w), px(cy - h), px(cx + w), px(cy + h))
-        for layer, value in zip(layers, values, strict=True):
-            layer.rounded_rectangle(shape, radius=corner * side / 2, fill=value)
+        fill("rounded_rectangle", px(cx - w, cy - h, cx + w, cy + h), values, radius=corner * side / 2)
 
-    def path(points: list[tuple[float, float]], width: int = 13) -> None:
-        line = [(px(x), px(y)) for x, y in points]
-        values: _Values = ((38, 122, 76), 25, 48)
-        for layer, value in zip(layers, values, strict=True):
-            layer.line(line, fill=value, width=width, joint="curve")
+    def path(*points: float, width: int = 13) -> None:
+        fill("line", px(*points), ((38, 122, 76), 25, 48), width=width, joint="curve")
 
     def disc(cx: float, cy: float, r: float, values: _Values) -> None:
-        for layer, value in zip(layers, values, strict=True):
-            layer.ellipse((px(cx - r), px(cy - r), px(cx + r), px(cy + r)), fill=value)
+        fill("ellipse", px(cx - r, cy - r, cx + r, cy + r), values)
 
-    gold: _Values = (206, 168, 92), 28, 175
-    tin: _Values = (176, 178, 180), 40, 190
+    gold, tin = ((206, 168, 92), 28, 175), ((176, 178, 180), 40, 190)
     for index in range(8):
         y = -0.40 + index * 0.085
-        path([(0.12, y), (-0.10, y), (-0.20 - 0.01 * index, y + 0.06), (-0.34, y + 0.06)])
-        path([(0.60, y), (0.74, y), (0.80, y - 0.05), (0.97, y - 0.05)])
+        path(0.12, y, -0.10, y, -0.20 - 0.01 * index, y + 0.06, -0.34, y + 0.06)
+        path(0.60, y, 0.74, y, 0.80, y - 0.05, 0.97, y - 0.05)
     for index in range(5):
         x = -0.62 + index * 0.18
-        path([(x, 0.22), (x, 0.10 - 0.02 * index), (x + 0.07, 0.03 - 0.02 * index)], 11)
-        path([(x, 0.46), (x, 0.68)])
-    path([(-0.95, -0.62), (0.30, -0.62), (0.42, -0.56), (0.95, -0.56)], 26)
-    path([(-0.95, -0.75), (0.95, -0.75)], 26)
-    for x, y in _VIAS:
-        disc(x, y, 0.030, gold)
-        disc(x, y, 0.014, ((14, 16, 16), 0, 0))
-    for x, y in ((-0.86, -0.88), (0.86, -0.88)):
-        disc(x, y, 0.085, gold)
-        disc(x, y, 0.055, ((14, 16, 16), 0, 0))
-    white = (214, 218, 212)
-    draw, font = layers[0], ImageFont.load_default(46)
+        path(x, 0.22, x, 0.10 - 0.02 * index, x + 0.07, 0.03 - 0.02 * index, width=11)
+        path(x, 0.46, x, 0.68)
+    path(-0.95, -0.62, 0.30, -0.62, 0.42, -0.56, 0.95, -0.56, width=26)
+    path(-0.95, -0.75, 0.95, -0.75, width=26)
+    holes = [(x, y, 0.030, 0.014) for x, y in _VIAS] + [(x, -0.88, 0.085, 0.055) for x in (-0.86, 0.86)]
+    for x, y, rim, bore in holes:
+        disc(x, y, rim, gold)
+        disc(x, y, bore, ((14, 16, 16), 0, 0))
+
+    def write(x: float, y: float, text: str, tone: tuple[int, int, int], size: int) -> None:
+        left, top = px(x, y)
+        layers[0].text((left, top), text, fill=tone, font=ImageFont.load_default(size), anchor="mm")
+
     for text, x, y in (("U1", 0.36, -0.52), ("R1", -0.60, -0.40), ("R2", -0.60, -0.22), ("C1", -0.60, -0.04),
                        ("D2", 0.62, 0.62), ("J3", -0.86, 0.62), ("REV B", 0.0, -0.88)):  # fmt: skip
-        draw.text((px(x), px(y)), text, fill=white, font=font, anchor="mm")
+        write(x, y, text, (214, 218, 212), 46)
     for index in range(8):
         for x in (0.11, 0.61):
             box(x, -0.40 + index * 0.085, 0.055, 0.022, tin)
     box(0.36, -0.10, 0.20, 0.365, ((34, 34, 37), 62, 30), 0.02)
     disc(0.24, -0.39, 0.028, ((22, 22, 24), 57, 30))
-    for row, (text, size) in enumerate((("HG 4021", 56), ("A7 2238", 44))):
-        stamp = (px(0.36), px(-0.14 + 0.11 * row))
-        draw.text(stamp, text, fill=(128, 128, 128), font=ImageFont.load_default(size), anchor="mm")
+    write(0.36, -0.14, "HG 4021", (128, 128, 128), 56)
+    write(0.36, -0.14 + 0.11, "A7 2238", (128, 128, 128), 44)
     for index, (x, y, w, h, kind) in enumerate(COMPONENTS):
         flat = w > h
         for sign in (-1, 1):
@@ -117,15 +109,15 @@ def draw_board(missing: int | None) -> tuple[Image.Image, Image.Image, Image.Ima
             continue
         color = {"resistor": (30, 30, 34), "capacitor": (172, 140, 100), "diode": (44, 42, 46)}[kind]
         box(x, y, w, h, (color, 52, 40), 0.008)
-        ends = 0.028
         for sign in (-1, 1):
-            end = (x + sign * (w - ends), y, ends, h) if flat else (x, y + sign * (h - ends), w, ends)
+            end = (x + sign * (w - 0.028), y, 0.028, h) if flat else (x, y + sign * (h - 0.028), w, 0.028)
             box(*end, ((196, 196, 196), 53, 190), 0.008)
         if kind == "resistor":
             label, small = Image.new("L", (150, 56), 0), ImageFont.load_default(44)
             ImageDraw.Draw(label).text((75, 28), "103", fill=220, font=small, anchor="mm")
             label = label if flat else label.rotate(90, expand=True)
-            corner = (round(px(x) - label.width / 2), round(px(y) - label.height / 2))
+            left, top = px(x, y)
+            corner = (round(left - label.width / 2), round(top - label.height / 2))
             albedo.paste((205, 205, 205), corner, label)
         if kind == "diode":
             bar = (x + w * 0.35, y, 0.016, h) if flat else (x, y + h * 0.35, w, 0.016)
@@ -145,7 +137,7 @@ def _photograph(name: str) -> NDArray[np.uint8]:
     return np.asarray(getattr(data, name)())
 
 
-def texture(name: str, split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, None]:
+def texture(name: str, split: str, rng: np.random.Generator, part: bool) -> Scene:
     """Cut a turned, mirrored crop out of that side of a photograph which belongs to the split."""
     photo = _photograph(name)
     photo = photo[:, :_TRAIN_COLUMNS] if split == "train" else photo[:, _TRAIN_COLUMNS:]
@@ -153,13 +145,11 @@ def texture(name: str, split: str, rng: np.random.Generator, part: bool) -> tupl
     size = _CROP * rng.uniform(0.94, 1.04)
     # Half the bounding box of the turned crop, and a pixel for the interpolation: it never leaves its side.
     reach = 0.5 * size * (abs(np.cos(angle)) + abs(np.sin(angle))) + 2.0
-    cx = rng.uniform(reach, photo.shape[1] - reach)
-    cy = rng.uniform(reach, photo.shape[0] - reach)
+    cx, cy = (rng.uniform(reach, length - reach) for length in reversed(photo.shape))
     mirror_x, mirror_y = rng.choice([-1.0, 1.0], 2)
-    step = size / SIDE
+    step, half = size / SIDE, SIDE / 2
     a, b = step * np.cos(angle) * mirror_x, -step * np.sin(angle) * mirror_y
     d, e = step * np.sin(angle) * mirror_x, step * np.cos(angle) * mirror_y
-    half = SIDE / 2
     affine = (a, b, cx - half * (a + b), d, e, cy - half * (d + e))
     turned = (Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
     grey = np.asarray(Image.fromarray(photo).transform((SIDE, SIDE), *turned), dtype=np.float32) / 255.0
@@ -209,7 +199,7 @@ def _reduce(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return mask.reshape(SIDE, 2, SIDE, 2).mean(axis=(1, 3)) >= 0.5
 
 
-def hex_nut(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, NDArray[np.bool_] | None]:
+def hex_nut(split: str, rng: np.random.Generator, part: bool) -> Scene:
     """Render a steel nut on a rubber mat; as `part`, with a piece broken off its rim."""
     u, v, zoom, _ = _pose(rng, 30.0, 0.03, 1.0)
     weave = noise(rng, _FINE, 130, 2) * 0.5 + noise(rng, _FINE, 7) * 0.35
@@ -217,12 +207,10 @@ def hex_nut(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, 
     albedo *= (1.0 + 0.10 * weave)[..., None]
     height = 0.0009 * weave
     radius = np.sqrt(u * u + v * v)
-    flat = 0.66
+    flat, bore, broken = 0.66, 0.36 - radius, None
     angles = np.deg2rad([0.0, 60.0, 120.0])
     hexagon = np.max([np.abs(u * np.cos(a) + v * np.sin(a)) for a in angles], axis=0) - flat
-    bore = 0.36 - radius
     body = np.maximum(hexagon, bore)
-    broken = None
     if part:
         where = np.deg2rad(rng.integers(6) * 60 + 30 + rng.uniform(-9, 9))
         depth = rng.uniform(0.08, 0.20)
@@ -232,8 +220,7 @@ def hex_nut(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, 
         body = np.maximum(body, cut)
     cover = inside(body * zoom / 2, _FINE)
     # A turned chamfer: the corners slope down outside the inscribed circle, as the mouth of the bore does.
-    top = 0.115 - 0.55 * np.clip(radius - flat * 0.955, 0, None)
-    top -= 0.55 * np.clip(0.43 - radius, 0, None)
+    top = 0.115 - 0.55 * np.clip(radius - flat * 0.955, 0, None) - 0.55 * np.clip(0.43 - radius, 0, None)
     edge = np.clip(-body / 0.025, 0.0, 1.0)
     brushed = noise(rng, _FINE, 90, 2)
     ring = noise(rng, 64, 64)[np.clip((radius * 60).astype(int), 0, 63), 0]
@@ -245,8 +232,7 @@ def hex_nut(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, 
     wall = ramp(radius, 0.27, 0.37) * (bore > 0)
     albedo = mix(albedo, (0.16, 0.155, 0.15), 0.8 * wall)
     gloss = 0.92 * cover + 0.25 * wall * (1 - cover)
-    surface = Surface(mix(albedo, steel.astype(np.float32), cover), height.astype(np.float32), gloss)
-    return surface, broken
+    return Surface(mix(albedo, steel.astype(np.float32), cover), height.astype(np.float32), gloss), broken
 
 
 @functools.cache
@@ -261,18 +247,17 @@ def _dial() -> Image.Image:
         angle = np.deg2rad(degrees)
         return middle + radius * middle * np.cos(angle), middle + radius * middle * np.sin(angle)
 
-    def arc(start: float, end: float, color: tuple[int, int, int]) -> None:
-        box = (middle * 0.37, middle * 0.37, middle * 1.63, middle * 1.63)
-        draw.arc(box, start, end, fill=color, width=22)
-
-    arc(135, 300, (92, 148, 96))
-    arc(300, 354, (226, 178, 66))
-    arc(354, 405, (196, 52, 46))
+    box = (middle * 0.37, middle * 0.37, middle * 1.63, middle * 1.63)
+    for start, end, tone in (
+        (135, 300, (92, 148, 96)),
+        (300, 354, (226, 178, 66)),
+        (354, 405, (196, 52, 46)),
+    ):
+        draw.arc(box, start, end, fill=tone, width=22)
     for index in range(51):
         degrees = 135 + index * 5.4
-        major = index % 5 == 0
-        width, start = (9, 0.625) if major else (4, 0.665)
-        draw.line([point(degrees, start), point(degrees, 0.72)], fill=(34, 34, 38), width=width)
+        width, inner = (4, 0.665) if index % 5 else (9, 0.625)
+        draw.line([point(degrees, inner), point(degrees, 0.72)], fill=(34, 34, 38), width=width)
         if index % 10 == 0:
             text = ImageFont.load_default(64)
             draw.text(point(degrees, 0.475), str(index // 5), fill=(34, 34, 38), font=text, anchor="mm")
@@ -282,7 +267,7 @@ def _dial() -> Image.Image:
     return image
 
 
-def gauge(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, NDArray[np.bool_] | None]:
+def gauge(split: str, rng: np.random.Generator, part: bool) -> Scene:
     """Render a pressure gauge on a painted panel; as `part`, with the tip of its needle broken off."""
     u, v, zoom, pose = _pose(rng, 5.0, 0.02, 0.98)
     radius = np.sqrt(u * u + v * v)
@@ -294,10 +279,9 @@ def gauge(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, ND
     surface = _lay(surface, bezel, (0.58, 0.56, 0.53), profile, 0.95)
     face = inside((radius - 0.755) * zoom / 2, _FINE)
     surface = _lay(surface, face, _warp(_dial(), pose), 0.035, 0.03)
-    degrees = 135 + rng.uniform(70, 150)
-    length = 0.62
+    angle, length = np.deg2rad(135 + rng.uniform(70, 150)), 0.62
     lost = rng.uniform(0.10, 0.30) if part else 0.0
-    cos, sin = np.float32(np.cos(np.deg2rad(degrees))), np.float32(np.sin(np.deg2rad(degrees)))
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     along, across = u * cos + v * sin, np.abs(v * cos - u * sin)
     width = 0.030 - 0.024 * np.clip(along / length, 0, 1)
 
@@ -316,26 +300,20 @@ def gauge(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, ND
     return Surface(albedo, surface.height.astype(np.float32), surface.gloss), mask
 
 
-def circuit(split: str, rng: np.random.Generator, part: bool) -> tuple[Surface, NDArray[np.bool_] | None]:
+def circuit(split: str, rng: np.random.Generator, part: bool) -> Scene:
     """Render a populated circuit board; as `part`, with one component missing."""
     _, _, _, pose = _pose(rng, 2.5, 0.02, 1.06)
     missing = int(rng.integers(len(COMPONENTS))) if part else None
     albedo, height, gloss = (_warp(image, pose) for image in draw_board(missing))
-    mask = None
-    if missing is not None:
-        full = _warp(draw_board(None)[0], pose)
-        mask = _reduce(np.abs(full - albedo).max(axis=-1) > 0.03)
+    full = _warp(draw_board(None)[0], pose) if part else albedo
+    mask = _reduce(np.abs(full - albedo).max(axis=-1) > 0.03) if part else None
     glass = noise(rng, _FINE, 120, 2)
     height = 0.42 * height + 0.0007 * glass
     albedo = albedo * (1.0 + 0.03 * glass + 0.02 * noise(rng, _FINE, 5))[..., None]
     return Surface(albedo.astype(np.float32), height.astype(np.float32), gloss), mask
 
 
-SCENES: dict[str, Scene] = {
-    "brick": functools.partial(texture, "brick"),
-    "circuit": circuit,
-    "gauge": gauge,
-    "grass": functools.partial(texture, "grass"),
-    "gravel": functools.partial(texture, "gravel"),
-    "hex_nut": hex_nut,
-}
+SCENES: dict[str, Callable[[str, np.random.Generator, bool], Scene]] = {
+    **{name: functools.partial(texture, name) for name in _TONES},
+    "circuit": circuit, "gauge": gauge, "hex_nut": hex_nut,
+}  # fmt: skip

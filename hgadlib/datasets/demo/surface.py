@@ -36,9 +36,9 @@ class Surface:
 
 def grid(side: int) -> tuple[Array, Array]:
     """Return x (to the right) and y (down) of the pixel centres, (side, side) each, in 0..1."""
-    x = np.empty((side, side), dtype=np.float32)
-    x[:] = (np.arange(side) + 0.5) / side
-    return x, np.ascontiguousarray(x.T)
+    centers = ((np.arange(side) + 0.5) / side).astype(np.float32)
+    x, y = np.meshgrid(centers, centers)
+    return x, y
 
 
 def ramp(values: NDArray[np.floating], low: float, high: float) -> Array:
@@ -99,7 +99,7 @@ def shade(surface: Surface, rng: np.random.Generator) -> Array:
 
 def _shadow(height: Array, light: NDArray[np.float32]) -> Array:
     """Darken what lies lower than its blurred surroundings towards the lamp; computed at half resolution."""
-    if float(np.ptp(height)) == 0.0:
+    if not np.ptp(height):
         return np.ones_like(height)
     side = height.shape[0]
     half = np.asarray(Image.fromarray(height).resize((side // 2, side // 2), Image.Resampling.BOX))
@@ -112,9 +112,8 @@ def _shadow(height: Array, light: NDArray[np.float32]) -> Array:
 
 def photograph(radiance: Array, side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Take a picture, (side, side, 3) uint8: reduce to the sensor's pixels, blur, vignette, noise."""
-    factor = radiance.shape[0] // side
+    factor, blur = radiance.shape[0] // side, rng.uniform(0.35, 0.6)
     small = radiance.reshape(side, factor, side, factor, 3).mean(axis=(1, 3))
-    blur = float(rng.uniform(0.35, 0.6))
     small = ndimage.gaussian_filter(small, (blur, blur, 0))
     x, y = grid(side)
     small = small * (1.0 - 0.22 * ((x - 0.5) ** 2 + (y - 0.5) ** 2))[..., None]
