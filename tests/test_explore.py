@@ -451,7 +451,7 @@ def test_in_a_browser_widgets_change_the_figure(done: Done, tmp_path: Path) -> N
         handle.send_keys(Keys.END)
         app = ExplorerApp(done.explorer)
         app.class_name.value = "ring"
-        above = replace(of_ring, threshold=10**app.threshold.max)
+        above = replace(of_ring, threshold=app.threshold.max)
         assert done.explorer.view(above).verdict == "normal" != done.explorer.view(of_ring).verdict
         shows(above, other_than=figure_of_ring)
         driver.save_screenshot(str(tmp_path / "explore.png"))
