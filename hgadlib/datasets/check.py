@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -43,24 +43,20 @@ class Report:
 
     def __str__(self) -> str:
         """Lay out the report for a terminal."""
-        dataset = self.dataset
-        lines = [f"{dataset.root}: {dataset.name} layout, {len(dataset.classes)} class(es)", ""]
-        lines.append(self.table.to_string())
+        name, count = self.dataset.name, len(self.dataset.classes)
+        parts = [f"{self.dataset.root}: {name} layout, {count} class(es)", self.table.to_string()]
         for title, texts in (("Notes", self.notes), ("Problems", self.problems)):
             if texts:
-                lines += ["", f"{title} ({len(texts)}):", *(f"  {text}" for text in texts)]
-        if not self.problems:
-            lines += ["", "No problems."]
-        return "\n".join(lines)
+                parts.append("\n  ".join([f"{title} ({len(texts)}):", *texts]))
+        return "\n\n".join(parts if self.problems else [*parts, "No problems."])
 
 
 def guess_layout(path: Path) -> str:
     """Recognise by its folders which dataset lies there; "folder" where none of the published ones does."""
-    folders, files = list_folder(path)
-    inner = [path, *folders]
+    inner = [path, *list_folder(path)[0]]
     if any((folder / SPLIT_FILE).is_file() for folder in inner):
         return "visa"
-    if any(file.name == "labels.csv" for file in files):
+    if (path / "labels.csv").is_file():
         return "elpv"
     if any((folder / "train" / "good" / "rgb").is_dir() for folder in inner):
         return "mvtec3d"
@@ -79,20 +75,28 @@ def check(path: Path | str, name: str | None = None) -> Report:
     if not path.is_dir():
         raise InputError(f"{path}: expected a folder, found {'a file' if path.exists() else 'nothing'}")
     dataset = load_dataset(name or guess_layout(path), root=path, strict=False)
-    facts = list(parallel_map(_look, dataset.records))
-    by_class: dict[str, list[tuple[ImageRecord, _Facts]]] = defaultdict(list)
-    for record, fact in zip(dataset.records, facts, strict=True):
-        by_class[record.class_name].append((record, fact))
+    by_class: dict[str, list[_Facts]] = defaultdict(list)
+    by_content: dict[str, list[ImageRecord]] = defaultdict(list)
+    problems = [*dataset.skipped]
+    for facts in parallel_map(_look, dataset.records):
+        by_class[facts.record.class_name].append(facts)
+        by_content[facts.digest].append(facts.record)
+        if facts.mask_share == 0.0:
+            problems.append(f"{facts.record.mask_path}: the mask of an anomalous image is empty")
+    for group in by_content.values():
+        names = some([str(record.path) for record in group], 3)
+        if len({record.split for record in group}) == 2:
+            problems.append(f"the same image is in train and in test: {names}")
+        elif len({record.class_name for record in group}) > 1:
+            problems.append(f"the same image is in several classes: {names}")
     table = pd.DataFrame.from_dict({name: _row(by_class[name]) for name in sorted(by_class)}, orient="index")
-    table.index.name = "class"
-    problems = (*dataset.skipped, *_content_problems(dataset.records, facts))
-    notes = (*dataset.remarks, *_too_alike(by_class))
-    return Report(dataset, table, problems, notes)
+    notes = (note for name in sorted(by_class) for note in _too_alike(name, by_class[name]))
+    return Report(dataset, table.rename_axis("class"), tuple(problems), (*dataset.remarks, *notes))
 
 
 class _Facts(NamedTuple):
-    height: int
-    width: int
+    record: ImageRecord
+    size: tuple[int, int]
     mode: str
     digest: str
     mask_share: float | None
@@ -104,27 +108,25 @@ class _Facts(NamedTuple):
 def _look(record: ImageRecord) -> _Facts:
     header = read_header(record.path)
     share = None if record.mask_path is None else float(np.mean(read_mask(record.mask_path)))
-    mode = f"{header.format} {header.mode}"
+    size, mode = (header.width, header.height), f"{header.format} {header.mode}"
     image = read_image(record.path, record.bit_depth)
     is_flat = bool((np.ptp(image, axis=(0, 1)) <= 1).all())
     # Single pixels and no averages: noise of the sensor tells two photographs of one thing apart.
     rows, columns = (np.linspace(0, length - 1, _SIDE).astype(int) for length in image.shape[:2])
     sample = image[np.ix_(rows, columns)].mean(axis=2, dtype=np.float32).ravel()
-    return _Facts(header.height, header.width, mode, sha256_of(record.path), share, is_flat, sample)
+    return _Facts(record, size, mode, sha256_of(record.path), share, is_flat, sample)
 
 
-def _row(pairs: Sequence[tuple[ImageRecord, _Facts]]) -> dict[str, object]:
-    test = [record for record, _ in pairs if record.split == "test"]
+def _row(images: Sequence[_Facts]) -> dict[str, object]:
+    test = [facts.record for facts in images if facts.record.split == "test"]
     anomalous = [record for record in test if record.is_anomalous]
-    sizes = Counter((facts.width, facts.height) for _, facts in pairs)
-    (w, h), _ = sizes.most_common(1)[0]
-    size = f"{w}x{h}"
-    if len(sizes) > 1:
-        widths, heights = zip(*sizes, strict=True)
-        size = f"{min(widths)}..{max(widths)} x {min(heights)}..{max(heights)}"
-    shares = [facts.mask_share for _, facts in pairs if facts.mask_share is not None]
+    widths, heights = (sorted(set(lengths)) for lengths in zip(*(f.size for f in images), strict=True))
+    size = f"{widths[0]}x{heights[0]}"
+    if len(widths) > 1 or len(heights) > 1:
+        size = f"{widths[0]}..{widths[-1]} x {heights[0]}..{heights[-1]}"
+    shares = [facts.mask_share for facts in images if facts.mask_share is not None]
     return {
-        "train": len(pairs) - len(test),
+        "train": len(images) - len(test),
         "test normal": sum(record.is_labelled and not record.is_anomalous for record in test),
         "test anomalous": len(anomalous),
         "unlabelled": sum(not record.is_labelled for record in test),
@@ -132,42 +134,20 @@ def _row(pairs: Sequence[tuple[ImageRecord, _Facts]]) -> dict[str, object]:
         "masks": sum(record.mask_path is not None for record in anomalous),
         "mask area %": round(100 * float(np.mean(shares)), 2) if shares else None,
         "size": size,
-        "modes": some(sorted({facts.mode for _, facts in pairs}), 3),
+        "modes": some(sorted({facts.mode for facts in images}), 3),
     }
 
 
-def _too_alike(by_class: Mapping[str, Sequence[tuple[ImageRecord, _Facts]]]) -> list[str]:
+def _too_alike(name: str, images: Sequence[_Facts]) -> Iterator[str]:
     """Note training images that teach nothing of how good ones differ: of one colour, or copies."""
-    notes = []
-    for name in sorted(by_class):
-        facts = [fact for record, fact in by_class[name] if record.split == "train"]
-        varied = [fact.sample for fact in facts if not fact.is_flat]
-        if flat := len(facts) - len(varied):
-            notes.append(f"class {name!r}: {flat} of {len(facts)} training images are of one flat colour")
-        if len(varied) > 1:
-            distances, _ = NearestNeighbors(n_neighbors=1).fit(np.stack(varied)).kneighbors()
-            if twins := int((distances < _TWIN * _SIDE).sum()):
-                notes.append(
-                    f"class {name!r}: {twins} of {len(facts)} training images have a twin, the same picture "
-                    "but for less than a grey level"
-                )
-    return notes
-
-
-def _content_problems(records: Sequence[ImageRecord], facts: Sequence[_Facts]) -> list[str]:
-    """Find what is well formed and wrong all the same: leaks from train to test, empty masks."""
-    problems = [
-        f"{record.mask_path}: the mask of an anomalous image is empty"
-        for record, fact in zip(records, facts, strict=True)
-        if fact.mask_share == 0.0
-    ]
-    by_content: dict[str, list[ImageRecord]] = defaultdict(list)
-    for record, fact in zip(records, facts, strict=True):
-        by_content[fact.digest].append(record)
-    for group in by_content.values():
-        names = some([str(record.path) for record in group], 3)
-        if len({record.split for record in group}) == 2:
-            problems.append(f"the same image is in train and in test: {names}")
-        elif len({record.class_name for record in group}) > 1:
-            problems.append(f"the same image is in several classes: {names}")
-    return problems
+    train = [facts for facts in images if facts.record.split == "train"]
+    varied = [facts.sample for facts in train if not facts.is_flat]
+    if flat := len(train) - len(varied):
+        yield f"class {name!r}: {flat} of {len(train)} training images are of one flat colour"
+    if len(varied) > 1:
+        distances, _ = NearestNeighbors(n_neighbors=1).fit(np.stack(varied)).kneighbors()
+        if twins := int((distances < _TWIN * _SIDE).sum()):
+            yield (
+                f"class {name!r}: {twins} of {len(train)} training images have a twin, the same picture "
+                "but for less than a grey level"
+            )
