@@ -82,6 +82,15 @@ def test_inference_benchmark_prints_json_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_saturation_benchmark_prints_json_lines(tmp_path: Path) -> None:
+    small = ["--dataset", "folder", "--data-root", str(image_folder(tmp_path)), "--image-size", "64"]
+    lines = lines_of("saturation.py", *small, "--per-class", "2", "0", "--epochs", "2", "--every", "1")
+    found = of(lines, "auroc")
+    assert [(line["train"], line["epoch"]) for line in found] == [(4, 1), (4, 2), (12, 1), (12, 2)]
+    assert all(0 <= line[name] <= 1 for line in found for name in ("published_auroc", "ranked_auroc"))
+
+
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     lines = lines_of("flow.py", "--cases", "4x2", "--settings", "default", "--batch", "1", "--repeats", "1")
     check_memory(lines, 4)
