@@ -21,15 +21,7 @@ from pathlib import Path
 
 from hgadlib.datasets.images import read_mask
 from hgadlib.datasets.records import GOOD, UNKNOWN_CLASS, UNLABELLED, ImageRecord, Split
-from hgadlib.datasets.scan import (
-    Findings,
-    check_unique_names,
-    is_image,
-    list_folder,
-    list_images,
-    some,
-    suffixes_found,
-)
+from hgadlib.datasets.scan import Findings, distinct, is_image, list_folder, list_images, some, suffixes_found
 from hgadlib.errors import InputError
 
 SCORE = "score"
@@ -41,22 +33,17 @@ _DEPTH = 4
 
 
 def read_tree(root: Path, findings: Findings) -> list[ImageRecord]:
-    """Read a folder of either layout; findings take up what is bad or worth a note.
+    """Read a folder of either layout: records by class, train before test, then by defect type and name.
 
-    Returns:
-        Records, by class, train before test, then by defect type and name.
     Raises:
         InputError: The folder has neither layout, or (under strict) something in it is bad.
     """
     folders, files = list_folder(root, findings)
     if _part(folders, "train", "test") or (_part(folders, *_TRUTH[:1]) and not _part(folders, *_GOOD)):
         return read_class(root, root.resolve().name, findings)
-    if any(map(_is_class, folders)):
-        return [
-            record
-            for folder in check_unique_names(folders, findings)
-            for record in read_class(folder, folder.name, findings)
-        ]
+    if any(_part(list_folder(folder)[0], "train", "test") for folder in folders):
+        classes = distinct(folders, findings)
+        return [record for folder in classes for record in read_class(folder, folder.name, findings)]
     _refuse_other_layouts(root, folders, files)
     return _read_flat(root, folders, files, findings)
 
@@ -65,10 +52,6 @@ def _part(folders: list[Path], *names: str) -> Path | None:
     """Find a folder by the first of these names that one has, in upper or lower case."""
     by_name = {folder.name.casefold(): folder for folder in reversed(folders)}
     return next((by_name[name] for name in names if name in by_name), None)
-
-
-def _is_class(folder: Path) -> bool:
-    return _part(list_folder(folder)[0], "train", "test") is not None
 
 
 def class_homes(folder: Path, depth: int = _DEPTH) -> list[Path]:
@@ -81,11 +64,7 @@ def class_homes(folder: Path, depth: int = _DEPTH) -> list[Path]:
 
 
 def _refuse_other_layouts(root: Path, folders: list[Path], files: list[Path]) -> None:
-    """Say what a folder that would be misread as a flat one probably is, and what to do.
-
-    Raises:
-        InputError: It is such a folder.
-    """
+    """Say, by an InputError, what a folder that would be misread as a flat one probably is, and what to do."""
     if root.resolve().name.casefold() in ("train", "test") and _part(folders, *_GOOD):
         parent = root.resolve().parent
         raise InputError(f"{root}: a part of a class, expected the class or all classes; give {parent}")
@@ -112,11 +91,8 @@ def _commands(folder: Path, good: Path, inner: list[Path]) -> str:
     """Compose the shell commands that bring good, defects and masks of one class to the MVTec layout."""
     truth = _part(inner, *_TRUTH)
     kinds = [shlex.quote(path.name) for path in inner if path not in (good, truth)]
-    steps = [
-        f"cd {shlex.quote(str(folder))}",
-        "mkdir train test",
-        f"mv {shlex.quote(good.name)} train/{GOOD}",
-    ]
+    steps = [f"cd {shlex.quote(str(folder))}", "mkdir train test"]
+    steps.append(f"mv {shlex.quote(good.name)} train/{GOOD}")
     if kinds:
         steps.append(f"mv -- {' '.join(kinds)} test/")
     if truth is not None and len(kinds) == 1 and not list_folder(truth)[0]:
@@ -134,7 +110,7 @@ def read_class(
     photos: str = "",
     masks: str | None = None,
 ) -> list[ImageRecord]:
-    """Read one class of the MVTec layout.
+    """Read one class of the MVTec layout: records, train before test, test by defect type and name.
 
     Args:
         folder: The class's folder.
@@ -143,8 +119,6 @@ def read_class(
         good: Name of the folders of normal images; None for good, ok or normal.
         photos: Folder of the images below that of their kind, where there is one.
         masks: Folder of a kind's masks below the class's; None for ground_truth/{kind} and its like.
-    Returns:
-        Records, train before test, test by defect type and name.
     Raises:
         InputError: Under strict, for a class without normal images and for whatever is bad in it.
     """
@@ -153,12 +127,8 @@ def read_class(
     normal = (good,) if good else _GOOD
     place = Path("train", normal[0], photos).as_posix()
     if train is None:
-        if test is not None:
-            findings.bad(
-                folder, f"class {class_name!r} has a test folder but no train/{normal[0]} to learn from"
-            )
-        else:
-            findings.bad(folder, f"not a class: {EXPECTED}; move the folder elsewhere")
+        reason = f"class {class_name!r} has a test folder but no train/{normal[0]} to learn from"
+        findings.bad(folder, reason if test else f"not a class: {EXPECTED}; move the folder elsewhere")
         return []
     records: list[ImageRecord] = []
     kinds, files = list_folder(train, findings)
@@ -183,16 +153,13 @@ def read_class(
         return records
     kinds, files = list_folder(test, findings)
     for path in filter(is_image, files):
-        findings.bad(
-            path, "expected test images in folders named after their defect (test/good for normal ones)"
-        )
+        expected = "expected test images in folders named after their defect (test/good for normal ones)"
+        findings.bad(path, expected)
     unused: list[Path] = []
     for kind in kinds:
         images = _images(kind / photos, findings)
-        if masks is not None:
-            marks = _images(folder / masks.format(kind=kind.name), findings)
-        else:
-            marks = _images(truth / kind.name, findings) if truth is not None else []
+        place_of_masks = folder / masks.format(kind=kind.name) if masks else truth and truth / kind.name
+        marks = _images(place_of_masks, findings) if place_of_masks else []
         if kind.name.casefold() in normal:
             if good is None and kind.name != GOOD:
                 findings.note(f"class {class_name!r}: test/{kind.name} is read as normal images")
@@ -207,7 +174,14 @@ def read_class(
     unused += filter(is_image, files)
     for path in marked:
         unused += list_images(path, findings) if path.name not in known else []
-    _note_masks(folder, class_name, records, unused, findings)
+    if unused:
+        names = some([path.relative_to(folder).as_posix() for path in unused])
+        findings.note(f"class {class_name!r}: {len(unused)} mask(s) whose image is missing: {names}")
+    anomalous = [record for record in records if record.is_anomalous]
+    if bare := Counter(record.defect_type for record in anomalous if record.mask_path is None):
+        counts = f"{bare.total()} of {len(anomalous)} anomalous images have no mask"
+        by_kind = ", ".join(f"{name} {count}" for name, count in sorted(bare.items()))
+        findings.note(f"class {class_name!r}: {counts} ({by_kind})")
     return records
 
 
@@ -218,21 +192,6 @@ def _images(folder: Path, findings: Findings) -> list[Path]:
 def _records(paths: list[Path], class_name: str, split: Split, defect_type: str) -> list[ImageRecord]:
     """Make records of images that show no defect as far as anybody knows."""
     return [ImageRecord(path, class_name, split, False, defect_type) for path in paths]
-
-
-def _note_masks(
-    folder: Path, class_name: str, records: list[ImageRecord], unused: list[Path], findings: Findings
-) -> None:
-    """Note masks without an image, and anomalous images without a mask."""
-    if unused:
-        names = some([path.relative_to(folder).as_posix() for path in unused])
-        findings.note(f"class {class_name!r}: {len(unused)} mask(s) whose image is missing: {names}")
-    anomalous = [record for record in records if record.is_anomalous]
-    bare = Counter(record.defect_type for record in anomalous if record.mask_path is None)
-    if bare:
-        kinds = ", ".join(f"{name} {count}" for name, count in sorted(bare.items()))
-        counts = f"{bare.total()} of {len(anomalous)} anomalous images have no mask"
-        findings.note(f"class {class_name!r}: {counts} ({kinds})")
 
 
 def _match_masks(
@@ -260,36 +219,32 @@ def _match_masks(
 def _refuse_masks_of_normal_images(masks: list[Path], findings: Findings) -> None:
     """Refuse a mask that marks a defect in a normal image; an all-zero one says nothing and may stay."""
     for mask in masks:
+        reason = "a mask for a normal image marks a defect; move the image, or remove the mask"
         try:
-            marked = bool(read_mask(mask).any())
+            if read_mask(mask).any():
+                findings.bad(mask, reason)
         except InputError as error:
             if findings.strict:
                 raise
             findings.skipped.append(str(error))
-            continue
-        if marked:
-            findings.bad(mask, "a mask for a normal image marks a defect; move the image, or remove the mask")
 
 
 def _read_flat(root: Path, folders: list[Path], files: list[Path], findings: Findings) -> list[ImageRecord]:
     """Read one folder of normal images per class, and the images to score."""
-    classes = check_unique_names([folder for folder in folders if folder.name != SCORE], findings)
-    loose = [path for path in files if is_image(path)]
+    classes = distinct([folder for folder in folders if folder.name != SCORE], findings)
+    loose = list(filter(is_image, files))
+    if not classes and not loose:
+        raise InputError(f"{root}: no images found; {EXPECTED}{suffixes_found(root)}")
     if classes and loose:
         findings.bad(loose[0], f"images beside class folders: {EXPECTED}; move them into a class's folder")
-    records: list[ImageRecord] = []
+    records = [] if classes else _records(loose, root.resolve().name, "train", GOOD)
     for folder in classes:
         images = list_images(folder, findings)
         if not images:
             findings.bad(folder, f"class {folder.name!r} is empty; {EXPECTED}{suffixes_found(folder)}")
         records += _records(images, folder.name, "train", GOOD)
-    names = [folder.name for folder in classes]
-    if not classes:
-        if not loose:
-            raise InputError(f"{root}: no images found; {EXPECTED}{suffixes_found(root)}")
-        names = [root.resolve().name]
-        records = _records(loose, names[0], "train", GOOD)
-    if any(folder.name == SCORE for folder in folders):
+    if root / SCORE in folders:
+        names = [folder.name for folder in classes] or [root.resolve().name]
         records += _read_score(root / SCORE, names, findings)
     return records
 
@@ -298,7 +253,7 @@ def _read_score(folder: Path, classes: list[str], findings: Findings) -> list[Im
     """Read images to score: nobody said whether they are normal, and perhaps not what they show."""
     inner, files = list_folder(folder, findings)
     only = classes[0] if len(classes) == 1 else UNKNOWN_CLASS
-    loose = [path for path in files if is_image(path)]
+    loose = list(filter(is_image, files))
     records = _records(loose, only, "test", UNLABELLED)
     if loose and only == UNKNOWN_CLASS:
         findings.note(f"{len(loose)} image(s) to score have no class folder; assign them by their features")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hgadlib.datasets.folder import class_homes, read_class
 from hgadlib.datasets.records import GOOD, ImageRecord, Split
-from hgadlib.datasets.scan import Findings, check_unique_names, list_folder, list_images, some
+from hgadlib.datasets.scan import Findings, distinct, list_folder, list_images, some
 from hgadlib.errors import InputError
 
 Counts = Mapping[str, tuple[int, int, int]]
@@ -49,11 +49,8 @@ ANOMALY = "anomaly"
 
 
 def load_mvtec(root: Path, findings: Findings) -> list[ImageRecord]:
-    """Read MVTec AD, whole or in part.
+    """Read MVTec AD, whole or in part, from the class folders or the archive's own folder with them.
 
-    Args:
-        root: Folder that holds the class folders, or the archive's own folder with them.
-        findings: Takes up what is bad, and whether the set is complete.
     Raises:
         InputError: Nothing like it lies there, or (under strict) something is bad.
     """
@@ -68,10 +65,7 @@ def load_btad(root: Path, findings: Findings) -> list[ImageRecord]:
 
 
 def load_mvtec3d(root: Path, findings: Findings) -> list[ImageRecord]:
-    """Read the photographs of MVTec 3D-AD, as `load_mvtec`.
-
-    Its validation images are left out and counted: the paper's protocol has no use for them.
-    """
+    """Read the photographs of MVTec 3D-AD, as `load_mvtec`; the protocol has no use for its validation images."""
     home, records = _read_classes(root, findings, photos="rgb", masks="test/{kind}/gt")
     validation = [folder for folder in home.glob(f"*/validation/{GOOD}/rgb") if folder.is_dir()]
     count = sum(len(list_images(folder, findings)) for folder in sorted(validation))
@@ -92,11 +86,8 @@ def load_visa(root: Path, findings: Findings) -> list[ImageRecord]:
 
 
 PARTS: Mapping[str, Callable[[Path, Findings], list[ImageRecord]]] = {
-    "btad": load_btad,
-    "mvtec": load_mvtec,
-    "mvtec3d": load_mvtec3d,
-    "visa": load_visa,
-}
+    "btad": load_btad, "mvtec": load_mvtec, "mvtec3d": load_mvtec3d, "visa": load_visa,
+}  # fmt: skip
 
 
 def load_union(roots: Mapping[str, Path], findings: Findings) -> list[ImageRecord]:
@@ -124,8 +115,8 @@ def _read_classes(root: Path, findings: Findings, **layout: str) -> tuple[Path, 
             findings.bad(folder, f"class {folder.name!r} is in test but not in train")
         elif folder not in classes:
             findings.note(f"{folder}: not a class, it has no folder 'train'")
-    distinct = check_unique_names(classes, findings)
-    return home, [r for folder in distinct for r in read_class(folder, folder.name, findings, **layout)]
+    classes = distinct(classes, findings)
+    return home, [r for folder in classes for r in read_class(folder, folder.name, findings, **layout)]
 
 
 def _read_table(root: Path, findings: Findings) -> list[ImageRecord]:
@@ -137,24 +128,17 @@ def _read_table(root: Path, findings: Findings) -> list[ImageRecord]:
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{table}: cannot be read: {error}") from error
-    missing = [column for column in COLUMNS if column not in header]
-    if missing:
-        raise InputError(
-            f"{table}: column {missing[0]!r} is missing; expected {', '.join(COLUMNS)}, "
-            f"found {', '.join(header)}"
-        )
-    found = (
-        _read_row(root, f"line {number}", {key: (row[key] or "").strip() for key in COLUMNS}, findings)
-        for number, row in enumerate(rows, start=2)
-    )
+    if missing := [column for column in COLUMNS if column not in header]:
+        expected = f"expected {', '.join(COLUMNS)}, found {', '.join(header)}"
+        raise InputError(f"{table}: column {missing[0]!r} is missing; {expected}")
+    found = (_read_row(root, f"line {number}", row, findings) for number, row in enumerate(rows, start=2))
     return sorted(
-        (record for record in found if record is not None),
-        key=lambda record: (record.class_name, record.split != "train", record.is_anomalous, record.path),
+        filter(None, found), key=lambda r: (r.class_name, r.split != "train", r.is_anomalous, r.path)
     )
 
 
-def _read_row(root: Path, line: str, row: Mapping[str, str], findings: Findings) -> ImageRecord | None:
-    table = root / SPLIT_FILE
+def _read_row(root: Path, line: str, cells: Mapping[str, str], findings: Findings) -> ImageRecord | None:
+    table, row = root / SPLIT_FILE, {key: (cells[key] or "").strip() for key in COLUMNS}
     name, split, label = row["object"], row["split"], row["label"]
     if not name or split not in ("train", "test") or label not in ("normal", ANOMALY):
         raise InputError(
@@ -168,9 +152,8 @@ def _read_row(root: Path, line: str, row: Mapping[str, str], findings: Findings)
     for key in ("image", "mask") if label == ANOMALY and row["mask"] else ("image",):
         path = Path(row[key])
         if not row[key] or path.is_absolute() or ".." in path.parts:
-            findings.bad(
-                table, f"{line}: expected the path of an {key} below {root.name}, found {row[key]!r}"
-            )
+            reason = f"expected the path of an {key} below {root.name}, found {row[key]!r}"
+            findings.bad(table, f"{line}: {reason}")
             return None
         if not (root / path).is_file():
             findings.bad(root / path, f"no such file, but {SPLIT_FILE}, {line} names it as {key}")
@@ -204,10 +187,10 @@ def _compare(
     if foreign := sorted(present - set(expected)):
         problems.append(f"classes that are not part of it: {some(foreign)}")
     for class_name in sorted(present & set(expected)):
-        counts = zip(parts, expected[class_name], strict=True)
-        differ = [(part, count) for part, count in counts if found[class_name, part] != count]
-        if differ:
-            wrong = ", ".join(f"{part} {found[class_name, part]} of {count}" for part, count in differ)
+        counts = (
+            (part, found[class_name, part], n) for part, n in zip(parts, expected[class_name], strict=True)
+        )
+        if wrong := ", ".join(f"{part} {count} of {n}" for part, count, n in counts if count != n):
             own = [record for record in records if record.class_name == class_name]
             gaps = _gaps(root, own, expected[class_name][0] if parts[0] == "train" else None)
             named = f"; missing: {some(gaps, 10)}" if gaps else ""
@@ -227,13 +210,13 @@ def _gaps(root: Path, records: Sequence[ImageRecord], train_count: int | None) -
     for record in records:
         series[record.path.parent].append(record)
     missing: list[str] = []
-    for folder in sorted(series):
-        stems = [record.path.stem for record in series[folder]]
+    for folder, own in sorted(series.items()):
+        stems = [record.path.stem for record in own]
         numbers = {int(stem) for stem in stems if stem.isdecimal()}
         if len(numbers) != len(stems):
             continue
-        width, suffix = len(stems[0]), series[folder][0].path.suffix
-        is_train = any(record.split == "train" for record in series[folder])
+        width, suffix = len(stems[0]), own[0].path.suffix
+        is_train = any(record.split == "train" for record in own)
         # The published series start at 0 and have no holes; only of the training series is the length known.
         end = train_count if is_train and train_count is not None else max(numbers) + 1
         absent = (folder / f"{number:0{width}d}{suffix}" for number in range(end) if number not in numbers)

@@ -12,15 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from hgadlib.datasets.images import (
-    ImageHeader,
-    check_mask_size,
-    largest_value,
-    parallel_map,
-    read_header,
-    read_image,
-    read_mask,
-)
+from hgadlib.datasets import images
 from hgadlib.datasets.records import UNKNOWN_CLASS, ImageRecord
 from hgadlib.errors import InputError
 
@@ -35,6 +27,10 @@ _LITTER = frozenset({
     "#snapshot", "$recycle.bin", "system volume information", "lost+found", "icon\r",
 })  # fmt: skip
 _BIT_DEPTHS = (8, 10, 12, 14, 16)
+_REASONS = {
+    errno.ENOENT: "no such folder", errno.ENOTDIR: "expected a folder, found a file",
+    errno.ELOOP: "symbolic link loop",
+}  # fmt: skip
 
 
 @dataclass
@@ -88,13 +84,8 @@ def list_folder(folder: Path, findings: Findings | None = None) -> tuple[list[Pa
     except PermissionError:
         findings.bad(folder, "permission denied; make the folder readable")
         return [], []
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: no such folder") from error
-    except NotADirectoryError as error:
-        raise InputError(f"{folder}: expected a folder, found a file") from error
     except OSError as error:
-        reason = "symbolic link loop" if error.errno == errno.ELOOP else str(error.strerror)
-        raise InputError(f"{folder}: {reason}") from error
+        raise InputError(f"{folder}: {_REASONS.get(error.errno or 0, error.strerror)}") from error
     folders: list[Path] = []
     files: list[Path] = []
     for entry in found:
@@ -114,15 +105,11 @@ def is_image(path: Path) -> bool:
 
 
 def list_images(folder: Path, findings: Findings) -> list[Path]:
-    """List the images of a folder that should hold nothing else.
-
-    Other files are noted and folders are bad, for what lies in them would be lost.
-    """
+    """List the images of a folder; note other files, refuse folders, for what lies in them would be lost."""
     folders, files = list_folder(folder, findings)
     for inner in folders:
         findings.bad(inner, f"unexpected folder: {folder.name} should hold images only; move its images up")
-    others = [path.name for path in files if not is_image(path)]
-    if others:
+    if others := [path.name for path in files if not is_image(path)]:
         findings.note(f"{folder}: {len(others)} file(s) that are no images were ignored: {some(others)}")
     return [path for path in files if is_image(path)]
 
@@ -137,19 +124,17 @@ def suffixes_found(folder: Path) -> str:
     return f"; found files with suffix {counts}, read are {', '.join(IMAGE_SUFFIXES)}"
 
 
-def check_unique_names(folders: Sequence[Path], findings: Findings) -> list[Path]:
+def distinct(folders: Sequence[Path], findings: Findings) -> list[Path]:
     """Refuse classes whose names are the same but for case or Unicode form; unless strict, keep the first.
 
     Some file systems keep them apart and some do not; a run directory must hold both.
     """
     seen: dict[str, Path] = {}
     for folder in folders:
-        key = unicodedata.normalize("NFC", folder.name).casefold()
-        if key in seen:
-            names = f"{folder.name!r} and {seen[key].name!r}"
+        first = seen.setdefault(unicodedata.normalize("NFC", folder.name).casefold(), folder)
+        if first is not folder:
+            names = f"{folder.name!r} and {first.name!r}"
             findings.bad(folder, f"two classes of the same name: {names}; rename one")
-        else:
-            seen[key] = folder
     return list(seen.values())
 
 
@@ -159,11 +144,9 @@ def holds(folder: Path, marker: str, what: str, expected: Mapping[str, object]) 
     Raises:
         InputError: It holds something else, or another version of the set.
     """
-    if not folder.exists():
-        return False
-    if not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder, found a file; give another folder")
-    if not any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
         return False
     try:
         found = dict(json.loads((folder / marker).read_text(encoding="utf-8")))
@@ -178,7 +161,7 @@ def holds(folder: Path, marker: str, what: str, expected: Mapping[str, object]) 
 
 class _Seen(NamedTuple):
     record: ImageRecord
-    header: ImageHeader
+    mode: str
     largest: int | None
     """Its largest value, of a 16-bit image alone."""
 
@@ -193,12 +176,10 @@ def verify(
     Otherwise all is decoded here, in parallel, so that bad images can be left out.
 
     Args:
-        records: Of a dataset.
+        records: Of a dataset; the good ones return, in order, with their bit depth.
         findings: Takes up what is bad, and which of 16 bits are in use.
         bit_depth: Bits in use of 16-bit files; None for the least of 8, 10, 12, 14 and 16 that hold the
             training images' largest value.
-    Returns:
-        The good records, in order, with their bit depth.
     Raises:
         InputError: Under strict, for the first bad image or mask.
     """
@@ -206,18 +187,18 @@ def verify(
     def look(record: ImageRecord) -> _Seen | InputError:
         mask = record.mask_path
         try:
-            header = read_header(record.path)
+            header = images.read_header(record.path)
             if not findings.strict:
-                read_image(record.path)
+                images.read_image(record.path)
             if mask is not None:
-                shape = read_header(mask)[:2] if findings.strict else read_mask(mask).shape
-                check_mask_size(mask, shape, record.path)
-            return _Seen(record, header, largest_value(record.path) if header.is_deep else None)
+                shape = images.read_header(mask)[:2] if findings.strict else images.read_mask(mask).shape
+                images.check_mask_size(mask, shape, record.path)
+            return _Seen(record, header.mode, images.largest_value(record.path) if header.is_deep else None)
         except InputError as error:
             return error
 
     good: list[_Seen] = []
-    for seen in parallel_map(look, records):
+    for seen in images.parallel_map(look, records):
         if isinstance(seen, _Seen):
             good.append(seen)
         elif findings.strict:
@@ -228,22 +209,18 @@ def verify(
     return [seen.record if seen.largest is None else replace(seen.record, bit_depth=depth) for seen in good]
 
 
-def _settle_bit_depth(images: Sequence[_Seen], bit_depth: int | None, findings: Findings) -> int:
+def _settle_bit_depth(good: Sequence[_Seen], bit_depth: int | None, findings: Findings) -> int:
     """Find how many of 16 bits are in use, and note what does not go together."""
-    deep = [(seen, seen.largest) for seen in images if seen.largest is not None]
+    deep = [(record, value) for record, _, value in good if value is not None]
     if not deep:
         return 16
-    largest = max((value for seen, value in deep if seen.record.split == "train"), default=0)
+    largest = max((value for record, value in deep if record.split == "train"), default=0)
     # Where no training image has 16 bits, or all are black, there is nothing to learn it from.
-    found = next((bits for bits in _BIT_DEPTHS if 0 < largest < 2**bits), 16)
-    depth = bit_depth or found
-    colours = [seen.record.path for seen, _ in deep if not seen.header.mode.startswith("I")]
+    depth = bit_depth or next((bits for bits in _BIT_DEPTHS if 0 < largest < 2**bits), 16)
+    colours = [record.path for record, mode, value in good if value is not None and mode[0] != "I"]
     if colours and depth < 16:
-        findings.bad(
-            colours[0],
-            f"16-bit colours of which {depth} bits are in use, while Pillow reads the upper 8; "
-            "save the images with 8 bits a channel",
-        )
+        reason = f"16-bit colours of which {depth} bits are in use, while Pillow reads the upper 8"
+        findings.bad(colours[0], f"{reason}; save the images with 8 bits a channel")
         return 16
     top = 2**depth - 1
     reason = "as data.bit_depth says" if bit_depth else "data.bit_depth sets another range"
@@ -251,20 +228,17 @@ def _settle_bit_depth(images: Sequence[_Seen], bit_depth: int | None, findings: 
         f"{len(deep)} image(s) hold 16 bits a channel, the largest value in training is {largest}: "
         f"read as {depth} bits, 0 to {top} ({reason})"
     )
-    for name in sorted({seen.record.class_name for seen, _ in deep}):
-        own = [(seen.record.path, value) for seen, value in deep if seen.record.class_name == name]
-        shallow = sum(seen.record.class_name == name for seen in images) - len(own)
-        if shallow:
+    for name in sorted({record.class_name for record, _ in deep}):
+        own = [(record.path, value) for record, value in deep if record.class_name == name]
+        if shallow := sum(seen.record.class_name == name for seen in good) - len(own):
             findings.note(f"class {name!r} mixes bit depths: {len(own)} file(s) of 16 bits, {shallow} of 8")
         # Between neighbouring depths lies a factor of four; brightness alone seldom makes as much.
-        dark = [str(path) for path, value in own if 3 * value < largest]
-        if dark:
+        if dark := [str(path) for path, value in own if 3 * value < largest]:
             findings.note(
                 f"class {name!r}: {len(dark)} of {len(own)} 16-bit image(s) use less than a third of the "
                 f"values up to {largest}, so bit depths may be mixed: {some(dark, 1)}"
             )
-    beyond = [str(seen.record.path) for seen, value in deep if value > top]
-    if beyond:
+    if beyond := [str(record.path) for record, value in deep if value > top]:
         findings.note(f"{len(beyond)} image(s) have values above {top}, read as white: {some(beyond, 1)}")
     return depth
 
