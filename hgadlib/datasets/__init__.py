@@ -12,7 +12,7 @@ from pathlib import Path
 from hgadlib.datasets import demo, elpv, folder
 from hgadlib.datasets.download import fetch
 from hgadlib.datasets.published import PARTS, load_union
-from hgadlib.datasets.records import Dataset, ImageRecord
+from hgadlib.datasets.records import Dataset
 from hgadlib.datasets.scan import Findings, keep_trainable, verify
 from hgadlib.errors import InputError
 from hgadlib.files import user_path
@@ -34,7 +34,7 @@ def load_dataset(
     bit_depth: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Load the records of a dataset.
+    """Load the records of a dataset, in an order that depends on names only.
 
     Args:
         name: One of `DATASETS`.
@@ -45,8 +45,6 @@ def load_dataset(
         bit_depth: Bits in use of 16-bit files, 8 to 16; None finds them over the training images.
         seed: Draws the demo's images and elpv's split. It is not the seed of a training run: runs that are to
             be compared must see the same data.
-    Returns:
-        The dataset; its order depends on names only.
     Raises:
         InputError: The name is unknown, the data is missing or (under strict) bad.
     """
@@ -54,7 +52,6 @@ def load_dataset(
         raise InputError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}")
     findings = Findings(strict=strict)
     where = user_path(root) if root is not None else default_root(name)
-    records: list[ImageRecord]
     if name == "demo":
         where = demo.ensure(where, seed)
         records = folder.read_tree(where, findings)
@@ -80,12 +77,9 @@ def _require(name: str, where: Path, download: bool) -> None:
     if where.exists():
         return
     if name == "folder":
-        raise InputError(
-            f"{where}: no such folder; dataset 'folder' needs data_root, a folder of your images"
-        )
+        advice = "no such folder; dataset 'folder' needs data_root, a folder of your images"
+        raise InputError(f"{where}: {advice}")
     if not download:
-        raise InputError(
-            f"{where}: dataset {name!r} is not there; give data_root, set HGAD_DATA, or fetch it: "
-            f"-p download true, or hgad data fetch {name}"
-        )
+        advice = f"set HGAD_DATA, or fetch it: -p download true, or hgad data fetch {name}"
+        raise InputError(f"{where}: dataset {name!r} is not there; give data_root, {advice}")
     fetch(name, root=where)

@@ -64,7 +64,7 @@ def class_homes(folder: Path, depth: int = _DEPTH) -> list[Path]:
 
 
 def _refuse_other_layouts(root: Path, folders: list[Path], files: list[Path]) -> None:
-    """Say, by an InputError, what a folder that would be misread as a flat one probably is, and what to do."""
+    """Refuse a folder that would be misread as a flat one; say what it probably is, and what to do."""
     if root.resolve().name.casefold() in ("train", "test") and _part(folders, *_GOOD):
         parent = root.resolve().parent
         raise InputError(f"{root}: a part of a class, expected the class or all classes; give {parent}")

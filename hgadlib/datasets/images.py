@@ -69,11 +69,9 @@ def _reason(path: Path, error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
         return _REASONS.get(error.errno, f"cannot be read: {error.strerror}")
     if isinstance(error, Image.DecompressionBombError):
-        pixels = int(str(error).partition("(")[2].partition(" ")[0])
-        return (
-            f"an image of {pixels / 1e6:.0f} million pixels, where at most "
-            f"{2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million are read; shrink it or cut it into tiles"
-        )
+        pixels = int(str(error).partition("(")[2].partition(" ")[0]) / 1e6
+        most = f"at most {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million are read"
+        return f"an image of {pixels:.0f} million pixels, where {most}; shrink it or cut it into tiles"
     with path.open("rb") as file:
         start = file.read(16)
     if not start:
@@ -176,11 +174,11 @@ def save(pixels: NDArray[np.uint8] | NDArray[np.bool_], path: Path) -> None:
 
 def check_mask_size(mask_path: Path, mask_shape: tuple[int, ...], image_path: Path) -> None:
     """Refuse, by an InputError, a mask whose size is not its image's."""
-    header = read_header(image_path)
-    if mask_shape != (header.height, header.width):
+    height, width = read_header(image_path)[:2]
+    if mask_shape != (height, width):
         raise InputError(
             f"{mask_path}: mask is {mask_shape[1]}x{mask_shape[0]} pixels, but its image {image_path.name} "
-            f"is {header.width}x{header.height}; a mask must have its image's size"
+            f"is {width}x{height}; a mask must have its image's size"
         )
 
 

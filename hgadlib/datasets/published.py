@@ -65,7 +65,7 @@ def load_btad(root: Path, findings: Findings) -> list[ImageRecord]:
 
 
 def load_mvtec3d(root: Path, findings: Findings) -> list[ImageRecord]:
-    """Read the photographs of MVTec 3D-AD, as `load_mvtec`; the protocol has no use for its validation images."""
+    """Read the photographs of MVTec 3D-AD, as `load_mvtec`; validation images, unused in the paper, are counted."""
     home, records = _read_classes(root, findings, photos="rgb", masks="test/{kind}/gt")
     validation = [folder for folder in home.glob(f"*/validation/{GOOD}/rgb") if folder.is_dir()]
     count = sum(len(list_images(folder, findings)) for folder in sorted(validation))

@@ -13,6 +13,7 @@ Only training images are opened here. What is chosen on this set has not seen th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -49,13 +50,12 @@ EDGE = 0.03
 _MARKER = "validation.json"
 _RESERVED = ("train", "test", "ground_truth", "score")
 _PLACES = 8
-_SEEN_CHANGE, _SEEN_SHARE = 3.0, 0.5
 
 
 def make_validation(
     dataset: Dataset, folder: Path, *, held_out: float = 0.15, defects_per_image: int = 2, seed: int = 0
 ) -> Path:
-    """Write the validation set of a dataset, unless it is there already.
+    """Write the validation set of a dataset, unless it is there already; return its folder.
 
     Which images are held out is drawn from a hash of their content, so it depends neither on names nor on
     order, and of identical images all stay in training or all leave it (then the first by name is held out).
@@ -68,8 +68,6 @@ def make_validation(
             are taken, and never more than half.
         defects_per_image: Defective copies of each held-out image, each with one defect of another kind.
         seed: Another seed draws other images and other defects.
-    Returns:
-        The folder.
     Raises:
         InputError: A parameter is out of range, a class has too few or too small images, an image is bad, or
             the folder holds something else or cannot be written.
@@ -91,20 +89,17 @@ def make_validation(
     by_class: dict[str, list[tuple[ImageRecord, str]]] = defaultdict(list)
     for record, digest in zip(records, parallel_map(_digest, records), strict=True):
         by_class[record.class_name].append((record, digest))
-    contents = hashlib.sha256()
-    for name, pairs in by_class.items():
-        contents.update(f"{name}:{sorted(digest for _, digest in pairs)};".encode())
+    contents = (f"{name}:{sorted(digest for _, digest in pairs)};" for name, pairs in by_class.items())
     expected = {
         "dataset": "hgadlib validation", "version": VERSION, "of": dataset.name, "held_out": held_out,
-        "defects_per_image": defects_per_image, "seed": seed, "training_images": contents.hexdigest(),
+        "defects_per_image": defects_per_image, "seed": seed,
+        "training_images": hashlib.sha256("".join(contents).encode()).hexdigest(),
     }  # fmt: skip
     if holds(folder, _MARKER, "a validation set", expected):
         return folder
     try:
-        with (
-            new_folder(home) as unfinished,
-            progress_bar(len(by_class), "Making the validation set", unit="class") as bar,
-        ):
+        bar = progress_bar(len(by_class), "Making the validation set", unit="class")
+        with new_folder(home) as unfinished, bar:
             for name, pairs in by_class.items():
                 _write_class(unfinished / names[name], pairs, held_out, defects_per_image, seed)
                 bar.update(1)
@@ -121,8 +116,7 @@ def _folder_names(dataset: Dataset) -> dict[str, str]:
     for name, flat in names.items():
         if flat in _RESERVED or flat.startswith("."):
             raise InputError(f"class {name!r} cannot be a folder of the MVTec layout; rename it")
-        other = seen.setdefault(unicodedata.normalize("NFC", flat).casefold(), name)
-        if other != name:
+        if (other := seen.setdefault(unicodedata.normalize("NFC", flat).casefold(), name)) != name:
             raise InputError(f"classes {other!r} and {name!r} would share the folder {flat!r}; rename one")
     return names
 
@@ -137,7 +131,6 @@ def _digest(record: ImageRecord) -> str:
 def _write_class(
     folder: Path, pairs: Sequence[tuple[ImageRecord, str]], held_out: float, copies: int, seed: int
 ) -> None:
-    """Split one class's images and write them."""
     # Of one content, the first by name stands for all.
     first = {digest: record for record, digest in reversed(pairs)}
     if len(first) < 2 * MIN_HELD_OUT:
@@ -154,14 +147,11 @@ def _write_class(
             _place(record.path, folder / part / GOOD / f"{stems[record]}{record.path.suffix}")
 
     def write(rank: int) -> None:
-        digest = drawn[rank]
-        record = first[digest]
+        digest, record = drawn[rank], first[drawn[rank]]
         image = read_image(record.path, record.bit_depth)
         if min(image.shape[:2]) < MIN_SIDE:
-            size = f"{image.shape[1]}x{image.shape[0]}"
-            raise InputError(
-                f"{record.path}: expected at least {MIN_SIDE} pixels a side to draw on, found {size}"
-            )
+            found = f"found {image.shape[1]}x{image.shape[0]}"
+            raise InputError(f"{record.path}: expected at least {MIN_SIDE} pixels a side to draw on, {found}")
         # Kinds in turn, severities spread evenly over the images of a kind.
         left = [KINDS[(rank * copies + number) % len(KINDS)] for number in range(len(KINDS))]
         for number in range(copies):
@@ -172,15 +162,13 @@ def _write_class(
                 if (drawing := draw_defect(image, kind, severity, rng)) is not None:
                     break
             else:
-                raise InputError(
-                    f"{record.path}: no defect can be seen on this image; leave it out of training"
-                )
+                reason = "no defect can be seen on this image; leave it out of training"
+                raise InputError(f"{record.path}: {reason}")
             left.remove(kind)
             save(drawing[0], folder / "test" / kind / f"{stems[record]}.png")
             save(drawing[1], folder / "ground_truth" / kind / f"{stems[record]}_mask.png")
 
-    for _ in parallel_map(write, range(count), ahead=8):
-        pass
+    list(parallel_map(write, range(count), ahead=8))
 
 
 def _unique_stems(records: Sequence[ImageRecord]) -> dict[ImageRecord, str]:
@@ -188,21 +176,18 @@ def _unique_stems(records: Sequence[ImageRecord]) -> dict[ImageRecord, str]:
     stems: dict[ImageRecord, str] = {}
     taken: set[str] = set()
     for record in records:
-        stem, number = record.path.stem, 1
-        while stem.casefold() in taken:
-            number += 1
-            stem = f"{record.path.stem}-{number}"
-        taken.add(stem.casefold())
-        stems[record] = stem
+        own = record.path.stem
+        names = itertools.chain([own], (f"{own}-{number}" for number in itertools.count(2)))
+        stems[record] = next(name for name in names if name.casefold() not in taken)
+        taken.add(stems[record].casefold())
     return stems
 
 
 def _place(source: Path, target: Path) -> None:
     """Link or copy a file; a link's own target, for a relative link would lead nowhere."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         # Another file system, or one without hard links.
         shutil.copyfile(source, target)
@@ -211,16 +196,11 @@ def _place(source: Path, target: Path) -> None:
 def draw_defect(
     image: NDArray[np.uint8], kind: str, severity: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
-    """Draw one defect where it can be seen.
+    """Draw one defect, of a kind in `KINDS` and a severity from 0 (subtle) to 1 (clear), where it can be seen.
 
-    Args:
-        image: A normal image, (H, W, 3) uint8, its short side at least `MIN_SIDE`.
-        kind: One of `KINDS`.
-        severity: 0 for subtle, 1 for clear.
-        rng: Draws place, form and colour.
-    Returns:
-        The image with the defect, (H, W, 3) uint8, and its mask, (H, W) bool; a grey image stays grey. None
-        where the image shows no such defect wherever it is put: a blank sheet cannot be blurred.
+    Returns the image with the defect, (H, W, 3) uint8, and its mask, (H, W) bool, for a normal image whose
+    short side is at least `MIN_SIDE`; a grey one stays grey. None where the image shows no such defect
+    wherever it is put: a blank sheet cannot be blurred.
     """
     side = min(image.shape[:2])
     is_grey = bool((image == image[..., :1]).all())
@@ -250,7 +230,7 @@ def _is_seen(before: NDArray[np.uint8], after: NDArray[np.uint8], mask: NDArray[
     if not mask.any():
         return False
     change = np.abs(after[mask].astype(np.int16) - before[mask]).max(axis=1)
-    return bool(change.mean() >= _SEEN_CHANGE and (change >= 2).mean() >= _SEEN_SHARE)
+    return bool(change.mean() >= 3.0 and (change >= 2).mean() >= 0.5)
 
 
 def _change(
@@ -268,8 +248,8 @@ def _change(
         if rng.uniform() < 0.5:
             surface, patch = defects.stain(surface, center, severity, rng)
         else:
-            red, green, blue = (float(value) for value in rng.uniform(0.0, 1.0, 3))
-            surface, patch = defects.color(surface, center, 0.6 * severity, rng, tint=(red, green, blue))
+            tint = rng.uniform(0.0, 1.0, 3).astype(np.float32)
+            surface, patch = defects.color(surface, center, 0.6 * severity, rng, tint=tint)
         return surface.albedo, patch
     cover = defects.blob(side, center, rng.uniform(0.05, 0.14), 0.25, 0.2, rng)
     if kind == "patch":
