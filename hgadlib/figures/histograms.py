@@ -28,10 +28,8 @@ def log_likelihood_histogram(
         title: Usually the class.
         unit: Of the log-likelihood.
         ax: Where to draw; a new figure if not given.
-
     Raises:
         InputError: Edges differ.
-
     Source: paper Fig. 2b, 2d and Fig. 5.
     """
     edges = np.asarray(normal[0])
@@ -68,11 +66,7 @@ def log_likelihood_histograms(
 ) -> Figure:
     """Draw `log_likelihood_histogram` for each class.
 
-    Args:
-        normal: Edges and counts by class.
-        anomalous: Likewise, of the same classes.
-        unit: Of the log-likelihood.
-        columns: Panels in a row.
+    Both hold edges and counts by class; the unit is of the log-likelihood, columns are panels in a row.
 
     Raises:
         InputError: The classes differ, or there is none.

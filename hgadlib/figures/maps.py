@@ -19,12 +19,7 @@ from hgadlib.figures.theme import literal
 def outline_mask(ax: Axes, mask: ArrayLike) -> list[QuadContourSet]:
     """Draw a mask's outline, white within black, which shows on any image.
 
-    Args:
-        ax: An axes with an image of the mask's size.
-        mask: True inside, (H, W) bool.
-
-    Returns:
-        The two contours; none where the mask is empty.
+    The axes hold an image of the size of the mask, (H, W) bool, True inside. Returns two contours, or none.
     """
     mask = np.asarray(mask, dtype=bool)
     if not mask.any():
@@ -58,11 +53,9 @@ def anomaly_map_grid(
         limits: Scores at the two ends of the colour scale; the range of all maps if not given. One scale
             serves all rows, so that colours compare.
         size: Height and width of a panel in inches.
-
     Raises:
         InputError: Shapes disagree, or a score is not finite.
         ValueError: There is no image, or not a title for each.
-
     Source: paper Fig. 4 and 6.
     """
     n, maps = len(images), np.asarray(maps, dtype=float)
@@ -93,12 +86,7 @@ def anomaly_map_grid(
     for ax, name in zip(axes[0], ("image", "map and true mask", "anomaly map"), strict=True):
         ax.set_title(name if masks.any() else name.replace("and true mask", "over image"))
     bar = figure.colorbar(
-        axes[0, 2].images[0],
-        ax=axes.ravel().tolist(),
-        shrink=min(0.92, 3 / n),
-        anchor=(0, 1),
-        aspect=14 * min(n, 3),
-        pad=0.01,
+        axes[0, 2].images[0], ax=axes, shrink=min(0.92, 3 / n), anchor=(0, 1), aspect=14 * min(n, 3), pad=0.01
     )
     bar.set_label("anomaly score (no unit)")
     bar.ax.spines[:].set_visible(False)

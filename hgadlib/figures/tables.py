@@ -67,14 +67,11 @@ def _with(styler: Styler, *look: tuple[str, str]) -> Styler:
 
 
 def auroc_table(metrics: Mapping[str, Any], *, names: Sequence[str] | None = None) -> Styler:
-    """Show the metrics of a run in percent, a row per class and the mean last.
+    """Show the metrics of a run in percent: a row per class, the mean last, a dash for what has no meaning.
 
     Args:
         metrics: The content of metrics.json: "mean" and "per_class".
         names: Which metrics; all that the mean has, if not given.
-
-    Returns:
-        One decimal, a dash for what has no meaning.
     """
     names = [n for n in METRIC_LABELS if n in metrics["mean"]] if names is None else names
     rows = [*metrics["per_class"].items(), ("mean", metrics["mean"])]
@@ -86,9 +83,7 @@ def protocol_table(
 ) -> Styler:
     """Show a run's mean metrics in percent under every scoring protocol, the headline's last.
 
-    Args:
-        metrics: The content of metrics.json: "protocol", "mean" and "other_protocols".
-        names: Which metrics.
+    The metrics are the content of metrics.json: "protocol", "mean" and "other_protocols".
     """
     protocol = metrics["protocol"]
     first = f"{protocol['normalisation']}/{protocol['criterion']}"

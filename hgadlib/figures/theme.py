@@ -99,9 +99,8 @@ def panel_grid(
     """Make n panels of a size in inches; the places left over in the last row stay empty."""
     columns = min(n, columns)
     rows = math.ceil(n / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * width, rows * height), squeeze=False, **options
-    )
+    size = (columns * width, rows * height)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
     panels = axes.ravel().tolist()
     for empty in panels[n:]:
         empty.remove()

@@ -25,10 +25,7 @@ _BOOKKEEPING = {"epoch", "stage", "lr", "seconds", "images_per_s"}
 def loss_curves(history: pd.DataFrame, *, unit: str = "nats per position", columns: int = 3) -> Figure:
     """Draw the total and each loss term against the epoch, a panel per term.
 
-    Args:
-        history: A row per epoch: epoch, perhaps stage, total, and a column per term.
-        unit: Of the losses.
-        columns: Panels in a row.
+    The history has a row per epoch: epoch, perhaps stage, total, and a column per term, in the unit.
 
     Raises:
         InputError: There is no row, no column epoch or no loss.
@@ -36,9 +33,8 @@ def loss_curves(history: pd.DataFrame, *, unit: str = "nats per position", colum
     terms = [c for c in map(str, history) if c not in _BOOKKEEPING and not c.startswith("test_")]
     terms = [c for c in terms if history[c].notna().any()]
     if "epoch" not in history or not terms:
-        raise InputError(
-            f"expected a history with epochs and losses, found columns {list(history)}; train first"
-        )
+        found = list(history)
+        raise InputError(f"expected a history with epochs and losses, found columns {found}; train first")
     epochs = history["epoch"].to_numpy()
     figure, panels = panel_grid(len(terms), columns, 3.1, 2.3, sharex=True)
     changes = [] if "stage" not in history else epochs[1:][np.diff(history["stage"].to_numpy()) != 0]

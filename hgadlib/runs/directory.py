@@ -22,8 +22,6 @@ from hgadlib.files import sha256_of, write_atomically
 if TYPE_CHECKING:
     import torch
 
-SCHEMA = 1
-
 
 def read_config(path: Path) -> Config:
     """Read a run's configuration; an InputError if there is none, or none that this version understands."""
@@ -39,14 +37,13 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def read_history(path: Path) -> pd.DataFrame:
     """Read a run's history.csv, a row per epoch; an InputError if there is none."""
-    return _read_table(_existing(path, "history.csv", "train first"))
+    return _read_table(path, "history.csv", "train first")
 
 
 def read_coupling(path: Path) -> pd.DataFrame:
     """Read a run's coupling.csv, a row per evaluated epoch, level, block and group of positions."""
-    return _read_table(
-        _existing(path, "coupling.csv", "train with train.evaluate_every above 0 and a record of the blocks")
-    )
+    remedy = "train with train.evaluate_every above 0 and a record of the blocks"
+    return _read_table(path, "coupling.csv", remedy)
 
 
 def _existing(path: Path, name: str, remedy: str) -> Path:
@@ -61,20 +58,19 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content:
             return content
-        error: object = f"it holds {content!r:.40}"
-    except (OSError, ValueError) as found:
-        error = found
-    raise InputError(f"{file}: expected a whole JSON record, found a damaged one ({error}); {remedy}")
+        raise ValueError(f"it holds {content!r:.40}")
+    except (OSError, ValueError) as error:
+        why = f"expected a whole JSON record, found a damaged one ({error}); {remedy}"
+        raise InputError(f"{file}: {why}") from None
 
 
-def _read_table(file: Path) -> pd.DataFrame:
+def _read_table(path: Path, name: str, remedy: str) -> pd.DataFrame:
+    file = _existing(path, name, remedy)
     try:
         return pd.read_csv(file)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file}: expected a table, found a damaged file ({' '.join(str(error).split())}); move the run "
-            "away and train again"
-        ) from None
+        why = f"expected a table, found a damaged file ({' '.join(str(error).split())})"
+        raise InputError(f"{file}: {why}; move the run away and train again") from None
 
 
 class RunDirectory:
@@ -83,15 +79,12 @@ class RunDirectory:
     ``config.yaml`` and ``data.json`` come first and say which run it is; ``metrics.json`` comes last and says
     that it is finished. In between ``history.csv`` and ``checkpoint.safetensors`` grow with the epochs.
     Nothing but a lock is written before :meth:`start`, so wrong input leaves no run behind.
-
-    Args:
-        path: The directory.
-        config: The run's configuration.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
-        self.path = path
-        self.config = config
+        self.path, self.config = path, config
+        self.checkpoint = path / "checkpoint.safetensors"  # where training resumes from
+        self.model = path / "model.safetensors"  # the trained weights and what is needed to load them
         self._started = False
         # One lock per path within a process: a notebook's cell that opens the run again holds it already.
         # The operating system frees it however the process ends.
@@ -112,8 +105,7 @@ class RunDirectory:
             return run
         if config.run_dir is not None and (why := run.another()):
             raise run._refusal(why)
-        files = run.path.iterdir() if run.path.is_dir() else []
-        if run._stored_config() is None and any(not file.name.startswith(".") for file in files):
+        if run._stored_config() is None and any(run.path.glob("[!.]*")):
             raise InputError(
                 f"run_dir {run.path}: expected an empty folder or a run, found other files; name another one"
             )
@@ -128,8 +120,7 @@ class RunDirectory:
     def another(self, data: Mapping[str, Any] | None = None) -> str:
         """Describe how the run that lies here differs from this one; empty if it is this one, or none.
 
-        Args:
-            data: What identifies this run's images; None to compare the configurations alone.
+        Without data, which identifies this run's images, only the configurations are compared.
         """
         stored, seen = self._stored_config(), self._stored_data()
         if stored is None:
@@ -140,30 +131,16 @@ class RunDirectory:
             except InputError as error:
                 return f"this version cannot read it: {error}"
             return "it differs in " + ", ".join(_differences(other.identity(), self.config.identity()))
-        if data is None or seen in (
-            None,
-            _images(data),
-            data["digest"],
-        ):  # None: killed between the first two files
+        # It has seen none if it was killed between the first two files.
+        if data is None or seen in (None, _images(data), data["digest"]):
             return ""
         return f"its images differ, now {data['train']} train, {data['test']} test"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where training resumes from."""
-        return self.path / "checkpoint.safetensors"
-
-    @property
-    def model(self) -> Path:
-        """The trained weights and what is needed to load them."""
-        return self.path / "model.safetensors"
 
     def start(self, data: Mapping[str, Any]) -> None:
         """Begin to write, or go on with what this configuration has written on these images.
 
         Args:
             data: What identifies the images, "digest" and "content" among it; see `Inputs.identity`.
-
         Raises:
             InputError: A directory named by run_dir holds another run.
         """
@@ -205,8 +182,8 @@ class RunDirectory:
         # Torch takes seconds to import, and whoever reads runs does not need it.
         from hgadlib.runs.hardware import environment
 
-        content = environment(device) | {"processes": processes}
-        write_atomically(self.path / "environment.json", _json(content))
+        content = _json({**environment(device), "processes": processes})
+        write_atomically(self.path / "environment.json", content)
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write NAME.npz."""
@@ -217,7 +194,7 @@ class RunDirectory:
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write metrics.json, which makes the record whole; delete what only a resumption needs."""
         names = {name: getattr(self.config, name) for name in ("dataset", "experiment", "seed")}
-        content = {"schema": SCHEMA, **names, **metrics}
+        content = {"schema": 1, **names, **metrics}
         write_atomically(self.path / "metrics.json", _json(content))
         self.checkpoint.unlink(missing_ok=True)
         self._release()
@@ -231,10 +208,8 @@ class RunDirectory:
     def _stored_config(self) -> str | None:
         """Digest of the configuration that the directory holds, if any."""
         file = self.path / "config.yaml"
-        if not file.is_file():
-            return None
         try:
-            return read_config(self.path).digest
+            return read_config(self.path).digest if file.is_file() else None
         except InputError:  # of another version of this library
             return sha256_of(file)
 
@@ -245,8 +220,8 @@ class RunDirectory:
 
     def _beside(self, config: str | None, data: str | None) -> Path:
         """Return where a run of the same name is kept while another has its place."""
-        identity = hashlib.sha256(f"{config} {data}".encode()).hexdigest()[:8]
-        return self.path.with_name(f"{self.path.name}.{identity}")
+        identity = hashlib.sha256(f"{config} {data}".encode()).hexdigest()
+        return self.path.with_name(f"{self.path.name}.{identity[:8]}")
 
     def _rename(self, source: Path, target: Path) -> None:
         # The lock would move along with the directory; the new one needs its own.
@@ -258,16 +233,13 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"run_dir {self.path}: in use by another process; wait, stop it, or name another run_dir"
-            ) from None
         except NotImplementedError:  # a file system without locks
             pass
         except OSError as error:
-            raise InputError(
-                f"run_dir {self.path}: expected a folder that can be written, found: {error.strerror}"
-            ) from None
+            why = f"expected a folder that can be written, found: {error.strerror}"
+            if isinstance(error, Timeout):
+                why = "in use by another process; wait, stop it, or name another run_dir"
+            raise InputError(f"run_dir {self.path}: {why}") from None
 
     def _release(self) -> None:
         (self.path / ".lock").unlink(missing_ok=True)

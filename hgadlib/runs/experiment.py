@@ -6,6 +6,7 @@ import time
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -34,18 +35,13 @@ _SAMPLE, _BATCH = 64, 32
 def build_model(config: Config, inputs: Inputs) -> HGAD:
     """Build the model for these inputs: seeded, on their device, initialised from training features."""
     torch.manual_seed(config.seed)
-    model = HGAD(
-        inputs.dataset.classes,
-        inputs.train.channels,
-        inputs.train.grids,
-        flow=config.flow,
-        prior=config.prior,
-        per_dimension=config.score.per_dimension,
-    ).to(inputs.device)
-    classes = inputs.train_classes
+    names, shape = inputs.dataset.classes, (inputs.train.channels, inputs.train.grids)
+    per_dimension = config.score.per_dimension
+    model = HGAD(names, *shape, flow=config.flow, prior=config.prior, per_dimension=per_dimension)
+    model.to(inputs.device)
     # As many of each class, so that no class outweighs another.
-    sample = spread_sample(classes, len(inputs.dataset.classes), _SAMPLE)
-    labels = torch.from_numpy(classes).to(inputs.device)
+    sample = spread_sample(inputs.train_classes, len(names), _SAMPLE)
+    labels = torch.from_numpy(inputs.train_classes).to(inputs.device)
 
     def batches() -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
         for index, features in inputs.train.batches(sample.split(_BATCH), inputs.device):
@@ -76,17 +72,9 @@ def train_model(
 ) -> HGAD:
     """Train, or load what this run has trained already; resumes from the run's checkpoint.
 
-    Args:
-        config: Of the run.
-        inputs: Of the run.
-        run: Its directory.
-        progress: Show a bar.
-        group: The processes that train it together. The first one alone writes the directory and has a
-            calibrated model in the end.
-        observer: Called in the evaluated epochs, see train.evaluate_every.
-
-    Returns:
-        The calibrated model, also saved in the run's directory with its history.
+    The calibrated model is also saved in the run's directory, with its history. Of a group of processes that
+    train together the first one alone writes the directory and has a calibrated model in the end. An observer
+    is called in the evaluated epochs, see train.evaluate_every.
 
     Raises:
         InputError: The run's directory is of other images, or a file in it is damaged.
@@ -138,13 +126,9 @@ def train_model(
 
 
 def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols: bool = True) -> Result:
-    """Evaluate a calibrated model on the test set; nothing is written.
+    """Evaluate a calibrated model on the test set, under every protocol or only the one that stands first.
 
-    Args:
-        config: Of the run.
-        inputs: Of the run.
-        model: Trained and calibrated.
-        all_protocols: Under every protocol, not only the one whose figures stand first.
+    Nothing is written.
     """
     started = time.perf_counter()
     # By name: a model may know more classes than are tested, in another order.
@@ -152,27 +136,20 @@ def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols
     known = model.class_idx(inputs.dataset.classes).tolist()
     masks = {known[k]: own for k, own in class_masks(config, inputs).items()}
     values = level_values(model, inputs.test, class_idx)
-    truth = (class_idx, inputs.test_labels, masks)
-    labelled = inputs.test_labelled
+    truth, labelled = (class_idx, inputs.test_labels, masks), inputs.test_labelled
 
     def under(protocol: Protocol) -> Evaluation:
         return evaluate(model, values, *truth, score=config.score, protocol=protocol, labelled=labelled)
 
     headline = under(Protocol(config.score.normalisation, config.criterion))
     seconds = time.perf_counter() - started
-    rest = [under(p) for p in protocols(model) if all_protocols and p != headline.protocol]
+    criteria = get_args(Criterion) if model.has_entropy else ("likelihood",)
+    ways = [Protocol(name, criterion) for name in ("inductive", "transductive") for criterion in criteria]
+    rest = [under(way) for way in ways if all_protocols and way != headline.protocol]
     by_protocol = {found.protocol.name: found for found in (headline, *rest)}
-    likelihoods = compare_likelihoods(
-        values.log_prob, *truth, labelled=labelled, n_classes=len(model.classes)
-    )
+    n_classes = len(model.classes)
+    likelihoods = compare_likelihoods(values.log_prob, *truth, labelled=labelled, n_classes=n_classes)
     return Result(values, headline, likelihoods, by_protocol, seconds)
-
-
-def protocols(model: HGAD) -> list[Protocol]:
-    """List the ways in which this model's values can be scored."""
-    criteria: tuple[Criterion, ...] = ("likelihood", "entropy", "both")
-    criteria = criteria if model.has_entropy else criteria[:1]
-    return [Protocol(name, criterion) for name in ("inductive", "transductive") for criterion in criteria]
 
 
 def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:
@@ -215,9 +192,8 @@ def prediction_rate(config: Config, inputs: Inputs, model: HGAD, *, images: int 
     """Measure images per second from file to map, on some test images after a warm-up batch."""
     # Spread over the test set: image files of different classes differ in size.
     records = inputs.dataset.test[:: max(1, len(inputs.dataset.test) // images)][:images]
-    for _ in predict_files(config, inputs, model, records[: config.features.batch_size]):
-        pass
-    started = time.perf_counter()
-    for _ in predict_files(config, inputs, model, records):
-        pass
+    for part in (records[: config.features.batch_size], records):
+        started = time.perf_counter()
+        for _ in predict_files(config, inputs, model, part):
+            pass
     return len(records) / (time.perf_counter() - started)

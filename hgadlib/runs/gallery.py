@@ -19,19 +19,12 @@ from hgadlib.runs.record import Result
 
 
 class Gallery(TypedDict):
-    """Arguments of :func:`hgadlib.figures.maps.anomaly_map_grid`.
+    """Arguments of :func:`hgadlib.figures.maps.anomaly_map_grid`."""
 
-    Attributes:
-        images: (N, S, S, 3) uint8.
-        maps: (N, S, S) float32.
-        masks: (N, S, S) bool; None where no image shown has one.
-        titles: Class, defect and score of each.
-    """
-
-    images: np.ndarray
-    maps: np.ndarray
-    masks: np.ndarray | None
-    titles: list[str]
+    images: np.ndarray  # (N, S, S, 3) uint8
+    maps: np.ndarray  # (N, S, S) float32
+    masks: np.ndarray | None  # (N, S, S) bool; None where no image shown has one
+    titles: list[str]  # class, defect and score of each
 
 
 def typical_images(
@@ -39,11 +32,7 @@ def typical_images(
 ) -> list[int]:
     """Choose the test image of median score of each class and label, by class, anomalous ones first.
 
-    Args:
-        scores: (N,).
-        class_idx: (N,).
-        labels: True where anomalous, (N,).
-        labelled: False where that is unknown, (N,); those are not chosen.
+    All are (N,). Labels are True where anomalous, labelled False where that is unknown: those are not chosen.
     """
     chosen: list[int] = []
     for k in np.unique(class_idx):
@@ -58,8 +47,7 @@ def gallery(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int
     """Collect chosen test images, or :func:`typical_images`, with their maps under the headline protocol."""
     evaluation, size, classes = result.evaluation, config.score.map_size, inputs.test_classes
     if chosen is None:
-        labels, labelled = inputs.test_labels, inputs.test_labelled
-        chosen = typical_images(evaluation.scores, classes, labels, labelled)
+        chosen = typical_images(evaluation.scores, classes, inputs.test_labels, inputs.test_labelled)
     records = [inputs.dataset.test[i] for i in chosen]
     shape = (len(chosen), size, size)
     shown: Gallery = {

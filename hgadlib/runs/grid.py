@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,10 +30,8 @@ class Grid:
     """Datasets times experiments times seeds, under shared settings.
 
     Attributes:
-        name: Of its file.
         datasets: Files of params/.
         experiments: Files of params/experiments/; "hgad" for the dataset's own settings.
-        seeds: Of each.
         overrides: Dotted settings on top of every experiment.
         data_root: Where the images of a dataset lie that has no place of its own.
     """
@@ -52,19 +51,13 @@ class Grid:
         return given | ({"overrides": self.overrides} if self.overrides else {})
 
     def config(self, dataset: str, experiment: str, seed: int) -> Config:
-        """Resolve the configuration of one run.
-
-        Raises:
-            InputError: As :func:`hgadlib.config.load_config`.
-        """
+        """Resolve the configuration of one run; an InputError as from :func:`hgadlib.config.load_config`."""
         return load_config(self.parameters(dataset, experiment, seed))
 
     def configs(self) -> Iterator[Config]:
         """Resolve every run: by seed, then dataset, then experiment, so that a first seed is whole early."""
-        for seed in self.seeds:
-            for dataset in self.datasets:
-                for experiment in self.experiments:
-                    yield self.config(dataset, experiment, seed)
+        for seed, dataset, experiment in itertools.product(self.seeds, self.datasets, self.experiments):
+            yield self.config(dataset, experiment, seed)
 
     def distinct(self) -> list[Config]:
         """List the runs that differ in what they train: rows that several tables share come once."""
@@ -75,12 +68,9 @@ class Grid:
 
 
 def load_grid(name: str, folder: Path | None = None, **changes: Any) -> Grid:
-    """Read params/grids/NAME.yaml.
+    """Read params/grids/NAME.yaml, or that of another folder, with some fields replaced.
 
-    Args:
-        name: Of the file.
-        folder: Where the file lies; None for params/grids.
-        **changes: Fields to replace, such as ``datasets=["folder"], data_root=PATH``.
+    The changes are fields of the grid, such as ``datasets=["folder"], data_root=PATH``.
 
     Raises:
         InputError: No such file, an unknown key, or a list that is missing or empty.
@@ -90,7 +80,7 @@ def load_grid(name: str, folder: Path | None = None, **changes: Any) -> Grid:
     if surplus := [key for key in values if key not in _KEYS]:
         raise InputError(f"{source}: expected the keys {', '.join(_KEYS)}, found {', '.join(surplus)}")
     values |= {key: value for key, value in changes.items() if value is not None}
-    for key in ("datasets", "experiments", "seeds"):
+    for key in _KEYS[:3]:
         found = values.get(key)
         if not isinstance(found, list | tuple) or not found:
             raise InputError(f"{source}: expected a list of {key}, found {found!r}")
@@ -106,10 +96,8 @@ def run_states(
 ) -> list[tuple[Config, State]]:
     """Find out of every distinct run of a grid how far it is, by its configuration, never by a file's time.
 
-    Args:
-        grid: Which runs.
-        records: The ledger.
-        fresh: True counts a run only if it lies in its directory here; its record must be of that run.
+    The records are the ledger. Fresh counts a run only if it lies in its directory here; its record must be
+    of that run.
 
     Raises:
         InputError: A setting is wrong, or a folder of images is not there.
@@ -157,24 +145,22 @@ def _images(dataset: str, root: str | None, classes: str) -> dict[str, Any] | No
 def summary(grid: Grid, records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Average the seeds of every experiment of a grid, each under its own way of scoring.
 
-    Returns:
-        A row per dataset and experiment: the seeds that are recorded, mean and sample standard deviation of
-        each metric over them (NaN where not measured), and the records by name.
+    A row per dataset and experiment: the seeds that are recorded, mean and sample standard deviation of
+    each metric over them (NaN where not measured), and the records by name.
     """
     groups = group_records(records, seed=True)
     rows = []
-    for dataset in grid.datasets:
-        for experiment in grid.experiments:
-            configs = [grid.config(dataset, experiment, seed) for seed in grid.seeds]
-            found = {c.seed: own[-1] for c in configs if (own := _records_of(c, groups))}
-            protocol = configs[0].protocol
-            row: dict[str, Any] = {"dataset": dataset, "experiment": experiment}
-            row |= {"seeds": " ".join(map(str, found)) or "none", "protocol": protocol}
-            means = [record["other_protocols"].get(protocol, {}) for record in found.values()]
-            for metric in METRICS:
-                values = pd.Series([mean.get(metric) for mean in means], dtype=float)
-                row |= {metric: values.mean(), f"{metric}_std": values.std()}
-            rows.append(row | {"records": " ".join(record["record"] for record in found.values())})
+    for dataset, experiment in itertools.product(grid.datasets, grid.experiments):
+        configs = [grid.config(dataset, experiment, seed) for seed in grid.seeds]
+        found = {c.seed: own[-1] for c in configs if (own := _records_of(c, groups))}
+        protocol = configs[0].protocol
+        row: dict[str, Any] = {"dataset": dataset, "experiment": experiment}
+        row |= {"seeds": " ".join(map(str, found)) or "none", "protocol": protocol}
+        means = [record["other_protocols"].get(protocol, {}) for record in found.values()]
+        for metric in METRICS:
+            values = pd.Series([mean.get(metric) for mean in means], dtype=float)
+            row |= {metric: values.mean(), f"{metric}_std": values.std()}
+        rows.append(row | {"records": " ".join(record["record"] for record in found.values())})
     return pd.DataFrame(rows)
 
 

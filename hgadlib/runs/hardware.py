@@ -35,12 +35,11 @@ def select_device(name: str = "auto") -> torch.device:
         return torch.device(next(kind for kind, count in counts.items() if count))
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in counts:
-        raise InputError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
-    if (device.index or 0) >= counts[device.type]:
-        found = f"{counts[device.type]} {device.type} device(s)"
+        count = counts[device.type]
+    except (RuntimeError, KeyError):
+        raise InputError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if (device.index or 0) >= count:
+        found = f"{count} {device.type} device(s)"
         raise InputError(f"device {name!r} is not there: found {found}; use -p device auto or cpu")
     return device
 
@@ -61,12 +60,9 @@ def cpu_name() -> str:
 
 
 def matmul_rate(device: torch.device, *, size: int = 1024, clock: Callable[[], float] | None = None) -> float:
-    """Measure the median rate of float32 matrix products, in FLOP/s (two a multiply-add).
+    """Measure the median rate of float32 products of (size, size) matrices, in FLOP/s (two a multiply-add).
 
-    Args:
-        device: Where.
-        size: Rows and columns.
-        clock: Seconds by another clock than the wall's, which waits for a GPU.
+    A clock, in seconds, takes the place of the wall's, which waits for a GPU.
     """
     from torch.utils import benchmark  # it looks for compilers, which no run needs
 
@@ -81,12 +77,9 @@ def peak_memory(device: torch.device) -> dict[str, float | None]:
     """Return the process's peak memory so far, in MB (10^6 bytes), of the host and of a CUDA device."""
     # ru_maxrss counts KiB on Linux and bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {
-        "peak_host_mb": round(host / 1e6, 1),
-        "peak_device_mb": None if on_device is None else round(on_device / 1e6, 1),
-    }
+    host = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    gpu = round(torch.cuda.max_memory_allocated(device) / 1e6, 1) if device.type == "cuda" else None
+    return {"peak_host_mb": host, "peak_device_mb": gpu}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -114,9 +107,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     # An installed copy may lie in somebody else's repository; its commit would say nothing of this code.
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    return _git("describe", "--always", "--dirty", "--abbrev=12")
+    ours = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    return _git("describe", "--always", "--dirty", "--abbrev=12") if ours else None
 
 
 def _git(*arguments: str) -> str | None:

@@ -27,14 +27,9 @@ from hgadlib.runs.hardware import select_device
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run trains on and is tested on.
+    """What a run trains on and is tested on: train and test hold features, in the order of the images.
 
-    Attributes:
-        dataset: Classes and records.
-        backbone: The frozen network, on the device.
-        train: Features of the dataset's training images, in their order.
-        test: Features of its test images.
-        device: Where to compute.
+    The backbone is on the device.
     """
 
     dataset: Dataset
@@ -44,9 +39,7 @@ class Inputs:
     device: torch.device
 
     # By class index, size and resizing: reading them again would cost as much as an epoch.
-    _masks: dict[tuple[int, int, str], np.ndarray] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _masks: dict[Any, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def train_classes(self) -> np.ndarray:
@@ -70,12 +63,11 @@ class Inputs:
 
     def masks(self, k: int, config: Config) -> np.ndarray:
         """Masks of a class's test images at the maps' size, in their order, (n, S, S) bool; read once."""
-        key = (k, config.score.map_size, config.data.resize)
+        key = (k, size, resize) = (k, config.score.map_size, config.data.resize)
         if key not in self._masks:
             records = [self.dataset.test[i] for i in np.flatnonzero(self.test_classes == k)]
-            self._masks[key] = load_masks(
-                records, size=key[1], resize=key[2], num_workers=config.data.num_workers
-            )
+            workers = config.data.num_workers
+            self._masks[key] = load_masks(records, size=size, resize=resize, num_workers=workers)
         return self._masks[key]
 
     def identity(self) -> dict[str, Any]:
@@ -86,8 +78,7 @@ class Inputs:
 def identify(dataset: Dataset) -> dict[str, Any]:
     """Identify a dataset's images, wherever its folder lies.
 
-    The "digest", which records compare, is of the files' names, labels and sizes; the "content" of their
-    bytes as well.
+    The "digest", which records compare, is of the names, labels and sizes; the "content" of the bytes too.
     """
     digest, paths = hashlib.sha256(), []
     for record in dataset.records:
@@ -117,12 +108,7 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
     data, features = config.data, config.features
     # The split belongs to the dataset: it is the same for every seed of a run.
     dataset = load_dataset(
-        config.dataset,
-        root=data.root,
-        download=data.download,
-        strict=data.strict,
-        bit_depth=data.bit_depth,
-        seed=0,
+        config.dataset, root=data.root, download=data.download, strict=data.strict, bit_depth=data.bit_depth
     )
     if not dataset.test:
         raise InputError(f"{dataset.root}: expected test images to evaluate on, found none; add some")
@@ -158,13 +144,11 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
 def discover(dataset: Dataset, train: Features, test: Features) -> Dataset:
     """Name classes (class_00, class_01, ...) by clustering the training images, whatever their folders say.
 
-    Each test image joins the class of its nearest training image.
-
-    Source: paper App. A.2.
+    Each test image joins the class of its nearest training image (paper App. A.2).
     """
-    references, found = global_features(train), global_features(test)
+    references = global_features(train)
     labels = discover_classes(references)
-    nearest = assign_nearest(found, references, labels)
+    nearest = assign_nearest(global_features(test), references, labels)
     names = [[f"class_{label:02d}" for label in part] for part in (labels, nearest)]
     note = f"{len(set(names[0]))} classes were discovered by clustering the training images."
     return replace(relabel(dataset, *names), notes=(*dataset.notes, note))
@@ -194,8 +178,7 @@ def summary(inputs: Inputs) -> pd.DataFrame:
 def class_masks(config: Config, inputs: Inputs) -> dict[int, np.ndarray]:
     """Collect the masks of every class whose anomalous test images all have one.
 
-    Returns:
-        By class index, (n, S, S) bool at the maps' size, in the order of the class's test images.
+    By class index, (n, S, S) bool at the maps' size, in the order of the class's test images.
     """
     drawn: dict[int, list[bool]] = {}
     for k, record in zip(inputs.test_classes.tolist(), inputs.dataset.test, strict=True):

@@ -26,19 +26,15 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
     """Return the record of a finished run: figures, configuration, images, hardware; no path of a machine.
 
     Args:
-        run: The run's directory.
+        run: The run's directory; an InputError if the run is not finished.
         note: What a reader must know beside it, such as which images a folder held.
-
-    Raises:
-        InputError: The run is not finished.
     """
     metrics, config, history = read_metrics(run), read_config(run), read_history(run)
     return {
         **{key: metrics[key] for key in _KEPT},
         "note": note,
         "other_protocols": {name: found["mean"] for name, found in metrics["other_protocols"].items()},
-        "memory": metrics["memory"],
-        "counts": metrics["counts"],
+        **{key: metrics[key] for key in ("memory", "counts")},
         "epochs": len(history),
         "curves": curves(history),
         "overlap": overlaps(run / "scores.npz"),
@@ -83,14 +79,10 @@ def overlaps(scores: Path) -> dict[str, list[float | None]]:
 
 
 def add(run: Path, folder: Path, note: str = "") -> Path:
-    """Write a run's record into the ledger, a folder; the same run, added again, gives the same file.
-
-    Raises:
-        InputError: The run is not finished.
-    """
+    """Write a finished run's record into the ledger, a folder; the same run always gives the same file."""
     record = record_of(run, note)
-    name = f"{record['dataset']}-{record['experiment']}-seed{record['seed']}{_digests(record)}"
     folder.mkdir(parents=True, exist_ok=True)
+    name = f"{record['dataset']}-{record['experiment']}-seed{record['seed']}{_digests(record)}"
     file = folder / f"{name}.json"
     write_atomically(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return file
@@ -102,11 +94,8 @@ def _digests(record: Mapping[str, Any]) -> str:
 
 def read_records(folder: Path | None = None) -> list[dict[str, Any]]:
     """Read the ledger (results/runs) by file name; each record says its file's name under "record"."""
-    folder = folder or project_dir() / "results" / "runs"
-    return [
-        read_json(file, "restore it, or delete it") | {"record": file.stem}
-        for file in sorted(folder.glob("*.json"))
-    ]
+    files = sorted((folder or project_dir() / "results" / "runs").glob("*.json"))
+    return [read_json(file, "restore it, or delete it") | {"record": file.stem} for file in files]
 
 
 def read_ledger(folder: Path) -> pd.DataFrame:
@@ -126,14 +115,11 @@ def read_ledger(folder: Path) -> pd.DataFrame:
 def group_records(
     records: Iterable[Mapping[str, Any]], *, seed: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
-    """Group runs that trained the same.
+    """Group runs that trained the same by :func:`hgadlib.config.training_key`; each by images, then seed.
 
     Args:
         records: What :func:`read_records` gave; a setting that a record is too old to name has its default.
         seed: True to tell runs of different seeds apart.
-
-    Returns:
-        By :func:`hgadlib.config.training_key`; each group by images, then seed.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -153,14 +139,10 @@ def image_title(record: Mapping[str, Any]) -> str:
 
 
 def problems(record: Mapping[str, Any]) -> list[str]:
-    """Check a record against itself.
+    """Check a record, with its file's name as "record", against itself.
 
-    Args:
-        record: With its file's name as "record".
-
-    Returns:
-        What is wrong, a sentence each: its configuration does not resolve, a digest is not that of the
-        configuration or not in the file's name, a metric is not a share, a mean is not that of the classes.
+    Returns what is wrong, a sentence each: its configuration does not resolve, a digest is not that of the
+    configuration or not in the file's name, a metric is not a share, a mean is not that of the classes.
     """
     found = []
     try:

@@ -18,12 +18,10 @@ from hgadlib.scoring import LevelValues
 
 @dataclass(frozen=True)
 class Result:
-    """A run's outcome.
+    """A run's outcome on the test images.
 
     Attributes:
-        values: Level values of the test images.
         evaluation: Under the headline protocol.
-        likelihoods: Normal against anomalous ones.
         by_protocol: Under every protocol, by its name, the headline first.
         seconds: From features to the headline's metrics.
         metrics: The content of metrics.json; empty before the run is recorded.
@@ -98,10 +96,8 @@ def best_epochs(history: pd.DataFrame) -> dict[str, Any]:
     """
     best: dict[str, Any] = {}
     for name in ("image_auroc", "pixel_auroc"):
-        if f"test_{name}" not in history:
-            continue
-        column = history[f"test_{name}"].to_numpy(dtype=float)
-        if np.isfinite(column).any():
-            row = int(np.nanargmax(column))
-            best[name] = {"epoch": int(history["epoch"].iloc[row]), "value": float(column[row])}
+        column = history.get(f"test_{name}")
+        if column is not None and column.notna().any():
+            row = column.argmax()  # of the values that are there
+            best[name] = {"epoch": int(history["epoch"].iloc[row]), "value": float(column.iloc[row])}
     return best
