@@ -10,13 +10,13 @@ timed.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import harness
 import numpy as np
 import torch
 from harness import emit, environment
 
-from hgadbook.beyond import select_train
 from hgadlib.config import load_config
 from hgadlib.evaluation.evaluate import level_values
 from hgadlib.evaluation.metrics import image_metrics
@@ -74,7 +74,13 @@ def main() -> None:
         if per_class:
             classes = inputs.train_classes
             firsts = [np.flatnonzero(classes == k)[:per_class] for k in np.unique(classes)]
-            inputs = select_train(inputs, np.isin(np.arange(len(classes)), np.concatenate(firsts)))
+            chosen = np.sort(np.concatenate(firsts))
+            dataset, kept = inputs.dataset, [inputs.dataset.train[i] for i in chosen]
+            inputs = replace(
+                inputs,
+                dataset=replace(dataset, records=(*kept, *dataset.test)),
+                train=replace(inputs.train, levels=tuple(level[chosen] for level in inputs.train.levels)),
+            )
         model = build_model(config, inputs)
         seen: dict[int, dict[str, float]] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -12,9 +13,15 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hgadlib.errors import InputError
-
 _TICK_NS = 2 * 10**9
+
+
+class FileError(OSError):
+    """A file that cannot be written or found, told in one line that says what to do."""
+
+    def __str__(self) -> str:
+        """Name the file, then what is wrong with it."""
+        return f"{self.filename}: {self.strerror}"
 
 
 @contextlib.contextmanager
@@ -24,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     An exception leaves the file as it was and nothing beside it.
 
     Raises:
-        InputError: The file cannot be written; the disk is full, for instance.
+        FileError: The file cannot be written; the disk is full, for instance.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -40,15 +47,13 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise InputError(
-                f"{path}: cannot be written: {error.strerror or error}; make room or mend that, and the same "
-                "call goes on"
-            ) from error
+            why = f"cannot be written: {error.strerror or error}; make room or mend that; the same call goes on"
+            raise FileError(error.errno, why, str(path)) from error
         raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write text (UTF-8) or bytes; an InputError where that fails."""
+    """Write text (UTF-8) or bytes; a FileError where that fails."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -73,11 +78,12 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def user_path(path: Path | str) -> Path:
-    """Put the home directory in the place of ``~``; an InputError where there is none."""
+    """Put the home directory in the place of ``~``; a FileError where there is none."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise InputError(f"{path}: expected a home directory for the ~, found none; write it out") from None
+        reason = "expected a home directory for the ~, found none; write it out"
+        raise FileError(errno.ENOENT, reason, str(path)) from None
 
 
 def cache_dir() -> Path:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from hgadlib import files
-from hgadlib.errors import InputError
-from hgadlib.files import cache_dir, content_digests, user_path
+from hgadlib.files import FileError, cache_dir, content_digests, user_path
 
 
 @pytest.fixture
@@ -87,8 +86,8 @@ def test_a_home_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HOME", "/somewhere")
     assert user_path("~/images") == Path("/somewhere/images")
     assert user_path("images") == Path("images")
-    with pytest.raises(InputError, match=r"~nobody-of-this-name/x: expected a home directory for the ~"):
+    with pytest.raises(FileError, match=r"~nobody-of-this-name/x: expected a home directory for the ~"):
         user_path("~nobody-of-this-name/x")
     monkeypatch.setenv("HGAD_CACHE", "~nobody-of-this-name")
-    with pytest.raises(InputError, match="expected a home directory"):
+    with pytest.raises(FileError, match="expected a home directory"):
         cache_dir()

@@ -20,7 +20,7 @@ from small import image_folder
 from hgadlib.config import Config, load_config
 from hgadlib.datasets import load_dataset
 from hgadlib.errors import InputError
-from hgadlib.files import replacing, write_atomically
+from hgadlib.files import FileError, replacing, write_atomically
 from hgadlib.model import read_tensors, write_tensors
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
 from hgadlib.runs.gallery import write_maps
@@ -337,7 +337,7 @@ def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on(name: str) -> None:
         "metrics.json": lambda: run.finish({"mean": {}}),
     }
     (run.path / f".{name}.tmp").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=rf"{name}: cannot be written: .*No space left.*; make room") as said:
+    with pytest.raises(FileError, match=rf"{name}: cannot be written: .*No space left.*; make room") as said:
         writes[name]()
     assert "\n" not in str(said.value)
     assert not (run.path / name).exists() and not list(run.path.glob(".*.tmp"))
@@ -350,7 +350,7 @@ def test_weights_that_do_not_fit_on_the_disk_are_told_in_a_line(tmp_path: Path) 
     before, file = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "model.safetensors"
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(InputError, match=r"model\.safetensors: cannot be written: .*large.*; make room"):
+        with pytest.raises(FileError, match=r"model\.safetensors: cannot be written: .*large.*; make room"):
             write_tensors(file, {"a": torch.zeros(1000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from hgadlib.errors import InputError
+from hgadlib.files import FileError
 
 
 def setup() -> None:
@@ -32,7 +33,7 @@ def setup() -> None:
     if shell is None:
         return
     # FloatingPointError: training has diverged, and the line says which settings to change.
-    shell.set_custom_exc((InputError, FloatingPointError), _one_line)
+    shell.set_custom_exc((InputError, FloatingPointError, FileError), _one_line)
     # Torch's exports need the retina pixels, the page both.
     shell.run_line_magic("config", "InlineBackend.figure_formats = ['retina']")
 
