@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            why = f"cannot be written: {error.strerror or error}; make room or mend that; the same call goes on"
+            why = f"cannot be written: {error.strerror or error}; make room or mend that; the call goes on"
             raise FileError(error.errno, why, str(path)) from error
         raise
 

@@ -79,6 +79,8 @@ def write_maps(folder: Path, shown: Gallery) -> None:
     from hgadlib.figures.theme import theme
 
     folder.mkdir(exist_ok=True)
+    # Now: a notebook's backend that starts inside the context below shows no figure ever after.
+    plt.switch_backend(plt.get_backend())
     limits = (float(shown["maps"].min()), float(shown["maps"].max())) if len(shown["maps"]) else None
     for i, title in enumerate(shown["titles"]):
         one, png = slice(i, i + 1), io.BytesIO()
