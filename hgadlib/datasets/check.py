@@ -27,18 +27,13 @@ _SIDE, _TWIN = 32, 1.0
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found.
-
-    Attributes:
-        dataset: The good images.
-        table: A row per class: counts, masks, sizes, modes.
-        problems: What is wrong and should be mended, "path: reason" where there is a path.
-        notes: What is worth knowing.
-    """
+    """What a check found: the good images, and what is worth knowing."""
 
     dataset: Dataset
     table: pd.DataFrame
+    """A row per class: counts, masks, sizes, modes."""
     problems: tuple[str, ...]
+    """What is wrong and should be mended, "path: reason" where there is a path."""
     notes: tuple[str, ...]
 
     def __str__(self) -> str:

@@ -34,10 +34,8 @@ from hgadlib.progress import progress_bar
 CHUNK = 1 << 14
 """Bytes written at a time; when the line breaks, what came of a chunk is lost."""
 _BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-_DAMAGE = (
-    tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError,
-    NotImplementedError,
-)  # fmt: skip
+# NotImplementedError, of unknown compressions, is a RuntimeError.
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ def unpack(archive: Path, target: Path) -> None:
     """
     try:
         bar = _byte_bar(archive.stat().st_size, f"Unpacking {archive.name}")
-        with archive.open("rb") as raw, bar:
+        with bar, archive.open("rb") as raw:
             if zipfile.is_zipfile(archive):
                 with zipfile.ZipFile(raw) as packed:
                     packed.extractall(target, _plain(archive, packed.infolist(), raw, bar))

@@ -205,7 +205,7 @@ def _match_masks(
     pairs: list[tuple[Path, Path | None]] = []
     used: set[Path] = set()
     for image in images:
-        found = by_stem.get(f"{image.stem}_mask", []) + by_stem.get(image.stem, [])
+        found = by_stem[f"{image.stem}_mask"] + by_stem[image.stem]
         used.update(found)
         if len(found) > 1:
             findings.bad(image, f"two masks for one image: {found[0].name} and {found[1].name}; keep one")
@@ -218,8 +218,8 @@ def _match_masks(
 
 def _refuse_masks_of_normal_images(masks: list[Path], findings: Findings) -> None:
     """Refuse a mask that marks a defect in a normal image; an all-zero one says nothing and may stay."""
+    reason = "a mask for a normal image marks a defect; move the image, or remove the mask"
     for mask in masks:
-        reason = "a mask for a normal image marks a defect; move the image, or remove the mask"
         try:
             if read_mask(mask).any():
                 findings.bad(mask, reason)

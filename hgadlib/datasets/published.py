@@ -65,7 +65,7 @@ def load_btad(root: Path, findings: Findings) -> list[ImageRecord]:
 
 
 def load_mvtec3d(root: Path, findings: Findings) -> list[ImageRecord]:
-    """Read the photographs of MVTec 3D-AD, as `load_mvtec`; validation images, unused in the paper, are counted."""
+    """Read the photographs of MVTec 3D-AD, as `load_mvtec`; the unused validation images are counted."""
     home, records = _read_classes(root, findings, photos="rgb", masks="test/{kind}/gt")
     validation = [folder for folder in home.glob(f"*/validation/{GOOD}/rgb") if folder.is_dir()]
     count = sum(len(list_images(folder, findings)) for folder in sorted(validation))
@@ -110,10 +110,10 @@ def _read_classes(root: Path, findings: Findings, **layout: str) -> tuple[Path, 
         raise InputError(
             f"{root}: expected folders CLASS/train, found none; give the folder of the dataset{hint}"
         )
-    for folder in folders:
-        if folder not in classes and (folder / "test").is_dir():
+    for folder in (folder for folder in folders if folder not in classes):
+        if (folder / "test").is_dir():
             findings.bad(folder, f"class {folder.name!r} is in test but not in train")
-        elif folder not in classes:
+        else:
             findings.note(f"{folder}: not a class, it has no folder 'train'")
     classes = distinct(classes, findings)
     return home, [r for folder in classes for r in read_class(folder, folder.name, findings, **layout)]
@@ -141,10 +141,8 @@ def _read_row(root: Path, line: str, cells: Mapping[str, str], findings: Finding
     table, row = root / SPLIT_FILE, {key: (cells[key] or "").strip() for key in COLUMNS}
     name, split, label = row["object"], row["split"], row["label"]
     if not name or split not in ("train", "test") or label not in ("normal", ANOMALY):
-        raise InputError(
-            f"{table}, {line}: expected a class, train or test, and normal or {ANOMALY}, found "
-            f"{name!r}, {split!r}, {label!r}"
-        )
+        expected = f"expected a class, train or test, and normal or {ANOMALY}"
+        raise InputError(f"{table}, {line}: {expected}, found {name!r}, {split!r}, {label!r}")
     if split == "train" and label == ANOMALY:
         findings.bad(table, f"{line}: training images must be normal, found {row['image']}")
         return None
@@ -159,9 +157,9 @@ def _read_row(root: Path, line: str, cells: Mapping[str, str], findings: Finding
             findings.bad(root / path, f"no such file, but {SPLIT_FILE}, {line} names it as {key}")
             return None
         paths[key] = root / path
-    side: Split = "train" if split == "train" else "test"
+    part: Split = "train" if split == "train" else "test"
     kind = ANOMALY if label == ANOMALY else GOOD
-    return ImageRecord(paths["image"], name, side, label == ANOMALY, kind, paths.get("mask"))
+    return ImageRecord(paths["image"], name, part, label == ANOMALY, kind, paths.get("mask"))
 
 
 def _compare(
@@ -195,12 +193,11 @@ def _compare(
             gaps = _gaps(root, own, expected[class_name][0] if parts[0] == "train" else None)
             named = f"; missing: {some(gaps, 10)}" if gaps else ""
             problems.append(f"{class_name}: {wrong}{named}")
+    text = f"{name} is complete: the counts are the published ones"
     if problems:
         text = f"{name} is not the published set: " + "; ".join(problems)
         warnings.warn(text, stacklevel=3)
-        findings.note(text)
-    else:
-        findings.note(f"{name} is complete: the counts are the published ones")
+    findings.note(text)
     return records
 
 

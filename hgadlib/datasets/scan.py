@@ -72,11 +72,10 @@ def _follow(entry: os.DirEntry[str], folder: Path) -> tuple[bool, str | None]:
 def list_folder(folder: Path, findings: Findings | None = None) -> tuple[list[Path], list[Path]]:
     """List the folders and the files of a folder, sorted by name, hidden entries and litter left out.
 
-    Where it is only asked what probably lies there, nothing takes up the findings.
-
     Raises:
         InputError: The folder does not exist, or (under strict) it or a link in it cannot be read.
     """
+    # Where it is only asked what probably lies there, nothing takes up the findings.
     findings = findings or Findings(strict=False)
     try:
         with os.scandir(folder) as entries:
@@ -118,10 +117,8 @@ def suffixes_found(folder: Path) -> str:
     """Say which suffixes the files of a folder have, to follow on "no images"; empty if there are none."""
     files = list_folder(folder)[1] if folder.is_dir() else []
     found = Counter(path.suffix.lower() or "none" for path in files if not is_image(path))
-    if not found:
-        return ""
     counts = some([f"{suffix} ({count})" for suffix, count in found.most_common()])
-    return f"; found files with suffix {counts}, read are {', '.join(IMAGE_SUFFIXES)}"
+    return f"; found files with suffix {counts}, read are {', '.join(IMAGE_SUFFIXES)}" if found else ""
 
 
 def distinct(folders: Sequence[Path], findings: Findings) -> list[Path]:

@@ -99,7 +99,7 @@ def make_validation(
         return folder
     try:
         bar = progress_bar(len(by_class), "Making the validation set", unit="class")
-        with new_folder(home) as unfinished, bar:
+        with bar, new_folder(home) as unfinished:
             for name, pairs in by_class.items():
                 _write_class(unfinished / names[name], pairs, held_out, defects_per_image, seed)
                 bar.update(1)
@@ -196,7 +196,7 @@ def _place(source: Path, target: Path) -> None:
 def draw_defect(
     image: NDArray[np.uint8], kind: str, severity: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
-    """Draw one defect, of a kind in `KINDS` and a severity from 0 (subtle) to 1 (clear), where it can be seen.
+    """Draw one defect of a kind in `KINDS`, its severity from 0 (subtle) to 1 (clear), where it is seen.
 
     Returns the image with the defect, (H, W, 3) uint8, and its mask, (H, W) bool, for a normal image whose
     short side is at least `MIN_SIDE`; a grey one stays grey. None where the image shows no such defect
