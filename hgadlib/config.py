@@ -361,10 +361,8 @@ def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Con
     Args:
         parameters: Names out of :data:`PARAMETERS`; None counts as not given.
         **more: The same, as keywords.
-
     Returns:
         The configuration.
-
     Raises:
         InputError: An unknown name, an ill-typed or meaningless value, an unknown dataset or experiment.
 
@@ -422,7 +420,6 @@ def config_from_notebook(
             in it that it was there.
         own: Names of parameters that are the chapter's own and none of the configuration's.
         **defaults: Parameters to use where the notebook sets none.
-
     Raises:
         InputError: As :func:`load_config`.
     """

@@ -68,10 +68,8 @@ def dataset_features(
         batch_size: Images per forward pass.
         num_workers: Decoding threads; None for one per core.
         progress: Whether to show a bar and to say how large the features will be.
-
     Returns:
         The features, in the order of the records.
-
     Raises:
         InputError: A parameter or an image is wrong, a file changed meanwhile, or there is no room.
     """
