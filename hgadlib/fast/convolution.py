@@ -6,12 +6,8 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-# Up to this many positions a 1 x 1 convolution is faster as a matrix product.
-_FEW_POSITIONS = 32 * 32
 
 
 @torch.no_grad()
@@ -61,8 +57,6 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         conv.weight, conv.bias = fused.weight, fused.bias
         carried = getattr(norm, "act", None)
         _replace(folded, norm, carried if isinstance(carried, nn.Module) else nn.Identity())
-        if _is_product(conv):
-            _replace(folded, conv, ProductConvolution(conv))
     after = folded(probe)
     same = all((a - b).abs().max() <= 1e-3 * b.abs().max() for a, b in zip(after, before, strict=True))
     return folded if same else network
@@ -78,33 +72,3 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
     ]
     for parent, name in places:
         setattr(parent, name, new)
-
-
-class ProductConvolution(nn.Module):
-    """A 1 x 1 convolution, on a processor as a matrix product where positions are few.
-
-    PyTorch's own would bring its weights into another order on every call: a seventh of a small network's
-    time where there are few positions to share it.
-
-    Args:
-        convolution: Of one position, one group, no padding and no stride; has a bias.
-    """
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) as the convolution would, to float rounding."""
-        is_small = x.shape[2] * x.shape[3] <= _FEW_POSITIONS and x.device.type == "cpu"
-        if not is_small or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return self.convolution(x)
-        rows = x.permute(0, 2, 3, 1)
-        out = F.linear(rows.flatten(0, 2), self.convolution.weight.flatten(1), self.convolution.bias)
-        return out.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
-
-
-def _is_product(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is a matrix product at each position."""
-    plain = type(conv) is nn.Conv2d and conv.groups == 1
-    return plain and conv.kernel_size == conv.stride == (1, 1) and conv.padding in ((0, 0), "valid")
