@@ -23,13 +23,9 @@ from hgadlib.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command, from its words or, where None, the command line's; return the exit status.
 
-    Args:
-        arguments: Words of the command line; None for the real ones.
-    Returns:
-        Exit status: 0 if all is well; 1 if `data check` found problems or a training diverged; 2 on wrong
-        input; 130 when interrupted.
+    0: all is well; 1: `data check` found problems or a training diverged; 2: wrong input; 130: interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         # A class may bear a name that the terminal cannot write.
@@ -38,24 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except InputError as error:
+    except (InputError, FloatingPointError, OSError) as error:  # OSErrors are the machine's
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # of the machine; the library's own say what to do
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hgad", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="hgad", description=__doc__, formatter_class=form)
     parser.set_defaults(run=train)
     pair = ("NAME", "VALUE")
     parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=pair)
@@ -138,11 +127,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def read_parameters(options: argparse.Namespace) -> dict[str, Any]:
-    """Put the parameters of a command line together; later kinds win: -f, then -y, then -p.
-
-    Raises:
-        InputError: Something is not YAML, or holds no names with values.
-    """
+    """Merge -f, then -y, then -p on top; an InputError if one is not YAML or holds no names with values."""
     given: dict[str, Any] = {}
     sources = [(str(path), _text(path)) for path in options.file] + [("-y", text) for text in options.yaml]
     for source, text in sources:

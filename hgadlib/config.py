@@ -201,14 +201,11 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return what the run computes: all values but where it reads, writes and executes."""
         values = self.to_dict()
-        for key in ("run_dir", "device"):
-            del values[key]
-        for key in ("root", "download", "num_workers"):
-            del values["data"][key]
-        if values["data"]["bit_depth"] is None:  # as before there was this setting
-            del values["data"]["bit_depth"]
-        for key in ("storage", "batch_size"):
-            del values["features"][key]
+        data, features = values["data"], values["features"]
+        del values["run_dir"], values["device"], data["root"], data["download"], data["num_workers"]
+        del features["storage"], features["batch_size"]
+        if data["bit_depth"] is None:  # as before there was this setting
+            del data["bit_depth"]
         return values
 
     @property
@@ -232,15 +229,10 @@ _HINTS = typing.get_type_hints(Config, include_extras=True)
 SECTIONS: tuple[str, ...] = tuple(name for name, hint in _HINTS.items() if dataclasses.is_dataclass(hint))
 
 SHORTCUTS: dict[str, str] = {
-    "data_root": "data.root",
-    "download": "data.download",
-    "classes": "data.classes",
-    "image_size": "data.image_size",
-    "num_workers": "data.num_workers",
-    "backbone": "features.backbone",
-    "epochs": "train.epochs",
-    "batch_size": "train.batch_size",
-}
+    "data_root": "data.root", "download": "data.download", "classes": "data.classes",
+    "image_size": "data.image_size", "num_workers": "data.num_workers", "backbone": "features.backbone",
+    "epochs": "train.epochs", "batch_size": "train.batch_size",
+}  # fmt: skip
 """Notebook parameters that stand for one key of a section."""
 
 PLAIN: tuple[str, ...] = tuple(name for name in _HINTS if name not in SECTIONS)
@@ -319,10 +311,9 @@ class _Tree:
         except ValidationError as error:
             raise self._refusal(error.errors()[0]) from None
         if config.flow.kind == "positional" and config.flow.position_dim % 4:
-            raise InputError(
-                f"parameter flow.position_dim in {self._source('flow.position_dim')}: expected a multiple of "
-                f"4 (sine and cosine of row and column), found {config.flow.position_dim}"
-            )
+            name = f"parameter flow.position_dim in {self._source('flow.position_dim')}"
+            why = "expected a multiple of 4 (sine and cosine of row and column)"
+            raise InputError(f"{name}: {why}, found {config.flow.position_dim}")
         return config
 
     def _source(self, key: str) -> str:
@@ -356,13 +347,8 @@ def _described(hint: Any) -> str:
 
 
 def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Config:
-    """Resolve parameters to a configuration.
+    """Resolve parameters, or keywords, of :data:`PARAMETERS` to a configuration; None counts as not given.
 
-    Args:
-        parameters: Names out of :data:`PARAMETERS`; None counts as not given.
-        **more: The same, as keywords.
-    Returns:
-        The configuration.
     Raises:
         InputError: An unknown name, an ill-typed or meaningless value, an unknown dataset or experiment.
 
@@ -395,11 +381,7 @@ def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Con
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "the parameters") -> Config:
-    """Build a configuration from nested values, as ``config.yaml`` of a run holds them.
-
-    Raises:
-        InputError: As :func:`load_config`.
-    """
+    """Build a configuration from a config.yaml's nested values; an InputError as of :func:`load_config`."""
     tree = _Tree()
     tree.merge(values, source)
     return tree.config()
@@ -410,18 +392,14 @@ def config_from_notebook(
 ) -> Config:
     """Resolve a notebook's variables, as papermill has set them, to a configuration.
 
-    Papermill only warns of a parameter that the notebook does not know; here it is an error. Names
-    that start with an underscore, modules, functions and IPython's own are not parameters. When the cell is
-    run again, variables that later cells have made by then are not parameters either, unless
-    one is so close to a parameter's name that it must be a slip.
+    Papermill only warns of an unknown parameter; here it is an InputError, see :func:`load_config`. Names
+    that start with an underscore, modules, functions and IPython's own are none. When the cell is run again,
+    what later cells have made is none either, unless so close to a parameter's name that it must be a slip.
 
     Args:
-        namespace: ``globals()`` of the notebook, right after the parameters cell; the first call notes
-            in it that it was there.
+        namespace: ``globals()`` of the notebook, right after the parameters cell; the first call marks it.
         own: Names of parameters that are the chapter's own and none of the configuration's.
         **defaults: Parameters to use where the notebook sets none.
-    Raises:
-        InputError: As :func:`load_config`.
     """
     plain = (str, int, float, bool, list, tuple, dict, Path)
     names = {
@@ -466,11 +444,7 @@ def _has_params(folder: Path) -> bool:
 
 
 def read_params(name: Any, folder: Path) -> dict[str, Any]:
-    """Read params/NAME.yaml.
-
-    Raises:
-        InputError: No such file (the known names are listed), or it is not YAML.
-    """
+    """Read params/NAME.yaml; an InputError if there is none (it lists the known names) or it is not YAML."""
     if not isinstance(name, str):
         kind = "experiment" if folder.name == "experiments" else "dataset"
         raise InputError(f"ill-typed parameter {kind} in the parameters: expected text, found {name!r}")
@@ -501,17 +475,11 @@ def training_key(config: Config, *, seed: bool = True) -> str:
 
     The experiment's name is not part of it, nor is how scores are made of the model's values: every record
     holds all protocols. So the rows "10 centres", "lambda2 = 10" and "both criteria" share one run.
-
-    Args:
-        config: Of the run.
-        seed: False to have all seeds of one experiment share a key.
+    With seed False all seeds of one experiment share a key.
     """
     identity = config.identity()
-    del identity["experiment"]
-    for name in ("criterion", "normalisation"):
-        del identity["score"][name]
-    # Looks at the test set do not steer the training.
-    del identity["train"]["evaluate_every"]
+    del identity["experiment"], identity["score"]["criterion"], identity["score"]["normalisation"]
+    del identity["train"]["evaluate_every"]  # looks at the test set do not steer the training
     if not seed:
         del identity["seed"]
     return json.dumps(identity, sort_keys=True)

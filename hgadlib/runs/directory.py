@@ -86,19 +86,16 @@ class RunDirectory:
         self.checkpoint = path / "checkpoint.safetensors"  # where training resumes from
         self.model = path / "model.safetensors"  # the trained weights and what is needed to load them
         self._started = False
-        # One lock per path within a process: a notebook's cell that opens the run again holds it already.
-        # The operating system frees it however the process ends.
+        # One per path within a process, so a cell that runs again holds it; the system frees it at any end.
         self._lock = FileLock(path / ".lock", is_singleton=True)
 
     @classmethod
     def open(cls, config: Config) -> RunDirectory:
         """Take hold of a run's directory, new or of the same configuration.
 
-        A default directory that holds another configuration's run is moved aside by :meth:`start`, never
-        overwritten; one that was named by run_dir is refused.
-
-        Raises:
-            InputError: The directory cannot be written, is in use, or holds another run or other files.
+        A default one of another configuration is moved aside by :meth:`start`, never overwritten. An
+        InputError if one named by run_dir holds another run; if it cannot be written, is in use, or holds
+        other files.
         """
         run = cls(run_dir(config), config)
         if run.complete:
@@ -139,10 +136,8 @@ class RunDirectory:
     def start(self, data: Mapping[str, Any]) -> None:
         """Begin to write, or go on with what this configuration has written on these images.
 
-        Args:
-            data: What identifies the images, "digest" and "content" among it; see `Inputs.identity`.
-        Raises:
-            InputError: A directory named by run_dir holds another run.
+        The data identify the images, "digest" and "content" among them, see `Inputs.identity`. An InputError
+        if a directory named by run_dir holds another run.
         """
         if self._started:
             return
@@ -179,8 +174,7 @@ class RunDirectory:
 
     def write_environment(self, device: torch.device, *, processes: int = 1) -> None:
         """Write environment.json: versions, hardware, commit, and how many processes train together."""
-        # Torch takes seconds to import, and whoever reads runs does not need it.
-        from hgadlib.runs.hardware import environment
+        from hgadlib.runs.hardware import environment  # torch takes seconds to import; readers need none
 
         content = _json({**environment(device), "processes": processes})
         write_atomically(self.path / "environment.json", content)
@@ -224,8 +218,7 @@ class RunDirectory:
         return self.path.with_name(f"{self.path.name}.{identity[:8]}")
 
     def _rename(self, source: Path, target: Path) -> None:
-        # The lock would move along with the directory; the new one needs its own.
-        self._release()
+        self._release()  # the lock would move along with the directory; the new one needs its own
         os.replace(source, target)
         self._acquire()
 
@@ -264,5 +257,4 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str =
 
 
 def _json(content: Mapping[str, Any]) -> str:
-    # A NaN is an error of ours, and no JSON.
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"  # a NaN is an error of ours, and no JSON

@@ -72,9 +72,8 @@ def train_model(
 ) -> HGAD:
     """Train, or load what this run has trained already; resumes from the run's checkpoint.
 
-    The calibrated model is also saved in the run's directory, with its history. Of a group of processes that
-    train together the first one alone writes the directory and has a calibrated model in the end. An observer
-    is called in the evaluated epochs, see train.evaluate_every.
+    The calibrated model is saved in the run's directory, with its history. Of processes that train together
+    the first alone writes and has a calibrated model. An observer is called as train.evaluate_every says.
 
     Raises:
         InputError: The run's directory is of other images, or a file in it is damaged.
@@ -108,28 +107,16 @@ def train_model(
             observer.write(int(history["epoch"].iloc[-1]))
 
     fit(
-        model,
-        inputs.train,
-        inputs.train_classes,
-        train=config.train,
-        loss=config.loss,
-        seed=config.seed,
-        checkpoint=run.checkpoint,
-        on_epoch=look,
-        on_history=write,
-        progress=progress,
-        group=group,
-    )
+        model, inputs.train, inputs.train_classes, train=config.train, loss=config.loss, seed=config.seed,
+        checkpoint=run.checkpoint, on_epoch=look, on_history=write, progress=progress, group=group,
+    )  # fmt: skip
     if group.is_main:
         model.save(run.model)
     return model
 
 
 def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols: bool = True) -> Result:
-    """Evaluate a calibrated model on the test set, under every protocol or only the one that stands first.
-
-    Nothing is written.
-    """
+    """Evaluate a calibrated model on the test set by every protocol or only the first; writes nothing."""
     started = time.perf_counter()
     # By name: a model may know more classes than are tested, in another order.
     class_idx = model.class_idx(record.class_name for record in inputs.dataset.test).cpu().numpy()
@@ -175,15 +162,10 @@ def predict_files(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Score images of known class from their files, by the run's settings: see :func:`predict_batches`."""
     images = load_images(
-        [record.path for record in records],
-        size=config.data.image_size,
-        resize=config.data.resize,
-        mean=inputs.backbone.mean,
-        std=inputs.backbone.std,
-        batch_size=config.features.batch_size,
-        num_workers=config.data.num_workers,
-        bit_depths=[record.bit_depth for record in records],
-    )
+        [record.path for record in records], size=config.data.image_size, resize=config.data.resize,
+        mean=inputs.backbone.mean, std=inputs.backbone.std, batch_size=config.features.batch_size,
+        num_workers=config.data.num_workers, bit_depths=[record.bit_depth for record in records],
+    )  # fmt: skip
     names, dtype = [record.class_name for record in records], config.features.dtype
     return predict_batches(inputs.backbone, model, images, names, score=config.score, dtype=dtype)
 

@@ -68,12 +68,9 @@ class Grid:
 
 
 def load_grid(name: str, folder: Path | None = None, **changes: Any) -> Grid:
-    """Read params/grids/NAME.yaml, or that of another folder, with some fields replaced.
+    """Read params/grids/NAME.yaml, or that of another folder, with fields (say data_root=PATH) replaced.
 
-    The changes are fields of the grid, such as ``datasets=["folder"], data_root=PATH``.
-
-    Raises:
-        InputError: No such file, an unknown key, or a list that is missing or empty.
+    An InputError if there is no such file, a key is unknown, or a list is missing or empty.
     """
     source = f"params/grids/{name}.yaml"
     values = read_params(name, folder or params_dir() / "grids")
@@ -97,10 +94,7 @@ def run_states(
     """Find out of every distinct run of a grid how far it is, by its configuration, never by a file's time.
 
     The records are the ledger. Fresh counts a run only if it lies in its directory here; its record must be
-    of that run.
-
-    Raises:
-        InputError: A setting is wrong, or a folder of images is not there.
+    of that run. An InputError if a setting is wrong, or a folder of images is not there.
     """
     groups = group_records(records, seed=True)
     return [(config, _state(config, _records_of(config, groups), fresh)) for config in grid.distinct()]

@@ -21,16 +21,9 @@ _PACKAGES = ("torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn", "
 
 
 def select_device(name: str = "auto") -> torch.device:
-    """Choose where to compute: CUDA when there, else Apple's GPU, else the processor.
-
-    Raises:
-        InputError: The named device is unknown or not there.
-    """
-    counts = {
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
+    """Choose CUDA, else Apple's GPU, else the processor; an InputError if a name is unknown or not there."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": cuda, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         return torch.device(next(kind for kind, count in counts.items() if count))
     try:
@@ -67,16 +60,14 @@ def matmul_rate(device: torch.device, *, size: int = 1024, clock: Callable[[], f
     from torch.utils import benchmark  # it looks for compilers, which no run needs
 
     a = torch.randn(size, size, device=device)
-    timer = benchmark.Timer(
-        "a @ a", timer=clock or benchmark.timer, globals={"a": a}, num_threads=torch.get_num_threads()
-    )
+    threads = torch.get_num_threads()
+    timer = benchmark.Timer("a @ a", timer=clock or benchmark.timer, globals={"a": a}, num_threads=threads)
     return 2 * size**3 / timer.blocked_autorange().median
 
 
 def peak_memory(device: torch.device) -> dict[str, float | None]:
     """Return the process's peak memory so far, in MB (10^6 bytes), of the host and of a CUDA device."""
-    # ru_maxrss counts KiB on Linux and bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts KiB on Linux and bytes on macOS
     host = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
     gpu = round(torch.cuda.max_memory_allocated(device) / 1e6, 1) if device.type == "cuda" else None
     return {"peak_host_mb": host, "peak_device_mb": gpu}
@@ -86,16 +77,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Describe what a run runs on: versions, hardware, commit, time."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        "python": platform.python_version(), "platform": platform.platform(),
         "packages": {package: _version(package) for package in _PACKAGES},
-        "cuda": torch.version.cuda,
-        "device": device_name(device),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-    }
+        "cuda": torch.version.cuda, "device": device_name(device), "cpu": cpu_name(),
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "commit": _commit(),
+    }  # fmt: skip
 
 
 def _version(package: str) -> str | None:

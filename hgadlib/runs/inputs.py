@@ -27,10 +27,7 @@ from hgadlib.runs.hardware import select_device
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run trains on and is tested on: train and test hold features, in the order of the images.
-
-    The backbone is on the device.
-    """
+    """What a run trains and is tested on: features in the order of the images, a backbone on the device."""
 
     dataset: Dataset
     backbone: Backbone
@@ -88,21 +85,16 @@ def identify(dataset: Dataset) -> dict[str, Any]:
         paths += own
     content = hashlib.sha256(digest.digest() + "".join(content_digests(paths)).encode())
     return {
-        "name": dataset.name,
-        "digest": digest.hexdigest(),
-        "content": content.hexdigest(),
-        "classes": list(dataset.classes),
-        "train": len(dataset.train),
-        "test": len(dataset.test),
+        "name": dataset.name, "digest": digest.hexdigest(), "content": content.hexdigest(),
+        "classes": list(dataset.classes), "train": len(dataset.train), "test": len(dataset.test),
         "bit_depth": dataset.bit_depth,
-    }
+    }  # fmt: skip
 
 
 def prepare(config: Config, *, progress: bool = True) -> Inputs:
     """Load the dataset and compute its features, or find them in the cache.
 
-    Raises:
-        InputError: A device, dataset, image or weights file that is not there or not usable.
+    An InputError on a device, dataset, image or weights file that is not there or not usable.
     """
     device = select_device(config.device)
     data, features = config.data, config.features
@@ -115,25 +107,16 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
     if data.classes == "folders":
         dataset.class_idx(dataset.test)  # refuses images of no known class before any work
     backbone = build_backbone(
-        features.backbone,
-        out_indices=features.out_indices,
-        pyramid=features.pyramid,
+        features.backbone, out_indices=features.out_indices, pyramid=features.pyramid,
         weights=features.weights,
-    ).to(device)
+    ).to(device)  # fmt: skip
 
     def of(records: tuple[ImageRecord, ...]) -> Features:
         return dataset_features(
-            records,
-            backbone,
-            image_size=data.image_size,
-            resize=data.resize,
-            dtype=features.dtype,
-            storage=features.storage,
-            device=device,
-            batch_size=features.batch_size,
-            num_workers=data.num_workers,
-            progress=progress,
-        )
+            records, backbone, image_size=data.image_size, resize=data.resize, dtype=features.dtype,
+            storage=features.storage, device=device, batch_size=features.batch_size,
+            num_workers=data.num_workers, progress=progress,
+        )  # fmt: skip
 
     train, test = of(dataset.train), of(dataset.test)
     if data.classes == "discovered":
@@ -162,15 +145,11 @@ def summary(inputs: Inputs) -> pd.DataFrame:
         state = "anomalous" if record.is_anomalous else "normal" if record.is_labelled else "unlabelled"
         counts[record.class_name, "train" if record.split == "train" else f"test {state}"] += 1
         counts[record.class_name, "with masks"] += record.mask_path is not None
-    table = pd.DataFrame(
-        [[counts[name, column] for column in columns] for name in inputs.dataset.classes],
-        index=pd.Index(inputs.dataset.classes, name="class"),
-        columns=columns,
-    )
+    rows = [[counts[name, column] for column in columns] for name in inputs.dataset.classes]
+    table = pd.DataFrame(rows, index=pd.Index(inputs.dataset.classes, name="class"), columns=columns)
     if inputs.test_labelled.all():
         del table["test unlabelled"]
-    if len(table) > 1:
-        # A row of its own, also beside a class of that name.
+    if len(table) > 1:  # a row of its own, also beside a class of that name
         table = pd.concat([table, table.sum().to_frame("all").T]).rename_axis("class")
     return table
 

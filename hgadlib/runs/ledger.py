@@ -25,9 +25,8 @@ _KEPT = ("schema", "dataset", "experiment", "seed", "protocol", "mean", "per_cla
 def record_of(run: Path, note: str = "") -> dict[str, Any]:
     """Return the record of a finished run: figures, configuration, images, hardware; no path of a machine.
 
-    Args:
-        run: The run's directory; an InputError if the run is not finished.
-        note: What a reader must know beside it, such as which images a folder held.
+    The note is what a reader must know beside it, such as which images a folder held. An InputError if the
+    run, a directory, is not finished.
     """
     metrics, config, history = read_metrics(run), read_config(run), read_history(run)
     return {
@@ -82,8 +81,7 @@ def add(run: Path, folder: Path, note: str = "") -> Path:
     """Write a finished run's record into the ledger, a folder; the same run always gives the same file."""
     record = record_of(run, note)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{record['dataset']}-{record['experiment']}-seed{record['seed']}{_digests(record)}"
-    file = folder / f"{name}.json"
+    file = folder / f"{record['dataset']}-{record['experiment']}-seed{record['seed']}{_digests(record)}.json"
     write_atomically(file, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return file
 
@@ -117,9 +115,8 @@ def group_records(
 ) -> dict[str, list[dict[str, Any]]]:
     """Group runs that trained the same by :func:`hgadlib.config.training_key`; each by images, then seed.
 
-    Args:
-        records: What :func:`read_records` gave; a setting that a record is too old to name has its default.
-        seed: True to tell runs of different seeds apart.
+    Records are :func:`read_records`'s; a setting that one is too old to name has its default. Where seed is
+    True, runs of different seeds are told apart.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:

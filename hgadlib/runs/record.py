@@ -71,15 +71,11 @@ def metrics_record(
 def scores_record(inputs: Inputs, result: Result) -> dict[str, np.ndarray]:
     """Compose scores.npz: a row per test image, and histograms of log-likelihoods."""
     return {
-        "score": result.evaluation.scores,
-        "label": inputs.test_labels,
-        "labelled": inputs.test_labelled,
-        "class_idx": inputs.test_classes,
-        "classes": np.array(inputs.dataset.classes),
+        "score": result.evaluation.scores, "label": inputs.test_labels, "labelled": inputs.test_labelled,
+        "class_idx": inputs.test_classes, "classes": np.array(inputs.dataset.classes),
         "image": np.array([image_name(inputs.dataset, record) for record in inputs.dataset.test]),
-        "log_likelihood_edges": result.likelihoods.edges,
-        "log_likelihood_counts": result.likelihoods.counts,
-    }
+        "log_likelihood_edges": result.likelihoods.edges, "log_likelihood_counts": result.likelihoods.counts,
+    }  # fmt: skip
 
 
 def history_columns(result: Result) -> dict[str, float]:
