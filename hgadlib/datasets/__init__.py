@@ -26,14 +26,9 @@ def default_root(name: str) -> Path:
 
 
 def load_dataset(
-    name: str,
-    *,
-    root: Path | str | None = None,
-    download: bool = False,
-    strict: bool = True,
-    bit_depth: int | None = None,
-    seed: int = 0,
-) -> Dataset:
+    name: str, *, root: Path | str | None = None, download: bool = False, strict: bool = True,
+    bit_depth: int | None = None, seed: int = 0,
+) -> Dataset:  # fmt: skip
     """Load the records of a dataset, in an order that depends on names only.
 
     Args:

@@ -116,21 +116,18 @@ def _row(images: Sequence[_Facts]) -> dict[str, object]:
     test = [facts.record for facts in images if facts.record.split == "test"]
     anomalous = [record for record in test if record.is_anomalous]
     widths, heights = (sorted(set(lengths)) for lengths in zip(*(f.size for f in images), strict=True))
-    size = f"{widths[0]}x{heights[0]}"
-    if len(widths) > 1 or len(heights) > 1:
-        size = f"{widths[0]}..{widths[-1]} x {heights[0]}..{heights[-1]}"
+    one, many = f"{widths[0]}x{heights[0]}", f"{widths[0]}..{widths[-1]} x {heights[0]}..{heights[-1]}"
     shares = [facts.mask_share for facts in images if facts.mask_share is not None]
     return {
         "train": len(images) - len(test),
         "test normal": sum(record.is_labelled and not record.is_anomalous for record in test),
-        "test anomalous": len(anomalous),
-        "unlabelled": sum(not record.is_labelled for record in test),
+        "test anomalous": len(anomalous), "unlabelled": sum(not record.is_labelled for record in test),
         "defects": len({record.defect_type for record in anomalous}),
         "masks": sum(record.mask_path is not None for record in anomalous),
         "mask area %": round(100 * float(np.mean(shares)), 2) if shares else None,
-        "size": size,
+        "size": one if len(widths) == len(heights) == 1 else many,
         "modes": some(sorted({facts.mode for facts in images}), 3),
-    }
+    }  # fmt: skip
 
 
 def _too_alike(name: str, images: Sequence[_Facts]) -> Iterator[str]:
@@ -142,7 +139,5 @@ def _too_alike(name: str, images: Sequence[_Facts]) -> Iterator[str]:
     if len(varied) > 1:
         distances, _ = NearestNeighbors(n_neighbors=1).fit(np.stack(varied)).kneighbors()
         if twins := int((distances < _TWIN * _SIDE).sum()):
-            yield (
-                f"class {name!r}: {twins} of {len(train)} training images have a twin, the same picture "
-                "but for less than a grey level"
-            )
+            copies = "have a twin, the same picture but for less than a grey level"
+            yield f"class {name!r}: {twins} of {len(train)} training images {copies}"

@@ -80,14 +80,9 @@ SOURCES: dict[str, Source] = {
 
 
 def fetch(
-    name: str,
-    *,
-    root: Path,
-    source: str | None = None,
-    checksum: str | None = None,
-    say: Callable[[str], None] | None = None,
-    pause: float = 1.0,
-) -> Path:
+    name: str, *, root: Path, source: str | None = None, checksum: str | None = None,
+    say: Callable[[str], None] | None = None, pause: float = 1.0,
+) -> Path:  # fmt: skip
     """Fetch a dataset into its folder, unless that holds something already; return the folder.
 
     Args:
@@ -115,9 +110,8 @@ def fetch(
         with FileLock(store / f"{name}.lock", timeout=0):
             _fetch(name, root, store, source, checksum or known.checksum, pause)
     except Timeout as error:
-        raise InputError(
-            f"{error.lock_file}: another fetch of this dataset is running; wait for it"
-        ) from error
+        reason = "another fetch of this dataset is running; wait for it"
+        raise InputError(f"{error.lock_file}: {reason}") from error
     except OSError as error:
         raise InputError(f"{root}: cannot be written: {error.strerror}; give another data_root") from error
     say(f"{name} is in {root}")
@@ -176,12 +170,8 @@ def _download(url: str, store: Path, name: str, checksum: str, pause: float) -> 
 
 
 def _resume(url: str, part: Path, pause: float, attempts: int = 5) -> None:
-    """Fill a partial file until the server's length is reached; getting further renews the patience.
-
-    What an earlier call left is gone on with; a note on the file's version lies beside it. It gives up when
-    `attempts` calls in a row did not get further, or the server does not have the file.
-    """
-    tag = part.with_suffix(".tag")
+    """Go on with a partial file until it is whole; give up when `attempts` calls in a row get no further."""
+    tag = part.with_suffix(".tag")  # Notes the version of the file.
     failures, best = 0, _size(part)
     while True:
         try:
@@ -276,10 +266,8 @@ def unpack(archive: Path, target: Path) -> None:
 
 
 def _plain(archive: Path, members: Iterable[Any], raw: IO[bytes], bar: Any) -> Iterator[Any]:
-    """Yield the members of an archive; refuse all that is no plain file or folder below the target, or twice.
-
-    The filters of tarfile and zipfile would mend names, or pass links, without a word.
-    """
+    """Yield an archive's members; refuse all that is no plain file or folder below the target, or twice."""
+    # The filters of tarfile and zipfile would mend names, or pass links, without a word.
     seen: set[PurePosixPath] = set()
     for member in members:
         if isinstance(member, zipfile.ZipInfo):

@@ -33,27 +33,21 @@ def package_root() -> Path:
 
 
 def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
-    """Read labels.csv and split the normal images.
+    """Read labels.csv, which lies beside images/ in root, and split the normal images.
 
     Normal has probability 0, anomalous 1; the doubtful ones between are left out and counted. Which normal
-    images are for training is drawn from a hash of their content, so it depends neither on names nor on
-    order, and identical images always fall on the same side.
+    images are for training is drawn, by the seed, from a hash of their content, so it depends neither on
+    names nor on order, and identical images always fall on the same side.
 
-    Args:
-        root: Folder with labels.csv and images/.
-        findings: Takes up bad files and counts.
-        seed: Another seed draws another split.
     Raises:
         InputError: labels.csv is missing or malformed, or (under strict) an image is missing.
     """
     cells: list[ImageRecord] = []
-    doubtful = 0
+    table, doubtful = root / _TABLE, 0
     try:
-        lines = (root / _TABLE).read_text(encoding="utf-8").splitlines()
+        lines = table.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise InputError(
-            f"{root / _TABLE}: {error.strerror}; expected the data folder of elpv-dataset"
-        ) from error
+        raise InputError(f"{table}: {error.strerror}; expected the data folder of elpv-dataset") from error
     for number, line in enumerate(lines, start=1):
         if not (fields := line.split()):
             continue
@@ -62,9 +56,8 @@ def load(root: Path, findings: Findings, seed: int = 0) -> list[ImageRecord]:
         except (IndexError, ValueError):
             kind = ""
         if kind not in ("mono", "poly") or not 0.0 <= probability <= 1.0:
-            raise InputError(
-                f"{root / _TABLE}, line {number}: expected IMAGE PROBABILITY {{mono|poly}}, found {line!r}"
-            )
+            expected = "expected IMAGE PROBABILITY {mono|poly}"
+            raise InputError(f"{table}, line {number}: {expected}, found {line!r}")
         if 0.0 < probability < 1.0:
             doubtful += 1
         elif not path.is_file():
@@ -95,11 +88,8 @@ def _draw(cells: list[ImageRecord], digests: Iterable[str], seed: int) -> set[Im
     train: set[ImageRecord] = set()
     for kind in sorted({cell.class_name for cell in cells}):
         # Content that also stands for something else, anomalous or the other type, must not be learnt.
-        own = [
-            groups[digest]
-            for digest in drawn
-            if all(cell.class_name == kind and not cell.is_anomalous for cell in groups[digest])
-        ]
+        alike = (groups[digest] for digest in drawn)
+        own = [group for group in alike if all(c.class_name == kind and not c.is_anomalous for c in group)]
         before = [0, *itertools.accumulate(map(len, own))]
         target = round(TRAIN_SHARE * before[-1])
         train.update(*(group for group, count in zip(own, before, strict=False) if count < target))

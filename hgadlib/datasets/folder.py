@@ -71,16 +71,13 @@ def _refuse_other_layouts(root: Path, folders: list[Path], files: list[Path]) ->
     for folder in (root, *folders):
         inner = [path for path in list_folder(folder)[0] if path != root / SCORE]
         if (folder / "Data" / "Images").is_dir():
-            raise InputError(
-                f"{root}: looks like VisA, without its table split_csv/1cls.csv; copy that from the archive "
-                f"to {root}, or arrange the images as CLASS/train/good and CLASS/test/DEFECT"
-            )
+            looks = "looks like VisA, without its table split_csv/1cls.csv; copy that from the archive to"
+            advice = "or arrange the images as CLASS/train/good and CLASS/test/DEFECT"
+            raise InputError(f"{root}: {looks} {root}, {advice}")
         if (good := _part(inner, *_GOOD)) and len(inner) > 1:
-            raise InputError(
-                f"{folder}: {good.name!r} beside {some([i.name for i in inner if i != good])} looks like one "
-                "class with its defects, which must lie apart from the training images; "
-                f"arrange it by: {_commands(folder, good, inner)}"
-            )
+            found = f"{good.name!r} beside {some([i.name for i in inner if i != good])}"
+            looks = "looks like one class with its defects, which must lie apart from the training images"
+            raise InputError(f"{folder}: {found} {looks}; arrange it by: {_commands(folder, good, inner)}")
     homes = [] if any(map(is_image, files)) else class_homes(root)
     if homes and homes != [root]:
         places = some([str(home) for home in homes], 3)
@@ -102,14 +99,9 @@ def _commands(folder: Path, good: Path, inner: list[Path]) -> str:
 
 
 def read_class(
-    folder: Path,
-    class_name: str,
-    findings: Findings,
-    *,
-    good: str | None = None,
-    photos: str = "",
-    masks: str | None = None,
-) -> list[ImageRecord]:
+    folder: Path, class_name: str, findings: Findings,
+    *, good: str | None = None, photos: str = "", masks: str | None = None,
+) -> list[ImageRecord]:  # fmt: skip
     """Read one class of the MVTec layout: records, train before test, test by defect type and name.
 
     Args:

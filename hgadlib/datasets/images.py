@@ -35,10 +35,9 @@ _DECODE_ERRORS = (
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 _REASONS = {
-    errno.EACCES: "permission denied; make the file readable",
-    errno.ENOENT: "no such file",
+    errno.EACCES: "permission denied; make the file readable", errno.ENOENT: "no such file",
     errno.EISDIR: "expected an image file, found a folder",
-}
+}  # fmt: skip
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -83,11 +82,7 @@ def _reason(path: Path, error: BaseException) -> str:
 
 
 def read_header(path: Path | str) -> ImageHeader:
-    """Read size and mode without decoding a pixel.
-
-    Raises:
-        InputError: The file is missing, unreadable, empty or not an image.
-    """
+    """Read size and mode, no pixel; an InputError where a file is missing, unreadable, empty or no image."""
     with _opened(path) as image:
         # Of colours with 16 bits Pillow keeps 8; the tiles' raw mode tells, such as "RGB;16B", until
         # the pixels or the EXIF data are loaded.
@@ -100,11 +95,7 @@ def read_header(path: Path | str) -> ImageHeader:
 
 
 def largest_value(path: Path | str) -> int:
-    """Find the largest value of a 16-bit image; of colours Pillow reads 8 bits, the lower count as 1.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
+    """Find the largest 16-bit value (of colours Pillow reads 8, the lower count as 1) or raise InputError."""
     with _opened(path) as image:
         if image.mode.startswith("I"):
             return int(np.asarray(image).max())
@@ -140,22 +131,17 @@ def read_image(path: Path | str, bit_depth: int = 16) -> NDArray[np.uint8]:
 
     Grey becomes three equal channels; transparency is laid over black; palette and CMYK are converted; EXIF
     rotation is applied; of several frames the first counts. Of 16-bit files (`ImageRecord.bit_depth`) values
-    from 0 to 2^bit_depth - 1 are scaled to 0..255, those above count as 255.
-
-    Raises:
-        InputError: The file cannot be read; the line names it and the reason.
+    from 0 to 2^bit_depth - 1 are scaled to 0..255, those above count as 255. A file that cannot be read is an
+    InputError, whose line names it and the reason.
     """
     return np.array(_open_rgb(path, bit_depth))
 
 
 def read_mask(path: Path | str) -> NDArray[np.bool_]:
-    """Decode a mask, (H, W) bool: any non-zero pixel is anomalous.
+    """Decode a mask, (H, W) bool: any non-zero pixel is anomalous; an InputError where it cannot be read.
 
     A pixel counts where one of its colour channels is not zero after transparency was laid over black; in a
     JPEG, whose compression leaves small values beside every edge, where one is above 127.
-
-    Raises:
-        InputError: The file cannot be read.
     """
     with _opened(path) as image:
         threshold = 127 if image.format == "JPEG" else 0
@@ -176,10 +162,8 @@ def check_mask_size(mask_path: Path, mask_shape: tuple[int, ...], image_path: Pa
     """Refuse, by an InputError, a mask whose size is not its image's."""
     height, width = read_header(image_path)[:2]
     if mask_shape != (height, width):
-        raise InputError(
-            f"{mask_path}: mask is {mask_shape[1]}x{mask_shape[0]} pixels, but its image {image_path.name} "
-            f"is {width}x{height}; a mask must have its image's size"
-        )
+        other = f"its image {image_path.name} is {width}x{height}; a mask must have its image's size"
+        raise InputError(f"{mask_path}: mask is {mask_shape[1]}x{mask_shape[0]} pixels, but {other}")
 
 
 def _placement(height: int, width: int, size: int, policy: str) -> tuple[_Box, tuple[int, int, int, int]]:
@@ -250,12 +234,9 @@ def _threads(num_workers: int | None) -> int:
 
 
 def parallel_map(
-    function: Callable[[_Item], _Result],
-    items: Iterable[_Item],
-    *,
-    num_workers: int | None = None,
-    ahead: int = 64,
-) -> Iterator[_Result]:
+    function: Callable[[_Item], _Result], items: Iterable[_Item],
+    *, num_workers: int | None = None, ahead: int = 64,
+) -> Iterator[_Result]:  # fmt: skip
     """Map in threads, results in the order of the items, at most `ahead` of them unread.
 
     Threads suffice for images: Pillow and NumPy let go of the interpreter lock while they compute. The first
@@ -275,16 +256,10 @@ def parallel_map(
 
 
 def load_images(
-    paths: Sequence[Path | str],
-    *,
-    size: int,
-    resize: str = "stretch",
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    batch_size: int,
-    num_workers: int | None = None,
+    paths: Sequence[Path | str], *, size: int, resize: str = "stretch", mean: tuple[float, float, float],
+    std: tuple[float, float, float], batch_size: int, num_workers: int | None = None,
     bit_depths: Sequence[int] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Decode, resize and normalise images in batches, in parallel, in order.
 
     Args:
@@ -331,9 +306,7 @@ def load_masks(
     """Load the masks of N records, (N, size, size) bool, resized along with their images.
 
     Those that are normal, or have no mask, get an empty mask. For resize and num_workers see `load_images`.
-
-    Raises:
-        InputError: A mask is bad or its size differs from its image's.
+    A bad mask, or one whose size differs from its image's, is an InputError.
     """
 
     def load(record: ImageRecord) -> NDArray[np.bool_]:

@@ -92,11 +92,8 @@ PARTS: Mapping[str, Callable[[Path, Findings], list[ImageRecord]]] = {
 
 def load_union(roots: Mapping[str, Path], findings: Findings) -> list[ImageRecord]:
     """Read the four sets; a class is named PART/CLASS, so that both kinds of capsules keep their own id."""
-    return [
-        replace(record, class_name=f"{part}/{record.class_name}")
-        for part in sorted(PARTS)
-        for record in PARTS[part](roots[part], findings)
-    ]
+    pairs = ((part, record) for part in sorted(PARTS) for record in PARTS[part](roots[part], findings))
+    return [replace(record, class_name=f"{part}/{record.class_name}") for part, record in pairs]
 
 
 def _read_classes(root: Path, findings: Findings, **layout: str) -> tuple[Path, list[ImageRecord]]:
@@ -106,10 +103,8 @@ def _read_classes(root: Path, findings: Findings, **layout: str) -> tuple[Path, 
         home, folders = folders[0], list_folder(folders[0], findings)[0]
     classes = [folder for folder in folders if (folder / "train").is_dir()]
     if not classes:
-        hint = "".join(f", perhaps {home}" for home in class_homes(root)[:1])
-        raise InputError(
-            f"{root}: expected folders CLASS/train, found none; give the folder of the dataset{hint}"
-        )
+        hint = ", perhaps ".join(["the folder of the dataset", *map(str, class_homes(root)[:1])])
+        raise InputError(f"{root}: expected folders CLASS/train, found none; give {hint}")
     for folder in (folder for folder in folders if folder not in classes):
         if (folder / "test").is_dir():
             findings.bad(folder, f"class {folder.name!r} is in test but not in train")
@@ -132,9 +127,8 @@ def _read_table(root: Path, findings: Findings) -> list[ImageRecord]:
         expected = f"expected {', '.join(COLUMNS)}, found {', '.join(header)}"
         raise InputError(f"{table}: column {missing[0]!r} is missing; {expected}")
     found = (_read_row(root, f"line {number}", row, findings) for number, row in enumerate(rows, start=2))
-    return sorted(
-        filter(None, found), key=lambda r: (r.class_name, r.split != "train", r.is_anomalous, r.path)
-    )
+    records = filter(None, found)
+    return sorted(records, key=lambda r: (r.class_name, r.split != "train", r.is_anomalous, r.path))
 
 
 def _read_row(root: Path, line: str, cells: Mapping[str, str], findings: Findings) -> ImageRecord | None:
@@ -163,17 +157,10 @@ def _read_row(root: Path, line: str, cells: Mapping[str, str], findings: Finding
 
 
 def _compare(
-    name: str,
-    root: Path,
-    records: list[ImageRecord],
-    expected: Mapping[str, tuple[int, ...]],
-    parts: Sequence[str],
-    findings: Findings,
-) -> list[ImageRecord]:
-    """Compare a set's counts with the published ones; warn, and name what is missing, where they differ.
-
-    What the counts count is said by parts: "train", "test", "normal", "anomalous", "test normal", ...
-    """
+    name: str, root: Path, records: list[ImageRecord], expected: Mapping[str, tuple[int, ...]],
+    parts: Sequence[str], findings: Findings,
+) -> list[ImageRecord]:  # fmt: skip
+    """Compare counts by part ("train", "test normal", ...) with the published; warn, name what is missing."""
     found: Counter[tuple[str, str]] = Counter()
     for record in records:
         kind = "anomalous" if record.is_anomalous else "normal"
@@ -185,9 +172,8 @@ def _compare(
     if foreign := sorted(present - set(expected)):
         problems.append(f"classes that are not part of it: {some(foreign)}")
     for class_name in sorted(present & set(expected)):
-        counts = (
-            (part, found[class_name, part], n) for part, n in zip(parts, expected[class_name], strict=True)
-        )
+        published = zip(parts, expected[class_name], strict=True)
+        counts = ((part, found[class_name, part], n) for part, n in published)
         if wrong := ", ".join(f"{part} {count} of {n}" for part, count, n in counts if count != n):
             own = [record for record in records if record.class_name == class_name]
             gaps = _gaps(root, own, expected[class_name][0] if parts[0] == "train" else None)

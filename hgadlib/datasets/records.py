@@ -125,18 +125,12 @@ class Dataset:
         return (*self.notes, *(f"{reason} (class {', '.join(names)})" for reason, names in reasons.items()))
 
     def class_idx(self, records: Sequence[ImageRecord]) -> NDArray[np.int64]:
-        """Look up the class ids of B records of this dataset, (B,) int64.
-
-        Raises:
-            InputError: A record's class is unknown, so that it has no id.
-        """
+        """Look up the class ids of B records, (B,) int64; an InputError where a class is unknown here."""
         ids = {name: index for index, name in enumerate(self.classes)}
         if unknown := next((record for record in records if record.class_name not in ids), None):
-            raise InputError(
-                f"{unknown.path}: expected one of the classes {', '.join(ids)}, found "
-                f"{unknown.class_name!r}; put the image in a folder named after its class, or set "
-                "classes: discovered"
-            )
+            expected = f"expected one of the classes {', '.join(ids)}, found {unknown.class_name!r}"
+            advice = "put the image in a folder named after its class, or set classes: discovered"
+            raise InputError(f"{unknown.path}: {expected}; {advice}")
         return np.array([ids[record.class_name] for record in records], dtype=np.int64)
 
 
@@ -150,11 +144,8 @@ def relabel(dataset: Dataset, train_classes: Sequence[str], test_classes: Sequen
     """
     expected, found = (len(dataset.train), len(dataset.test)), (len(train_classes), len(test_classes))
     if found != expected:
-        raise InputError(
-            "expected class names of {} training and {} test images, found {} and {}".format(
-                *expected, *found
-            )
-        )
+        message = "expected class names of {} training and {} test images, found {} and {}"
+        raise InputError(message.format(*expected, *found))
     if orphans := sorted(set(test_classes) - set(train_classes)):
         raise InputError(f"class {orphans[0]!r} has test images but no training image")
     names = {"train": iter(train_classes), "test": iter(test_classes)}

@@ -149,10 +149,8 @@ def holds(folder: Path, marker: str, what: str, expected: Mapping[str, object]) 
         found = dict(json.loads((folder / marker).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}: expected {what}, found other files; give another folder") from error
-    if differs := sorted(key for key, value in expected.items() if found.get(key) != value):
-        raise InputError(
-            f"{folder}: holds {what} that differs in {', '.join(differs)}; remove it or give another folder"
-        )
+    if keys := ", ".join(sorted(key for key, value in expected.items() if found.get(key) != value)):
+        raise InputError(f"{folder}: holds {what} that differs in {keys}; remove it or give another folder")
     return True
 
 
@@ -170,13 +168,10 @@ def verify(
 
     Under strict the headers are read, and 16-bit images decoded: cheap, and enough to find empty files, text
     named .png, masks of another size and the values in use; what is damaged further in is found on decoding.
-    Otherwise all is decoded here, in parallel, so that bad images can be left out.
+    Otherwise all is decoded here, in parallel, so that bad images can be left out. The good records return,
+    in order, with their bit depth: bits in use of 16-bit files, as given or, for None, the least of 8, 10,
+    12, 14 and 16 that hold the training images' largest value.
 
-    Args:
-        records: Of a dataset; the good ones return, in order, with their bit depth.
-        findings: Takes up what is bad, and which of 16 bits are in use.
-        bit_depth: Bits in use of 16-bit files; None for the least of 8, 10, 12, 14 and 16 that hold the
-            training images' largest value.
     Raises:
         InputError: Under strict, for the first bad image or mask.
     """
@@ -221,20 +216,16 @@ def _settle_bit_depth(good: Sequence[_Seen], bit_depth: int | None, findings: Fi
         return 16
     top = 2**depth - 1
     reason = "as data.bit_depth says" if bit_depth else "data.bit_depth sets another range"
-    findings.note(
-        f"{len(deep)} image(s) hold 16 bits a channel, the largest value in training is {largest}: "
-        f"read as {depth} bits, 0 to {top} ({reason})"
-    )
+    held = f"{len(deep)} image(s) hold 16 bits a channel, the largest value in training is {largest}"
+    findings.note(f"{held}: read as {depth} bits, 0 to {top} ({reason})")
     for name in sorted({record.class_name for record, _ in deep}):
         own = [(record.path, value) for record, value in deep if record.class_name == name]
         if shallow := sum(seen.record.class_name == name for seen in good) - len(own):
             findings.note(f"class {name!r} mixes bit depths: {len(own)} file(s) of 16 bits, {shallow} of 8")
         # Between neighbouring depths lies a factor of four; brightness alone seldom makes as much.
         if dark := [str(path) for path, value in own if 3 * value < largest]:
-            findings.note(
-                f"class {name!r}: {len(dark)} of {len(own)} 16-bit image(s) use less than a third of the "
-                f"values up to {largest}, so bit depths may be mixed: {some(dark, 1)}"
-            )
+            low = f"use less than a third of the values up to {largest}, so bit depths may be mixed"
+            findings.note(f"class {name!r}: {len(dark)} of {len(own)} 16-bit image(s) {low}: {some(dark, 1)}")
     if beyond := [str(record.path) for record, value in deep if value > top]:
         findings.note(f"{len(beyond)} image(s) have values above {top}, read as white: {some(beyond, 1)}")
     return depth

@@ -134,10 +134,9 @@ def _write_class(
     # Of one content, the first by name stands for all.
     first = {digest: record for record, digest in reversed(pairs)}
     if len(first) < 2 * MIN_HELD_OUT:
-        raise InputError(
-            f"class {pairs[0][0].class_name!r}: expected at least {2 * MIN_HELD_OUT} different normal "
-            f"training images, half of them to hold out, found {len(first)}; add images or leave it out"
-        )
+        least = f"at least {2 * MIN_HELD_OUT} different normal training images, half of them to hold out"
+        found = f"found {len(first)}; add images or leave it out"
+        raise InputError(f"class {pairs[0][0].class_name!r}: expected {least}, {found}")
     count = min(max(round(held_out * len(first)), MIN_HELD_OUT), MAX_HELD_OUT, len(first) // 2)
     drawn = sorted(first, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())[:count]
     stems = _unique_stems([record for record, _ in pairs])

@@ -48,7 +48,6 @@ DEFECTS: dict[str, dict[str, defects.Defect | None]] = {
     "hex_nut": {"color": _tinted(0.36, 0.16, 0.07), **_PART},
 }
 """Class -> kind of defect -> what draws it; None where the scene itself lacks a part.
-
 The tints are spilt paint, a burn, yellowing, drought, oil and rust."""
 
 
@@ -106,11 +105,8 @@ def _write(shot: Shot, seed: int, root: Path) -> None:
 
 
 def ensure(where: Path, seed: int = 0) -> Path:
-    """Make the demo dataset unless it is there; return its folder.
+    """Make the demo dataset unless it is there; return its folder: `where`, of another seed `where`-seedK.
 
-    Args:
-        where: Folder of the dataset; another seed than 0 has its own beside it, `where`-seedK.
-        seed: Draws all images.
     Raises:
         InputError: The folder holds something else, or cannot be written.
     """

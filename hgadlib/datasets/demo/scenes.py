@@ -248,11 +248,8 @@ def _dial() -> Image.Image:
         return middle + radius * middle * np.cos(angle), middle + radius * middle * np.sin(angle)
 
     box = (middle * 0.37, middle * 0.37, middle * 1.63, middle * 1.63)
-    for start, end, tone in (
-        (135, 300, (92, 148, 96)),
-        (300, 354, (226, 178, 66)),
-        (354, 405, (196, 52, 46)),
-    ):
+    arcs = ((135, 300, (92, 148, 96)), (300, 354, (226, 178, 66)), (354, 405, (196, 52, 46)))
+    for start, end, tone in arcs:
         draw.arc(box, start, end, fill=tone, width=22)
     for index in range(51):
         degrees = 135 + index * 5.4
