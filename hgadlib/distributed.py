@@ -1,9 +1,8 @@
 """Several processes that train one model: each takes its share of every batch, and all take the same step.
 
 ``torchrun --nproc-per-node N -m hgadlib -p dataset NAME`` starts them. A batch's mean loss is the sum over
-processes of their own means, weighted by their share of the images; so are its gradients. Each process then
-takes the same step on its copy of the model, and the losses are, to rounding, those of one process that has
-the whole batch.
+processes of their own means, weighted by their share of the images; so are its gradients. Each then takes
+the same step on its copy of the model, and losses are, to rounding, those of one process with all the batch.
 """
 
 from __future__ import annotations
@@ -42,14 +41,10 @@ class Group:
         return self.rank == 0
 
     def share(self, batch: Tensor) -> tuple[Tensor, float]:
-        """Take this process's part of a batch.
+        """Take this process's part of a batch, and what its mean counts for in the batch's mean.
 
-        Args:
-            batch: Indices of the whole batch, (B,), the same in every process.
-        Returns:
-            This process's indices, at least one, and what its mean counts for in the batch's mean. A process
-            for which nothing is left computes on an image all the same, counting 0, so that every process
-            has gradients of the same parameters.
+        The batch's indices, (B,), are the same in every process. One for which nothing is left computes on an
+        image all the same, counting 0, so that every process has gradients of the same parameters.
         """
         part = batch.tensor_split(self.size)[self.rank]
         return (part, len(part) / len(batch)) if len(part) else (batch[:1], 0.0)
@@ -61,8 +56,7 @@ class Group:
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -88,12 +82,10 @@ ALONE = Group()
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[tuple[Group, str]]:
-    """Join the processes that torchrun has started; alone where it has not.
+    """Join the processes that torchrun has started, else be alone: the group, and this process's device.
 
     Args:
         device: As in the configuration. With CUDA, each process takes the device of its local number.
-    Yields:
-        The group, and the name of this process's device.
     Raises:
         InputError: More processes than CUDA devices, or one device named for several processes.
     """
@@ -105,9 +97,7 @@ def process_group(device: str = "auto") -> Iterator[tuple[Group, str]]:
     if on_cuda:
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if ":" in device:
-            raise InputError(
-                f"device {device!r}: expected cuda for {size} processes, found one device's number"
-            )
+            raise InputError(f"device {device!r}: expected cuda for {size} processes, found one device")
         if local >= count:
             raise InputError(
                 f"--nproc-per-node: expected at most {count} processes, one a device, found {local + 1}"

@@ -28,10 +28,7 @@ class FileError(OSError):
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to; what lies there afterwards takes the file's place at once.
 
-    An exception leaves the file as it was and nothing beside it.
-
-    Raises:
-        FileError: The file cannot be written; the disk is full, for instance.
+    An exception leaves the file as it was and nothing beside it; a FileError where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -62,10 +59,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; it becomes the target at once when the block ends.
 
-    An exception leaves nothing behind. The target may be an empty folder, not a full one.
-
-    Raises:
-        OSError: The place cannot be written, or the target was filled by somebody else meanwhile.
+    An exception leaves nothing behind. The target may be an empty folder; where it is full, or filled
+    meanwhile, or the place cannot be written, that is an OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-unfinished-", dir=target.parent))
@@ -87,10 +82,7 @@ def user_path(path: Path | str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder of what can be computed again: $HGAD_CACHE, else ~/.cache/hgad.
-
-    Where nobody has a home, it lies among the temporary files.
-    """
+    """Return the cache's folder: $HGAD_CACHE, ~/.cache/hgad, or a temporary one where there is no home."""
     if named := os.environ.get("HGAD_CACHE"):
         return user_path(named)
     try:
@@ -102,27 +94,21 @@ def cache_dir() -> Path:
 def content_digests(paths: Sequence[Path | str]) -> list[str]:
     """Compute the sha256 of each file's content, reading only those that changed since the last time.
 
-    What is known lies in ``cache_dir()/contents.sqlite``, by path, size, times of change and inode.
-
-    Raises:
-        OSError: A file cannot be read.
+    What is known lies in ``cache_dir()/contents.sqlite``, by path, size, times of change and inode;
+    an OSError where a file cannot be read.
     """
     found = []
+    select = "select sha256 from contents where path=? and size=? and mtime=? and ctime=? and inode=?"
     with contextlib.closing(_known_contents()) as known:
         for path in map(os.path.abspath, paths):
             stat = os.stat(path)
             facts = (os.fsencode(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-            row = known.execute(
-                "select sha256 from contents where path=? and size=? and mtime=? and ctime=? and inode=?",
-                facts,
-            ).fetchone()
+            row = known.execute(select, facts).fetchone()
             digest = row[0] if row else sha256_of(Path(path))
             # Two changes within one tick of the clock have one time: too young to be known by it.
             if row is None and time.time_ns() - stat.st_ctime_ns > _TICK_NS:
                 with contextlib.suppress(sqlite3.Error):  # the cache may be read-only
-                    known.execute(
-                        "insert or replace into contents values (?, ?, ?, ?, ?, ?)", (*facts, digest)
-                    )
+                    known.execute("replace into contents values (?, ?, ?, ?, ?, ?)", (*facts, digest))
             found.append(digest)
         with contextlib.suppress(sqlite3.Error):
             known.commit()
@@ -135,8 +121,7 @@ def _known_contents() -> sqlite3.Connection:
         cache_dir().mkdir(parents=True, exist_ok=True)
         known = sqlite3.connect(cache_dir() / "contents.sqlite")
         known.execute(table)
-    except (OSError, sqlite3.Error):
-        # No place to remember anything: then all is read.
+    except (OSError, sqlite3.Error):  # no place to remember anything: then all is read
         known = sqlite3.connect(":memory:")
         known.execute(table)
     return known

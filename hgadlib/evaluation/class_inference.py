@@ -32,10 +32,8 @@ _BATCH = 32
 
 @torch.inference_mode()
 def class_log_probs(model: HGAD, features: Features) -> NDArray[np.float64]:
-    """Compute the log-density of N images' latents under every class's mixture.
+    """Compute images' log-density under each class's mixture, summed over levels and positions: (N, K), nats.
 
-    Returns:
-        Sums over levels and positions in nats, (N, K).
     Raises:
         InputError: The model has one Gaussian for all classes, so no class is likelier than another.
     Source: paper Sec. 3.4, for every class in turn.
@@ -65,8 +63,7 @@ def score_as(
 ) -> NDArray[np.float32]:
     """Score N images as members of classes (N,), true or inferred, under the constants that training stored.
 
-    Returns:
-        Image scores, (N,); higher is more anomalous.
+    Image scores, (N,); higher is more anomalous.
     """
     values, nobody = level_values(model, features, class_idx), np.zeros(len(class_idx), bool)
     how = Protocol("inductive", score.criterion)

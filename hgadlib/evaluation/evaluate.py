@@ -90,16 +90,10 @@ def _halved(maps: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: HGAD,
-    values: LevelValues,
-    class_idx: np.ndarray,
-    labels: np.ndarray,
-    masks: dict[int, np.ndarray] | None,
-    *,
-    score: ScoreConfig,
-    protocol: Protocol,
-    labelled: np.ndarray | None = None,
-) -> Evaluation:
+    model: HGAD, values: LevelValues, class_idx: np.ndarray, labels: np.ndarray,
+    masks: dict[int, np.ndarray] | None, *,
+    score: ScoreConfig, protocol: Protocol, labelled: np.ndarray | None = None,
+) -> Evaluation:  # fmt: skip
     """Compute every metric of a test set under one protocol.
 
     Args:

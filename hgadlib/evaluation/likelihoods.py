@@ -59,14 +59,9 @@ class Likelihoods(NamedTuple):
 
 
 def compare_likelihoods(
-    log_prob: Sequence[Tensor],
-    class_idx: np.ndarray,
-    labels: np.ndarray,
-    masks: Mapping[int, np.ndarray],
-    *,
-    labelled: np.ndarray,
-    n_classes: int,
-) -> Likelihoods:
+    log_prob: Sequence[Tensor], class_idx: np.ndarray, labels: np.ndarray, masks: Mapping[int, np.ndarray], *,
+    labelled: np.ndarray, n_classes: int,
+) -> Likelihoods:  # fmt: skip
     """Compare normal with anomalous positions of a test set, as in Fig. 2 of the paper.
 
     Args:
@@ -90,8 +85,7 @@ def compare_likelihoods(
             own, where = values[members], touched[members]
             groups = own[~where], own[where]
             counts[k, level] = [np.histogram(g.clamp_min(low).numpy(), edges[level])[0] for g in groups]
-            overlap = histogram_overlap(*counts[k, level])
-            if overlap is not None:
+            if (overlap := histogram_overlap(*counts[k, level])) is not None:
                 found.append((overlap, *(float(g.double().mean()) for g in groups)))
     names = ("test_overlap", "test_log_prob_normal", "test_log_prob_anomalous")
     columns = {name: float(np.mean(of)) for name, of in zip(names, zip(*found, strict=True), strict=False)}

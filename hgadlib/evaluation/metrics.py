@@ -152,8 +152,7 @@ class PixelMetrics:
         # Two corners per score: flat over the normal scores above it, then a slope over those tied with it.
         corners = np.stack([above, above + tied], axis=1).ravel() / n_normal
         aupro = _area(corners, np.cumsum(regions), self.fpr_limit)
-        values = map(float, (auroc, average_precision, f1_max, aupro))
-        return dict(zip(PIXEL_METRICS, values, strict=True))
+        return dict(zip(PIXEL_METRICS, map(float, (auroc, average_precision, f1_max, aupro)), strict=True))
 
 
 def mean_metrics(per_class: Mapping[str, Mapping[str, float | None]]) -> Metrics:

@@ -15,14 +15,9 @@ from hgadlib.scoring import anomaly_maps, image_scores
 
 
 def predict_batches(
-    backbone: Backbone,
-    model: HGAD,
-    images: Iterable[tuple[Tensor, Tensor]],
-    class_names: Iterable[str],
-    *,
-    score: ScoreConfig,
-    dtype: str = "float32",
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    backbone: Backbone, model: HGAD, images: Iterable[tuple[Tensor, Tensor]], class_names: Iterable[str], *,
+    score: ScoreConfig, dtype: str = "float32",
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Score images a batch at a time.
 
     Args:

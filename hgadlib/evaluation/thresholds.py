@@ -22,10 +22,7 @@ from hgadlib.errors import InputError
 
 
 def images_needed(false_alarm_rate: float) -> int:
-    """Return the least number of held-out normal images for which a threshold exists.
-
-    Raises:
-        InputError: The rate lies outside (0, 1).
+    """Return the least number of held-out normal images for a rate; an InputError of one outside (0, 1).
 
     >>> [images_needed(rate) for rate in (0.1, 0.05, 0.01)]
     [9, 19, 99]

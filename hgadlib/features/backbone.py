@@ -62,14 +62,10 @@ class Backbone(nn.Module):
     def identity(self) -> dict[str, Any]:
         """Return everything about this network that shapes a feature, ready for JSON."""
         return {
-            "name": self.name,
-            "weights": self.weights_digest,
-            "out_indices": list(self.out_indices),
+            "name": self.name, "weights": self.weights_digest, "out_indices": list(self.out_indices),
             "pyramid": None if self.pyramid is None else list(self.pyramid),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "timm": timm.__version__,
-        }
+            "mean": list(self.mean), "std": list(self.std), "timm": timm.__version__,
+        }  # fmt: skip
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute one map per level, (B, C_l, H_l, W_l) float32, of each image by itself.
@@ -90,17 +86,12 @@ class Backbone(nn.Module):
             )
         maps = []
         for size in self.pyramid:
-            scaled = images
-            if size != largest:
-                scaled = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-            maps += self._in_parts(scaled)
+            x = images if size == largest else F.interpolate(images, size, mode="bilinear", antialias=True)
+            maps += self._in_parts(x)
         return maps
 
     def _in_parts(self, images: Tensor) -> list[Tensor]:
-        """Run the network on few images at a time, so that activations stay in a processor's cache.
-
-        Lite0 at 512 pixels is half as fast again for it, and an image's features depend on no other image.
-        """
+        """Run few images at a time, to stay in a processor's cache: Lite0 at 512 is half as fast again."""
         size = max(1, _PART_PIXELS // (images.shape[-2] * images.shape[-1]))
         if images.device.type != "cpu" or len(images) <= size:
             return self._stages(images)
@@ -117,11 +108,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def grids(self, image_size: int) -> list[tuple[int, int]]:
-        """Find (H_l, W_l) of each level for square images of this side in pixels, by a pass of an empty one.
-
-        Raises:
-            InputError: The network does not take images of that size.
-        """
+        """Find (H_l, W_l) of each level for square images of a side, pixels; an InputError of a wrong one."""
         device = next(self.network.parameters()).device
         try:
             maps = self(torch.zeros(1, 3, image_size, image_size, device=device))
@@ -168,9 +155,8 @@ def build_backbone(
             "features.pyramid: expected image sizes and exactly one stage in features.out_indices, "
             f"found sizes {list(pyramid)} and stages {list(indices)}"
         )
-    sizes = None if pyramid is None else tuple(pyramid)
     network = create_feature_network(name, indices, weights)
-    return Backbone(network, name=name, out_indices=indices, pyramid=sizes)
+    return Backbone(network, name=name, out_indices=indices, pyramid=tuple(pyramid) if pyramid else None)
 
 
 def create_feature_network(name: str, out_indices: tuple[int, ...], weights: Path | str | None) -> Any:
@@ -192,12 +178,9 @@ def create_feature_network(name: str, out_indices: tuple[int, ...], weights: Pat
     logger.setLevel(logging.ERROR)
     try:
         return _create(
-            name,
-            features_only=True,
-            out_indices=out_indices,
-            pretrained=trained,
+            name, features_only=True, out_indices=out_indices, pretrained=trained,
             pretrained_cfg_overlay=overlay,
-        )
+        )  # fmt: skip
     except (IndexError, AssertionError, ValueError) as error:
         stages = _create(name, features_only=True).feature_info.channels()
         raise InputError(
@@ -206,9 +189,7 @@ def create_feature_network(name: str, out_indices: tuple[int, ...], weights: Pat
         ) from error
     except (RuntimeError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"features.backbone: timm cannot give the feature maps of {name}: {reason}"
-        ) from error
+        raise InputError(f"features.backbone: timm cannot give feature maps of {name}: {reason}") from error
     finally:
         logger.setLevel(level)
 
@@ -221,10 +202,8 @@ def _published(name: str) -> Any:
     try:
         return timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
-        raise InputError(
-            f"features.backbone: timm has no weights {name!r}; its tags are {', '.join(tags)}"
-        ) from error
+        tags = ", ".join(t.partition(".")[2] for t in timm.list_pretrained(f"{name.partition('.')[0]}.*"))
+        raise InputError(f"features.backbone: timm has no weights {name!r}; its tags are {tags}") from error
 
 
 def _create(name: str, **kwargs: Any) -> Any:

@@ -51,12 +51,8 @@ def locked(entry: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
 
     The lock dies with its process, so an unfinished folder whose lock is free has no writer any more. On a
     file system without locks two writers may both compute; the first one that is done makes the entry.
-
-    Args:
-        entry: The entry's folder; the cache's is made where it is missing.
-        on_wait: Called once if another process holds the lock.
-    Raises:
-        InputError: The cache's folder cannot be written.
+    The cache's folder is made where it is missing, an InputError where that cannot be written; `on_wait` is
+    called once if another process holds the lock.
     """
     locks = entry.parent / "locks"
     lock = FileLock(locks / f"{entry.name}.lock")
@@ -78,12 +74,9 @@ def locked(entry: Path, *, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def write_entry(
-    entry: Path,
-    shapes: Sequence[tuple[int, ...]],
-    dtype: str,
-    batches: Iterable[Sequence[NDArray[Any]]],
+    entry: Path, shapes: Sequence[tuple[int, ...]], dtype: str, batches: Iterable[Sequence[NDArray[Any]]],
     **facts: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Write an entry batch by batch into a temporary folder, which becomes the entry all at once.
 
     Args:
@@ -131,8 +124,7 @@ def _disk_errors(entry: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-        reason = full or error.strerror or error
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or error
         raise InputError(
-            f"features cache: cannot write in {entry.parent} ({reason}); name a writable folder by HGAD_CACHE"
+            f"features cache: cannot write in {entry.parent} ({why}); name a writable folder by HGAD_CACHE"
         ) from error

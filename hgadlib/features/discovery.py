@@ -60,12 +60,8 @@ def assign_nearest(
 ) -> NDArray[np.int64]:
     """Find the class of the nearest reference image, (N,), by the angle between features.
 
-    Args:
-        features: (N, C).
-        reference_features: (R, C), a few per class suffice.
-        reference_labels: Class ids, (R,).
-    Raises:
-        InputError: Shapes do not fit, or there is no reference.
+    Features are (N, C), those of the references (R, C), a few per class, and their class ids (R,); an
+    InputError where shapes do not fit, or there is no reference.
     """
     x, reference = _finite_matrix(features), _finite_matrix(reference_features)
     labels = np.asarray(reference_labels, dtype=np.int64)
@@ -85,5 +81,4 @@ def _finite_matrix(features: ArrayLike) -> NDArray[np.float64]:
 
 
 def _cluster(x: NDArray[np.float64], k: int, seed: int) -> NDArray[np.int64]:
-    labels = KMeans(k, n_init=10, random_state=seed).fit_predict(x)
-    return pd.factorize(labels)[0].astype(np.int64)
+    return pd.factorize(KMeans(k, n_init=10, random_state=seed).fit_predict(x))[0].astype(np.int64)

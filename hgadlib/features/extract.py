@@ -53,7 +53,7 @@ def dataset_features(
     num_workers: int | None = None,
     progress: bool = True,
 ) -> Features:
-    """Compute the features of some images, or find them in the cache (HGAD_CACHE, else ~/.cache/hgad).
+    """Compute images' features, in their order, or find them in the cache (HGAD_CACHE, else ~/.cache/hgad).
 
     Args:
         records: N images.
@@ -68,8 +68,6 @@ def dataset_features(
         batch_size: Images per forward pass.
         num_workers: Decoding threads; None for one per core.
         progress: Whether to show a bar and to say how large the features will be.
-    Returns:
-        The features, in the order of the records.
     Raises:
         InputError: A parameter or an image is wrong, a file changed meanwhile, or there is no room.
     """
@@ -86,15 +84,10 @@ def dataset_features(
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
     ingredients = {
-        "version": FEATURES_VERSION,
-        "backbone": backbone.identity(),
-        "image_size": image_size,
-        "resize": resize,
-        "dtype": dtype,
-        "pillow": PIL.__version__,
-        "contents": contents,
+        "version": FEATURES_VERSION, "backbone": backbone.identity(), "image_size": image_size,
+        "resize": resize, "dtype": dtype, "pillow": PIL.__version__, "contents": contents,
         **({"bit_depths": bit_depths} if min(bit_depths) < 16 else {}),
-    }
+    }  # fmt: skip
     text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), allow_nan=False)
     key = hashlib.sha256(text.encode()).hexdigest()
     entry = cache_dir() / key
@@ -107,15 +100,9 @@ def dataset_features(
         nbytes = sum(map(math.prod, shapes)) * torch.finfo(getattr(torch, dtype)).bits // 8
         where = choose_storage(nbytes, storage, device)  # refuses before the work, not after
         loaded = load_images(
-            paths,
-            size=image_size,
-            resize=resize,
-            mean=backbone.mean,
-            std=backbone.std,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            bit_depths=bit_depths,
-        )
+            paths, size=image_size, resize=resize, mean=backbone.mean, std=backbone.std,
+            batch_size=batch_size, num_workers=num_workers, bit_depths=bit_depths,
+        )  # fmt: skip
         batches = _compute(backbone, loaded, facts, dtype=dtype, device=device, progress=progress)
         if not keep:
             if where == "file":
@@ -150,14 +137,9 @@ def dataset_features(
 
 
 def _compute(
-    backbone: Backbone,
-    loaded: Iterable[tuple[Tensor, Tensor]],
-    facts: list[tuple[str, int, int]],
-    *,
-    dtype: str,
-    device: torch.device,
-    progress: bool,
-) -> Iterator[list[Tensor]]:
+    backbone: Backbone, loaded: Iterable[tuple[Tensor, Tensor]], facts: list[tuple[str, int, int]], *,
+    dtype: str, device: torch.device, progress: bool,
+) -> Iterator[list[Tensor]]:  # fmt: skip
     """Compute batch after batch, per level (B, H_l * W_l, C_l) in the number type asked for."""
     paths = [path for path, _, _ in facts]
     with progress_bar(len(paths), "features", show=progress) as bar:

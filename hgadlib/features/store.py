@@ -20,10 +20,8 @@ from hgadlib.errors import InputError
 Storage = Literal["auto", "device", "host", "file"]
 # Share of what is free that features may take: the model, its gradients and the score maps need the rest.
 _SHARE = 0.5
-# Batches gathered ahead of the one in use.
-_AHEAD = 2
-# Images copied at a time into their storage.
-_CHUNK = 64
+_AHEAD = 2  # batches gathered ahead of the one in use
+_CHUNK = 64  # images copied at a time into their storage
 
 _Items = TypeVar("_Items", NDArray[Any], "list[Any]", "tuple[Any, ...]")
 
@@ -106,10 +104,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def global_features(features: Features, *, level: int = -1) -> NDArray[np.float32]:
-    """Average each image's features over positions, scaled to length 1, to tell classes apart: (N, C).
-
-    The last level says most about what is shown.
-    """
+    """Average a level (the last tells classes apart best) over positions, scaled to length 1: (N, C)."""
     pooled = [rows.float().mean(dim=1) for rows in features.levels[level].split(_CHUNK)]
     return torch.nn.functional.normalize(torch.cat(pooled), dim=1).cpu().numpy()
 
@@ -150,14 +145,9 @@ def free_host_bytes() -> int:
 
 
 def choose_storage(nbytes: int, storage: Storage, device: torch.device) -> Literal["device", "host", "file"]:
-    """Decide where features go.
+    """Decide where features of so many bytes go, for training on a device; an InputError where no room is.
 
-    Args:
-        nbytes: Their size, bytes.
-        storage: "auto" for the first of device, host and file that has room; or one of them.
-        device: Where training will run. On the CPU device and host are one.
-    Raises:
-        InputError: The storage has no room.
+    "auto" takes the first of device, host and file that has room. On the CPU device and host are one.
     """
     if storage == "file":
         return storage
@@ -200,8 +190,7 @@ def place_levels(arrays: Sequence[NDArray[Any]], where: str, device: torch.devic
         InputError: A level holds NaN or infinite values, which are never stored.
     """
     with warnings.catch_warnings():
-        # PyTorch knows no read-only tensors. A private writable map would not do: the system refuses
-        # those that are larger than its memory.
+        # PyTorch has no read-only tensors; the system refuses private writable maps larger than its memory.
         warnings.filterwarnings("ignore", message=".*not writable.*")
         mapped = [torch.from_numpy(array) for array in arrays]
     for level, array in zip(mapped, arrays, strict=True):

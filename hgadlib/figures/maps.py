@@ -35,14 +35,9 @@ def outline_mask(ax: Axes, mask: ArrayLike) -> list[QuadContourSet]:
 
 
 def anomaly_map_grid(
-    images: NDArray[np.uint8],
-    maps: ArrayLike,
-    masks: ArrayLike | None = None,
-    titles: Sequence[str] | None = None,
-    *,
-    limits: tuple[float, float] | None = None,
-    size: float = 1.9,
-) -> Figure:
+    images: NDArray[np.uint8], maps: ArrayLike, masks: ArrayLike | None = None,
+    titles: Sequence[str] | None = None, *, limits: tuple[float, float] | None = None, size: float = 1.9,
+) -> Figure:  # fmt: skip
     """Draw a row per image: the image, the map over it with the true mask outlined, and the map alone.
 
     Args:
@@ -71,10 +66,9 @@ def anomaly_map_grid(
     scale = Normalize(low, high, clip=True)
     figure, axes = plt.subplots(n, 3, figsize=(3 * size + 1.3, n * size + 0.35), squeeze=False)
     for row, image, anomaly_map, mask, title in zip(axes, images, maps, masks, titles, strict=True):
-        grey = image.mean(-1)
         heat = scale(anomaly_map)
         row[0].imshow(image)
-        row[1].imshow(grey, cmap="gray", vmin=0, vmax=255)
+        row[1].imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
         # The lower a score, the more of the image shows through.
         row[1].imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.65 * np.asarray(heat))
         outline_mask(row[1], mask)

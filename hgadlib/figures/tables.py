@@ -10,25 +10,15 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 METRIC_LABELS = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image AP",
-    "image_f1max": "image F1-max",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_ap": "pixel AP",
-    "pixel_f1max": "pixel F1-max",
-    "aupro": "AUPRO",
-}
+    "image_auroc": "image AUROC", "image_ap": "image AP", "image_f1max": "image F1-max",
+    "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "pixel_f1max": "pixel F1-max", "aupro": "AUPRO",
+}  # fmt: skip
 
 
 def styled(
-    table: pd.DataFrame,
-    *,
-    name: str,
-    caption: str = "",
-    emphasise: Sequence[str] = (),
-    markup: Sequence[Any] = (),
-    **numbers: Any,
-) -> Styler:
+    table: pd.DataFrame, *, name: str, caption: str = "", emphasise: Sequence[str] = (),
+    markup: Sequence[Any] = (), **numbers: Any,
+) -> Styler:  # fmt: skip
     """Style a table as all of the book are: its index and names to the left, its cells to the right.
 
     Names and cells stand as they are: none is read as HTML or as a formula.

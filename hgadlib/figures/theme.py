@@ -31,30 +31,16 @@ def theme() -> None:
     """Set the style of all figures that follow."""
     installed = {font.name for font in fontManager.ttflist}
     sns.set_theme(
-        context="notebook",
-        style="ticks",
-        palette=PALETTE,
+        context="notebook", style="ticks", palette=PALETTE,
         rc={
-            "figure.facecolor": "white",
-            "savefig.facecolor": "white",
-            "savefig.dpi": 200,
-            "savefig.bbox": "tight",
-            "figure.dpi": 100,
-            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white", "savefig.facecolor": "white", "savefig.dpi": 200,
+            "savefig.bbox": "tight", "figure.dpi": 100, "figure.constrained_layout.use": True,
             "font.family": ["sans-serif", *(name for name in _FALLBACKS if name in installed)],
-            "font.size": 10,
-            "axes.titlesize": 10,
-            "axes.labelsize": 10,
-            "xtick.labelsize": 9,
-            "ytick.labelsize": 9,
-            "legend.fontsize": 9,
-            "legend.frameon": False,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": "0.35",
-            "lines.linewidth": 1.6,
+            "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "xtick.labelsize": 9,
+            "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False, "axes.spines.top": False,
+            "axes.spines.right": False, "axes.edgecolor": "0.35", "lines.linewidth": 1.6,
         },
-    )
+    )  # fmt: skip
 
 
 def literal(text: str, longest: int = 40) -> str:

@@ -11,13 +11,10 @@ from hgadlib.errors import InputError
 from hgadlib.figures.theme import PALETTE, panel_grid
 
 LOSS_LABELS = {
-    "total": "total",
-    "nll": "nll: likelihood",
-    "mi": "mi: mutual information (Eq. 8)",
-    "entropy": "entropy (Eq. 9)",
-    "intra": "intra: within the class (Eq. 10)",
+    "total": "total", "nll": "nll: likelihood", "mi": "mi: mutual information (Eq. 8)",
+    "entropy": "entropy (Eq. 9)", "intra": "intra: within the class (Eq. 10)",
     "log_sigmoid": "log_sigmoid (released code)",
-}
+}  # fmt: skip
 # Columns of a history that are no losses; so are those named test_*.
 _BOOKKEEPING = {"epoch", "stage", "lr", "seconds", "images_per_s"}
 
