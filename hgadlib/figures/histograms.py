@@ -86,5 +86,7 @@ def shared_legend(figure: Figure, panels: Iterable[Axes], *, columns: int = 2, b
     for ax in panels:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found[label] = handle
-    where = "outside lower center" if below else "outside upper right"
-    figure.legend(list(found.values()), list(found), loc=where, ncols=columns)
+    figure.legend(
+        list(found.values()), list(found), ncols=columns,
+        loc="outside lower center" if below else "outside upper right",
+    )  # fmt: skip
