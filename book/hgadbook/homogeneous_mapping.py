@@ -58,9 +58,9 @@ def train_flow(config: Config, inputs: Inputs, run: RunDirectory, *, progress: b
 
     The chapters on Sec. 3.2 share their runs, so that all of them train by this function.
     """
+    run.start(inputs.identity())  # what another run left there is out of the way before anybody looks
     if run.model.is_file() or not config.train.evaluate_every:
         return train_model(config, inputs, run, progress=progress)
-    run.start(inputs.identity())  # what another run left there is out of the way before the record looks
     record = CouplingRecord(run.path / "coupling.csv", inputs, class_masks(config, inputs))
     return train_model(config, inputs, run, progress=progress, observer=record)
 
