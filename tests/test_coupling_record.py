@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,6 +138,20 @@ def test_normal_and_anomalous_log_likelihoods_are_in_the_history(done: Done) -> 
     # The drawn spots are black where every training image is grey or bright.
     last = found.iloc[-1]
     assert last["test_log_prob_normal"] > last["test_log_prob_anomalous"]
+
+
+def test_a_run_that_takes_another_s_place_is_recorded(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params" / "experiments").mkdir(parents=True)
+    (tmp_path / "params" / "demo.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    for epochs in (1, 2):
+        train = {"evaluate_every": 1, "epochs": epochs}
+        config = replace(folder_config(done.root, tmp_path / "unused", train=train), run_dir=None)
+        run = RunDirectory.open(config)
+        train_flow(config, done.inputs, run, progress=False)
+        assert read_coupling(run.path)["epoch"].max() == epochs
 
 
 def test_recording_changes_no_bit_of_the_training(done: Done, tmp_path: Path) -> None:
