@@ -71,6 +71,8 @@ class DataConfig:
     """False leaves bad images out and lists them in the run record."""
     bit_depth: Annotated[Whole, Field(ge=8, le=16)] | None = None
     """Bits in use of files that hold 16 a channel; None finds them over the training images."""
+    held_out: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
+    """Share of each class's training images kept out of training, to calibrate scores on."""
     num_workers: Annotated[Whole, Field(ge=1, le=1024)] | None = None
     """Decoding threads; None for one per core."""
 
@@ -84,7 +86,11 @@ class FeaturesConfig:
     """A weights file; None for the bundled ones, or timm's own."""
     out_indices: tuple[Annotated[Whole, Field(ge=0, le=64)], ...] = (4,)
     pyramid: tuple[Pixels, ...] | None = (512, 256)
-    """Image sizes of a pyramid: then one stage, at each size, is a level."""
+    """Image sizes of a pyramid: then one stage, or all joined, at each size, is a level."""
+    join: Flag = False
+    """Join the stages into one level, each resized to the finest one's grid."""
+    neighbourhood: Annotated[Whole, Field(ge=1, le=31)] = 1
+    """Positions a side over which each stage is averaged (odd); 1 for none."""
     dtype: Literal["float16", "float32"] = "float16"
     storage: Literal["auto", "device", "host", "file"] = "auto"
     batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 16
@@ -95,13 +101,22 @@ class FlowConfig:
     """The flow of each level (paper App. C)."""
 
     kind: Literal["positional", "convolutional"] = "positional"
-    layers: Annotated[Whole, Field(ge=1, le=1024)] = 8
+    coupling: Literal["affine", "additive"] = "affine"
+    """Additive couplings shift and do not scale: the volume that a block gives to a latent is constant."""
+    layers: Annotated[Whole, Field(ge=0, le=1024)] = 8
+    """Coupling blocks; 0 leaves the fixed map in front alone: the prior stands on the features."""
     position_dim: Annotated[Whole, Field(ge=0, le=65536)] = 64
     hidden_ratio: Annotated[Real, Field(ge=1e-3, le=1e3)] = 1.0
     """Hidden width of a subnet over its number of inputs (positions included)."""
     clamp: Annotated[Real, Field(ge=1e-6, le=1e3)] = 1.9
     normalise: Literal["none", "standardise", "whiten"] = "whiten"
     """A fixed affine map in front of the flow, set from the training features."""
+    keep: Annotated[Real, Field(gt=0, le=1)] = 1.0
+    """Share of the channels' directions kept in front of the flow, those of least variance; needs whiten."""
+    subnet_init: Literal["default", "zero"] = "default"
+    """zero starts every coupling as a rotation: the flow begins as the fixed map in front of it."""
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    """Share of the subnets' hidden values dropped in training."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,12 @@ class PriorConfig:
     """The prior of the latents (paper Sec. 3.3)."""
 
     kind: Literal["mixture", "single"] = "mixture"
+    covariance: Literal["identity", "class", "learnt"] = "identity"
+    """Sigma_y of Eq. 5: I (as published), each class's own of its latents at the start, or that as a start."""
+    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.01
+    """Least variance of a class's directions, as a share of its mean variance."""
+    rank: Annotated[Whole, Field(ge=0, le=65536)] = 8
+    """Rank of what a learnt covariance adds to its diagonal."""
     n_centers: Annotated[Whole, Field(ge=1, le=65536)] = 10
     init: Literal["index", "normal", "tiled_identity", "class_means"] = "class_means"
     delta_init: Literal["normal", "kmeans"] = "kmeans"
@@ -159,6 +180,10 @@ class TrainConfig:
     gradient_clip: Annotated[Real, Field(ge=1e-12, le=1e12)] | None = 100.0
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the subnets under autocast; densities stay in float32."""
+    noise: Annotated[Real, Field(ge=0, le=1e3)] = 0.0
+    """Standard deviation of Gaussian noise on training features, of their channels' own."""
+    average: Share = 0.0
+    """Share of the epochs, the last ones, whose weights the trained model averages."""
     evaluate_every: Annotated[Whole, Field(ge=0, le=10**6)] = 8
     """Epochs between evaluations on the test set; they never steer the training. 0 for the end only."""
 
@@ -168,12 +193,17 @@ class ScoreConfig:
     """From log-likelihood and entropy to maps and scores (paper Sec. 3.4)."""
 
     criterion: Literal["likelihood", "entropy", "both"] = "likelihood"
-    normalisation: Literal["inductive", "transductive"] = "inductive"
+    normalisation: Literal["calibrated", "inductive", "transductive"] = "inductive"
+    """calibrated standardises by normal images held out of training (data.held_out), else by the training
+    images; the others are scoring.inductive and scoring.transductive."""
+    image: Literal["maximum", "top", "quantile"] = "maximum"
+    """An image's score: its map's maximum, the mean of its highest share, or the value that share exceeds."""
+    image_share: Annotated[Real, Field(gt=0, le=1)] = 0.01
     per_dimension: Flag = True
     """Divide log-likelihoods by D before the exponential, as the released code does."""
     map_size: Annotated[Whole, Field(ge=1, le=8192)] = 256
-    sigma: Annotated[Real, Field(ge=0, le=1e3)] = 4.0
-    """Standard deviation of the Gaussian blur, in pixels of the map."""
+    sigma: Annotated[Real, Field(ge=0, le=1e3)] | None = 4.0
+    """Standard deviation of the Gaussian blur, in pixels of the map; None for half of each level's stride."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +234,10 @@ class Config:
         data, features = values["data"], values["features"]
         del values["run_dir"], values["device"], data["root"], data["download"], data["num_workers"]
         del features["storage"], features["batch_size"]
-        if data["bit_depth"] is None:  # as before there was this setting
-            del data["bit_depth"]
+        for key, before in _ADDED.items():
+            section, _, name = key.partition(".")
+            if values[section][name] == before:
+                del values[section][name]
         return values
 
     @property
@@ -223,6 +255,16 @@ class Config:
         """Hash of :meth:`identity`: the same for two runs that compute the same."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
+
+_ADDED: dict[str, Any] = {
+    "data.bit_depth": None, "data.held_out": 0.0,
+    "features.join": False, "features.neighbourhood": 1,
+    "flow.coupling": "affine", "flow.keep": 1.0, "flow.subnet_init": "default", "flow.dropout": 0.0,
+    "prior.covariance": "identity", "prior.shrinkage": 0.01, "prior.rank": 8,
+    "train.noise": 0.0, "train.average": 0.0,
+    "score.image": "maximum", "score.image_share": 0.01,
+}  # fmt: skip
+"""Settings younger than some stored configuration, which does not name them, with what it computed by."""
 
 _HINTS = typing.get_type_hints(Config, include_extras=True)
 
@@ -314,6 +356,12 @@ class _Tree:
             name = f"parameter flow.position_dim in {self._source('flow.position_dim')}"
             why = "expected a multiple of 4 (sine and cosine of row and column)"
             raise InputError(f"{name}: {why}, found {config.flow.position_dim}")
+        if config.features.neighbourhood % 2 == 0:
+            name = f"parameter features.neighbourhood in {self._source('features.neighbourhood')}"
+            raise InputError(f"{name}: expected an odd number, found {config.features.neighbourhood}")
+        if config.flow.keep < 1 and config.flow.normalise != "whiten":
+            name = f"parameter flow.keep in {self._source('flow.keep')}"
+            raise InputError(f"{name}: expected flow.normalise whiten beside it, found {config.flow.normalise}")
         return config
 
     def _source(self, key: str) -> str:
@@ -323,7 +371,7 @@ class _Tree:
         where = error["loc"]
         key = ".".join(where[:2]) if where[0] in SECTIONS else where[0]
         name, found = f"parameter {key} in {self._source(key)}", self.values.get(key)
-        limits = {"ge": "at least", "le": "at most", "lt": "less than"}
+        limits = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
         for bound, limit in error.get("ctx", {}).items():
             if bound in limits:
                 return InputError(f"{name}: expected {limits[bound]} {limit:.10g}, found {found!r}")
@@ -381,8 +429,13 @@ def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Con
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "the parameters") -> Config:
-    """Build a configuration from a config.yaml's nested values; an InputError as of :func:`load_config`."""
+    """Build a configuration from stored nested values, complete but for settings younger than they are.
+
+    An InputError as of :func:`load_config`.
+    """
     tree = _Tree()
+    for key, before in _ADDED.items():
+        tree.set(key, before, source)
     tree.merge(values, source)
     return tree.config()
 

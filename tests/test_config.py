@@ -153,7 +153,7 @@ def test_an_ill_typed_value_says_what_was_expected_and_found(
         ("data.image_size", 8, "at least 16"),
         ("data.num_workers", 0, "at least 1"), ("features.out_indices", [4, 65], "at most 64"),
         ("features.pyramid", [256, 8], "at least 16"), ("features.batch_size", 0, "at least 1"),
-        ("flow.layers", 0, "at least 1"),
+        ("flow.layers", -1, "at least 0"),
         ("flow.clamp", 0, "at least 1e-06"), ("prior.n_centers", 0, "at least 1"),
         ("prior.delta_std", -1, "at least 0"), ("loss.lambda2", -0.5, "at least 0"),
         ("loss.label_smoothing", 1.5, "at most 1"), ("train.epochs", 0, "at least 1"),
