@@ -125,7 +125,7 @@ class PriorConfig:
 
     kind: Literal["mixture", "single"] = "mixture"
     covariance: Literal["identity", "class", "learnt"] = "identity"
-    """Sigma_y of Eq. 5: I (as published), each class's own of its latents at the start, or that as a start."""
+    """Sigma_y of Eq. 5: I (as published), each class's own of the first latents, or learnt from that."""
     shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.01
     """Least variance of a class's directions, as a share of its mean variance."""
     rank: Annotated[Whole, Field(ge=0, le=65536)] = 8
@@ -212,6 +212,8 @@ class Config:
 
     dataset: Name = "demo"
     experiment: Name = "hgad"
+    method: Literal["hgad", "neighbours"] = "hgad"
+    """The model: this paper's, or distances to the nearest training features of the class (a baseline)."""
     seed: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = 0
     device: Name = "auto"
     run_dir: Path_ | None = None
@@ -235,9 +237,10 @@ class Config:
         del values["run_dir"], values["device"], data["root"], data["download"], data["num_workers"]
         del features["storage"], features["batch_size"]
         for key, before in _ADDED.items():
-            section, _, name = key.partition(".")
-            if values[section][name] == before:
-                del values[section][name]
+            section, _, name = key.rpartition(".")
+            part = values[section] if section else values
+            if part[name] == before:
+                del part[name]
         return values
 
     @property
@@ -257,6 +260,7 @@ class Config:
 
 
 _ADDED: dict[str, Any] = {
+    "method": "hgad",
     "data.bit_depth": None, "data.held_out": 0.0,
     "features.join": False, "features.neighbourhood": 1,
     "flow.coupling": "affine", "flow.keep": 1.0, "flow.subnet_init": "default", "flow.dropout": 0.0,
@@ -361,7 +365,7 @@ class _Tree:
             raise InputError(f"{name}: expected an odd number, found {config.features.neighbourhood}")
         if config.flow.keep < 1 and config.flow.normalise != "whiten":
             name = f"parameter flow.keep in {self._source('flow.keep')}"
-            raise InputError(f"{name}: expected flow.normalise whiten beside it, found {config.flow.normalise}")
+            raise InputError(f"{name}: expected normalise: whiten beside it, found {config.flow.normalise}")
         return config
 
     def _source(self, key: str) -> str:
