@@ -75,7 +75,13 @@ def some_images(config: Config, per_class: int, split: str) -> tuple[Dataset, li
 def make_backbone(config: Config) -> Backbone:
     """Make the library's backbone, on the configuration's device."""
     features = config.features
-    backbone = build_backbone(features.backbone, out_indices=features.out_indices, pyramid=features.pyramid)
+    backbone = build_backbone(
+        features.backbone,
+        out_indices=features.out_indices,
+        pyramid=features.pyramid,
+        join=features.join,
+        neighbourhood=features.neighbourhood,
+    )
     return backbone.to(config.device)
 
 

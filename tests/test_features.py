@@ -191,6 +191,8 @@ def ingredient_changes() -> dict[str, Any]:
         "number type": lambda r, b: (r, b, {"dtype": "float32"}),
         "stages": lambda r, b: (r, build_backbone(out_indices=(1, 2)), {}),
         "pyramid": lambda r, b: (r, build_backbone(out_indices=(3,), pyramid=(64, 32)), {}),
+        "joined stages": lambda r, b: (r, build_backbone(join=True), {}),
+        "neighbourhood": lambda r, b: (r, build_backbone(neighbourhood=3), {}),
         "network": lambda r, b: (r, build_backbone("mobilenetv3_small_050", weights="random"), {}),
         "weights": lambda r, b: (r, build_backbone(weights="random"), {}),
         "normalisation": lambda r, b: (r, shifted(b), {}),

@@ -135,7 +135,12 @@ def measure_backbone(config: Config) -> tuple[Backbone, int, tuple[tuple[int, in
     """Build a backbone; count the multiply-adds of one image, and (C, H, W) of each level."""
     features, size = config.features, config.data.image_size
     backbone = build_backbone(
-        features.backbone, out_indices=features.out_indices, pyramid=features.pyramid, weights="random"
+        features.backbone,
+        out_indices=features.out_indices,
+        pyramid=features.pyramid,
+        weights="random",
+        join=features.join,
+        neighbourhood=features.neighbourhood,
     )
     maps: list[Tensor] = []
     with _shapes_only(), torch.no_grad():
@@ -419,6 +424,8 @@ def measure_throughput(config: Config, *, images: int = 48, epochs: int = 4) -> 
         out_indices=config.features.out_indices,
         pyramid=config.features.pyramid,
         weights=config.features.weights,
+        join=config.features.join,
+        neighbourhood=config.features.neighbourhood,
     ).to(device)
     backbone.grids(config.data.image_size)  # the first pass is slow
     features = dataset_features(

@@ -1,4 +1,4 @@
-"""A frozen timm network: images (B, 3, H, W) -> feature maps, by stages or by an image pyramid."""
+"""A frozen timm network: images (B, 3, H, W) -> feature maps, by stages, joined or not, or a pyramid."""
 
 from __future__ import annotations
 
@@ -34,20 +34,25 @@ class Backbone(nn.Module):
         name: timm's name of the network.
         out_indices: Stages taken, counted from 0.
         pyramid: Image sizes of the levels, pixels; None where the levels are stages.
+        join: Whether several stages make one level (per image size).
+        neighbourhood: Positions a side over which each stage is averaged.
         channels: C_l per level.
         mean, std: Normalisation that the weights expect, per channel, of values in 0..1.
         weights_digest: sha256 of the tensors.
     """
 
     def __init__(
-        self, network: Any, *, name: str, out_indices: tuple[int, ...], pyramid: tuple[int, ...] | None
-    ) -> None:
+        self, network: Any, *, name: str, out_indices: tuple[int, ...], pyramid: tuple[int, ...] | None,
+        join: bool, neighbourhood: int,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.out_indices, self.pyramid = name, out_indices, pyramid
+        self.join, self.neighbourhood = join, neighbourhood
         data = resolve_model_data_config(network)
         self.mean: tuple[float, float, float] = tuple(data["mean"])
         self.std: tuple[float, float, float] = tuple(data["std"])
-        self.channels: list[int] = network.feature_info.channels() * (1 if pyramid is None else len(pyramid))
+        stages: list[int] = network.feature_info.channels()
+        self.channels = ([sum(stages)] if join else stages) * (1 if pyramid is None else len(pyramid))
         # timm's transformers with windows give (B, H, W, C).
         self._channels_last_maps = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
         self.weights_digest = sources.weights_digest(network.state_dict())
@@ -65,6 +70,9 @@ class Backbone(nn.Module):
             "name": self.name, "weights": self.weights_digest, "out_indices": list(self.out_indices),
             "pyramid": None if self.pyramid is None else list(self.pyramid),
             "mean": list(self.mean), "std": list(self.std), "timm": timm.__version__,
+            # Features stored before there were these settings stay valid.
+            **({"join": True} if self.join else {}),
+            **({"neighbourhood": self.neighbourhood} if self.neighbourhood > 1 else {}),
         }  # fmt: skip
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -104,7 +112,16 @@ class Backbone(nn.Module):
         except AssertionError as error:  # timm's word for a size that patches or windows do not divide
             size = tuple(images.shape[-2:])
             raise InputError(f"image_size: {self.name} does not take {size}: {error}") from error
-        return [level.permute(0, 3, 1, 2) if self._channels_last_maps else level for level in maps]
+        if self._channels_last_maps:
+            maps = [level.permute(0, 3, 1, 2) for level in maps]
+        if (n := self.neighbourhood) > 1:
+            # Beside the border the mean is of the positions that there are.
+            maps = [F.avg_pool2d(m, n, stride=1, padding=n // 2, count_include_pad=False) for m in maps]
+        if self.join:
+            finest = maps[0].shape[-2:]
+            coarse = [F.interpolate(m, finest, mode="bilinear", align_corners=False) for m in maps[1:]]
+            maps = [torch.cat([maps[0], *coarse], 1)]
+        return list(maps)
 
     @torch.no_grad()
     def grids(self, image_size: int) -> list[tuple[int, int]]:
@@ -128,20 +145,26 @@ def flatten_maps(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def build_backbone(
-    name: str = BUNDLED,
+    name: str = "tf_efficientnet_lite0",
     *,
     out_indices: Sequence[int] = (2, 3),
     pyramid: Sequence[int] | None = None,
     weights: Path | str | None = None,
+    join: bool = False,
+    neighbourhood: int = 1,
 ) -> Backbone:
     """Build a frozen feature network, on the host.
 
     Args:
         name: A model of timm, with or without a tag, such as "tf_efficientnet_b6.aa_in1k".
         out_indices: Stages to take as levels, counted from 0, rising.
-        pyramid: Image sizes in pixels; one stage is then taken at each of them, as the released code does.
+        pyramid: Image sizes in pixels; one stage is then taken at each of them, as the released code does, or
+            several joined.
         weights: A weights file (see `hgadlib.features.weights.read_weights`); None for the bundled weights
-            (tf_efficientnet_lite0) or timm's published ones; "random" for none, to count operations only.
+            (tf_efficientnet_lite0, 1 and 2) or timm's published ones; "random" for none, to count operations
+            only.
+        join: Join the stages' channels into one level, each enlarged to the first one's grid.
+        neighbourhood: Average each stage over this many positions a side first; odd, 1 for none.
     Raises:
         InputError: The model, its stages or its weights cannot be had; the line says what to do.
     """
@@ -150,23 +173,29 @@ def build_backbone(
         raise InputError(
             f"features.out_indices: expected rising stages from 0, such as [2, 3], found {list(indices)}"
         )
-    if pyramid is not None and (len(indices) != 1 or not pyramid or min(pyramid) < 1):
+    join = join and len(indices) > 1  # one stage is itself
+    if pyramid is not None and ((len(indices) != 1 and not join) or not pyramid or min(pyramid) < 1):
         raise InputError(
-            "features.pyramid: expected image sizes and exactly one stage in features.out_indices, "
-            f"found sizes {list(pyramid)} and stages {list(indices)}"
+            "features.pyramid: expected image sizes and exactly one stage in features.out_indices (or "
+            f"features.join), found sizes {list(pyramid)} and stages {list(indices)}"
         )
+    if neighbourhood < 1 or neighbourhood % 2 == 0:
+        raise InputError(f"features.neighbourhood: expected an odd number from 1, found {neighbourhood}")
     network = create_feature_network(name, indices, weights)
-    return Backbone(network, name=name, out_indices=indices, pyramid=tuple(pyramid) if pyramid else None)
+    return Backbone(
+        network, name=name, out_indices=indices, pyramid=tuple(pyramid) if pyramid else None,
+        join=join, neighbourhood=neighbourhood,
+    )  # fmt: skip
 
 
 def create_feature_network(name: str, out_indices: tuple[int, ...], weights: Path | str | None) -> Any:
     """Create timm's feature network with its weights; arguments and errors as of `build_backbone`."""
     config, trained = _published(name), weights != "random"
     overlay: dict[str, Any] = {}
-    if weights is None and name != BUNDLED:
+    if weights is None and name not in BUNDLED:
         overlay = sources.hub_weights(name, config)
     elif trained:
-        path = sources.bundled_weights_path() if weights is None else Path(weights)
+        path = sources.bundled_weights_path(name) if weights is None else Path(weights)
         heads = [config.classifier] if isinstance(config.classifier, str) else config.classifier or ()
         # timm forgives missing tensors of a feature network, so each is checked against the whole model.
         expected, optional = _create(name).state_dict(), tuple(f"{head}." for head in heads)

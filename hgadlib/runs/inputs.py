@@ -108,7 +108,7 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
         dataset.class_idx(dataset.test)  # refuses images of no known class before any work
     backbone = build_backbone(
         features.backbone, out_indices=features.out_indices, pyramid=features.pyramid,
-        weights=features.weights,
+        weights=features.weights, join=features.join, neighbourhood=features.neighbourhood,
     ).to(device)  # fmt: skip
 
     def of(records: tuple[ImageRecord, ...]) -> Features:
