@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import small
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -32,6 +33,7 @@ from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
 from hgadlib.features.cache import open_entry, write_entry
 from hgadlib.features.extract import dataset_features
 from hgadlib.features.store import Features, choose_storage, free_host_bytes, global_features
+from hgadlib.runs.inputs import prepare
 
 SIZE = 64
 Records = list[ImageRecord]
@@ -208,6 +210,15 @@ def test_the_key_changes_with(ingredient: str, records: Records, backbone: Backb
     changed_records, changed_backbone, changes = ingredient_changes()[ingredient](records, backbone)
     second = compute(changed_records, changed_backbone, **changes)
     assert not second.cached and second.key != first.key
+
+
+def test_a_run_prepares_the_joined_level_of_its_configuration(tmp_path: Path) -> None:
+    settings = {"out_indices": [2, 3], "pyramid": [64, 32], "join": True, "neighbourhood": 3}
+    config = small.folder_config(small.image_folder(tmp_path / "data"), None, features=settings)
+    inputs = prepare(config, progress=False)
+    assert (inputs.backbone.join, inputs.backbone.neighbourhood) == (True, 3)
+    assert inputs.train.channels == inputs.test.channels == [152, 152]
+    assert inputs.train.grids == ((8, 8), (4, 4))
 
 
 def test_a_file_is_known_by_its_content(records: Records, backbone: Backbone) -> None:
