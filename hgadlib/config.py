@@ -181,7 +181,8 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the subnets under autocast; densities stay in float32."""
     noise: Annotated[Real, Field(ge=0, le=1e3)] = 0.0
-    """Standard deviation of Gaussian noise on training features, of their channels' own."""
+    """Standard deviation of Gaussian noise on training features behind flow.normalise's map, in units of each
+    channel's own deviation there."""
     average: Share = 0.0
     """Share of the epochs, the last ones, whose weights the trained model averages."""
     evaluate_every: Annotated[Whole, Field(ge=0, le=10**6)] = 8
@@ -430,6 +431,12 @@ def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Con
     tree.values |= direct.values
     tree.sources |= direct.sources
     return tree.config()
+
+
+def completed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a section's stored values by the settings that are younger: what it computed without them."""
+    added = {key: before for key, before in _ADDED.items() if key.startswith(f"{section}.")}
+    return {key.rpartition(".")[2]: before for key, before in added.items()} | dict(values)
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "the parameters") -> Config:

@@ -2,6 +2,10 @@ r"""The paper's losses: one pure function per equation, unreduced, in nats; then
 
 Shapes: latents z (B, N, D), log-determinants (B, N), one class per image (B,). Every density carries
 its :math:`\tfrac d2\log 2\pi`; the paper prints Eq. 10 without, which changes no gradient.
+
+The paper's equations have I for all covariances. With those of Eq. 5, :math:`-\tfrac12\|z-\mu_y\|^2` reads
+:math:`\log\mathcal N(z;\mu_y, \Sigma_y)` everywhere, which functions take as ``class_log_probs``: it costs a
+product of z with a matrix for each class, once for all losses.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ from torch import Tensor
 from hgadlib.mixture import (
     GaussianPrior,
     HierarchicalGaussianMixture,
+    Whitening,
     center_entropy,
     center_logits,
     mixture_log_prob,
+    softmax_entropy,
     standard_log_prob,
 )
 
@@ -35,7 +41,9 @@ def gaussian_nll(z: Tensor, log_det: Tensor) -> Tensor:
     return -(standard_log_prob(z) + log_det)
 
 
-def inter_class_nll(z: Tensor, log_det: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
+def inter_class_nll(
+    z: Tensor, log_det: Tensor, centers: Tensor, log_weights: Tensor, class_log_probs: Tensor | None = None
+) -> Tensor:
     r"""Negative log-likelihood under the inter-class Gaussian mixture.
 
     .. math:: -\log\sum_y \exp(-\tfrac12\|z-\mu_y\|^2 + c_y) - \log|\det J| + \tfrac d2\log 2\pi
@@ -45,15 +53,24 @@ def inter_class_nll(z: Tensor, log_det: Tensor, centers: Tensor, log_weights: Te
         log_det: Log |det dz/dx|, (..., N).
         centers: Main class centres, (K, D).
         log_weights: Normalised log class weights c_y, (K,).
+        class_log_probs: Log-density under each class where covariances are not I, (..., N, K).
     Returns:
         Loss per position, (..., N).
     Source: paper Eq. 6.
     """
+    if class_log_probs is not None:
+        return -(torch.logsumexp(class_log_probs + log_weights, dim=-1) + log_det)
     return -(mixture_log_prob(z, centers, log_weights) + log_det)
 
 
 def mutual_information_loss(
-    z: Tensor, class_idx: Tensor, centers: Tensor, log_weights: Tensor, *, label_smoothing: float = 0.0
+    z: Tensor,
+    class_idx: Tensor,
+    centers: Tensor,
+    log_weights: Tensor,
+    class_log_probs: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""Negative mutual information between class and latent; its minimum pushes the classes apart.
 
@@ -64,18 +81,20 @@ def mutual_information_loss(
         class_idx: Class of each image, (B,) int64.
         centers: Main class centres, (K, D).
         log_weights: Normalised log class weights, (K,).
+        class_log_probs: Log-density under each class where covariances are not I, (B, N, K).
         label_smoothing: Share of the label spread evenly over all classes (0 in the paper, 0.02 released).
     Returns:
         Loss per position, (B, N).
     Source: paper Eq. 8.
     """
-    log_posterior = F.log_softmax(center_logits(z, centers) + log_weights, dim=-1)
+    logits = center_logits(z, centers) if class_log_probs is None else class_log_probs
+    log_posterior = F.log_softmax(logits + log_weights, dim=-1)
     gain = log_posterior - log_weights
     own = gain.gather(-1, class_idx[:, None, None].expand(-1, z.shape[1], 1)).squeeze(-1)
     return -((1 - label_smoothing) * own + label_smoothing * gain.mean(-1))
 
 
-def entropy_loss(z: Tensor, centers: Tensor) -> Tensor:
+def entropy_loss(z: Tensor, centers: Tensor, class_log_probs: Tensor | None = None) -> Tensor:
     r"""Entropy of the softmax over the main centres.
 
     .. math:: -\sum_y p_y\log p_y,\quad p = \operatorname{softmax}(-\tfrac12\|z-\mu_{y'}\|^2)
@@ -83,15 +102,21 @@ def entropy_loss(z: Tensor, centers: Tensor) -> Tensor:
     Args:
         z: Latents, (..., N, D).
         centers: Main class centres, (K, D).
+        class_log_probs: Log-density under each class where covariances are not I, (..., N, K).
     Returns:
         Loss per position, (..., N), between 0 and log K.
     Source: paper Eq. 9.
     """
-    return center_entropy(z, centers)
+    return center_entropy(z, centers) if class_log_probs is None else softmax_entropy(class_log_probs)
 
 
 def intra_class_nll(
-    z: Tensor, log_det: Tensor, class_idx: Tensor, intra_centers: Tensor, log_weights_intra: Tensor
+    z: Tensor,
+    log_det: Tensor,
+    class_idx: Tensor,
+    intra_centers: Tensor,
+    log_weights_intra: Tensor,
+    whitening: Whitening | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood under the mixture within each image's own class.
 
@@ -106,11 +131,13 @@ def intra_class_nll(
         class_idx: Class of each image, (B,) int64.
         intra_centers: Centres with the main one detached, (K, M, D).
         log_weights_intra: Normalised log weights within each class, (K, M).
+        whitening: Of the classes' covariances, (K, D, D); None for I.
     Returns:
         Loss per position, (B, N).
     Source: paper Eq. 10 (the constant added, see the module's text).
     """
-    return -(mixture_log_prob(z, intra_centers[class_idx], log_weights_intra[class_idx]) + log_det)
+    own = None if whitening is None else whitening.of(class_idx)
+    return -(mixture_log_prob(z, intra_centers[class_idx], log_weights_intra[class_idx], own) + log_det)
 
 
 def full_mixture_nll(
@@ -194,20 +221,28 @@ def hgad_losses(
         return {"total": nll, "nll": nll}
     log_weights, log_weights_intra = prior.log_weights, prior.log_weights_intra
     terms: dict[str, tuple[float, Tensor]] = {}
-    if extended and intra:
+    of_classes = prior.class_log_probs(z)
+    if extended and intra and of_classes is not None:
+        # Eq. 18 is Eq. 6 of classes that are mixtures themselves.
+        every = prior.class_log_probs(z, intra=True)
+        nll = inter_class_nll(z, log_det, prior.centers, log_weights, every)
+    elif extended and intra:
         centers = prior.intra_centers(detach_main=False)
         nll = full_mixture_nll(z, log_det, log_weights, centers, log_weights_intra)
     else:
-        nll = inter_class_nll(z, log_det, prior.centers, log_weights)
+        nll = inter_class_nll(z, log_det, prior.centers, log_weights, of_classes)
     terms["nll"] = lambda1, scale * nll
     if lambda2:
         mi_weights = log_weights.detach() if detach_class_weights else log_weights
-        mi = mutual_information_loss(z, class_idx, prior.centers, mi_weights, label_smoothing=label_smoothing)
+        mi = mutual_information_loss(
+            z, class_idx, prior.centers, mi_weights, of_classes, label_smoothing=label_smoothing
+        )
         terms["mi"] = lambda2, mi
     if lambda_e:
-        terms["entropy"] = lambda_e, entropy_loss(z, prior.centers)
+        terms["entropy"] = lambda_e, entropy_loss(z, prior.centers, of_classes)
     if intra and not extended and (lambda_in or lambda_z):
-        nll = intra_class_nll(z, log_det, class_idx, prior.intra_centers(), log_weights_intra)
+        intra_centers, whitening = prior.intra_centers(), prior.whitening()
+        nll = intra_class_nll(z, log_det, class_idx, intra_centers, log_weights_intra, whitening)
         if lambda_in:
             terms["intra"] = lambda_in, scale * nll
         if lambda_z:

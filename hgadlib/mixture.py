@@ -7,20 +7,39 @@ Distances are never formed as an (N, M, D) tensor. For unit covariances
 
 so a matrix product gives all logits, and the term that all centres share drops out of every softmax
 exactly, whatever its magnitude.
+
+Covariances of classes (Eq. 5) come in by a whitening factor of each, :math:`\Sigma_y^{-1} = W_y^\top W_y`:
+
+.. math:: \log\mathcal N(z;\mu, \Sigma_y) = \log\mathcal N(W_y z; W_y\mu, I) + \log|\det W_y|.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LOG_2PI = math.log(2.0 * math.pi)
+# A learnt covariance stays within this factor of the first one's deviations, but for its low rank.
+_LARGEST_LOG_SCALE = 2.0
+
+
+class Whitening(NamedTuple):
+    """Factors W with inverse covariance W'W: ``factor``, (..., D, D), and ``log_det`` of each, (...)."""
+
+    factor: Tensor
+    log_det: Tensor
+
+    def of(self, class_idx: Tensor) -> Whitening:
+        """Take the factors of classes, (...,) int64, along the first axis."""
+        return Whitening(self.factor[class_idx], self.log_det[class_idx])
 
 
 def center_logits(z: Tensor, centers: Tensor) -> Tensor:
@@ -47,15 +66,18 @@ def standard_log_prob(z: Tensor) -> Tensor:
     return -0.5 * (z.square().sum(-1) + z.shape[-1] * LOG_2PI)
 
 
-def mixture_log_prob(z: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
-    r"""Log-density of a mixture of unit Gaussians, in nats.
+def mixture_log_prob(
+    z: Tensor, centers: Tensor, log_weights: Tensor, whitening: Whitening | None = None
+) -> Tensor:
+    r"""Log-density of a mixture of Gaussians of one covariance, in nats.
 
-    .. math:: \log\sum_k w_k\,\mathcal N(z;\mu_k, I)
+    .. math:: \log\sum_k w_k\,\mathcal N(z;\mu_k, \Sigma)
 
     Args:
         z: Latents, (..., N, D).
         centers: (..., K, D).
         log_weights: Normalised log weights, (..., K).
+        whitening: Of the covariance that these centres share, (..., D, D); None for I.
     Returns:
         Log-density, (..., N).
     Source: paper Eq. 13.
@@ -64,14 +86,47 @@ def mixture_log_prob(z: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
     # numbers z'mu and |z|^2/2 that cancel are small. (Centres at mu_y = y + r lose 0.2 nats otherwise.)
     origin = centers.detach().mean(-2, keepdim=True)
     z, centers = z - origin, centers - origin
+    if whitening is not None:
+        with torch.autocast(z.device.type, enabled=False):
+            z, centers = z @ whitening.factor.mT, centers @ whitening.factor.mT
     logits = center_logits(z, centers) + log_weights.unsqueeze(-2)
-    return torch.logsumexp(logits, dim=-1) + standard_log_prob(z)
+    log_prob = torch.logsumexp(logits, dim=-1) + standard_log_prob(z)
+    return log_prob if whitening is None else log_prob + whitening.log_det.unsqueeze(-1)
+
+
+def class_log_probs(z: Tensor, centers: Tensor, log_weights_intra: Tensor, whitening: Whitening) -> Tensor:
+    r"""Log-density under each class's own mixture, each with its own covariance, in nats.
+
+    .. math:: \log p(z|y) = \log\sum_i p_i(y)\,\mathcal N(z;\mu_i^y, \Sigma_y)
+
+    Args:
+        z: Latents, (..., N, D).
+        centers: (K, M, D).
+        log_weights_intra: Normalised log weights within each class, (K, M).
+        whitening: Of the classes' covariances, (K, D, D).
+    Returns:
+        (..., N, K).
+    Source: paper Eq. 5 (M = 1) and Sec. 3.4.
+    """
+    # A class at a time, and once more for its gradients: K tensors of the size of z would not fit.
+    classes = [
+        checkpoint(
+            mixture_log_prob, z, *own, Whitening(*factor), use_reentrant=False, preserve_rng_state=False
+        )
+        for *own, factor in zip(centers, log_weights_intra, zip(*whitening, strict=True), strict=True)
+    ]
+    return torch.stack(classes, dim=-1)
+
+
+def softmax_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the softmax over the last axis, in nats: (..., K) to (...)."""
+    log_p = F.log_softmax(logits, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def center_entropy(z: Tensor, centers: Tensor) -> Tensor:
     """Entropy of the softmax over centres (paper Eq. 9), in nats: (..., N, D) and (K, D) to (..., N)."""
-    log_p = F.log_softmax(center_logits(z, centers), dim=-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    return softmax_entropy(center_logits(z, centers))
 
 
 class GaussianPrior(nn.Module):
@@ -114,8 +169,15 @@ class HierarchicalGaussianMixture(nn.Module):
         delta_std: Standard deviation of the initial offsets.
         learn_centers: Train the main centres; False for the fixed centres of Tab. 3a (FMC).
         learn_weights: Train the class weights psi.
-    Source: paper Sec. 3.3 and Alg. 1.
+        covariance: Sigma_y of Eq. 5. "identity" is I, as published. "class" is what :meth:`set_covariance`
+            is told, I until then, by a whitening factor L_y. "learnt" goes on from there: its factor is
+            M_y L_y, with M_y = diag(exp s_y) + U_y U_y', positive definite whatever s and U are.
+        rank: Columns of U_y.
+    Source: paper Sec. 3.3 and Alg. 1; Eq. 5 for the covariances.
     """
+
+    factor: Tensor
+    factor_log_det: Tensor
 
     def __init__(
         self,
@@ -127,12 +189,22 @@ class HierarchicalGaussianMixture(nn.Module):
         delta_std: float = 1.0,
         learn_centers: bool = True,
         learn_weights: bool = True,
+        covariance: str = "identity",
+        rank: int = 8,
     ) -> None:
         super().__init__()
+        self.covariance = covariance
         self.centers = nn.Parameter(_INITIAL_CENTERS[init](n_classes, dim), requires_grad=learn_centers)
         self.deltas = nn.Parameter(delta_std * torch.randn(n_classes, n_centers - 1, dim))
         self.psi = nn.Parameter(torch.zeros(n_classes), requires_grad=learn_weights)
         self.psi_intra = nn.Parameter(torch.zeros(n_classes, n_centers))
+        if covariance != "identity":
+            self.register_buffer("factor", torch.eye(dim).repeat(n_classes, 1, 1))
+            self.register_buffer("factor_log_det", torch.zeros(n_classes))
+        if covariance == "learnt":
+            self.log_scale = nn.Parameter(torch.zeros(n_classes, dim))
+            # Not 0, where the gradient of U U' vanishes.
+            self.low_rank = nn.Parameter(1e-2 / math.sqrt(dim) * torch.randn(n_classes, dim, rank))
 
     @property
     def n_classes(self) -> int:
@@ -155,6 +227,41 @@ class HierarchicalGaussianMixture(nn.Module):
         offsets = F.pad(self.deltas, (0, 0, 1, 0))
         return main[:, None] + offsets
 
+    def whitening(self) -> Whitening | None:
+        r"""Factors of all classes' covariances, (K, D, D); None where all are I.
+
+        .. math:: W_y = M_y L_y,\quad
+                  \log|\det M_y| = \textstyle\sum s_y
+                  + \log\det(I + U_y^\top \operatorname{diag}(e^{-s_y})\, U_y)
+        """
+        if self.covariance == "identity":
+            return None
+        if self.covariance == "class":
+            return Whitening(self.factor, self.factor_log_det)
+        with torch.autocast(self.factor.device.type, enabled=False):
+            s = _LARGEST_LOG_SCALE * torch.tanh(self.log_scale / _LARGEST_LOG_SCALE)
+            u, scale = self.low_rank, s.exp()[..., None]
+            factor = scale * self.factor + u @ (u.mT @ self.factor)
+            root = torch.linalg.cholesky(torch.eye(u.shape[-1]).to(u) + u.mT @ (u / scale))
+            log_det = s.sum(-1) + 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return Whitening(factor, log_det + self.factor_log_det)
+
+    @torch.no_grad()
+    def set_covariance(self, k: int, covariance: Tensor, shrinkage: float) -> None:
+        """Take a class's covariance as that of the prior.
+
+        Args:
+            k: The class.
+            covariance: (D, D). All 0, as of a single latent, says nothing and leaves I.
+            shrinkage: Variance added to every direction, as a share of the mean variance.
+        """
+        variance, axes = torch.linalg.eigh(covariance.double().cpu())
+        deviation = (variance.clamp_min(0) + shrinkage * variance.mean()).sqrt()
+        if deviation.min() > 0:
+            # Rows are the principal axes: there a learnt diagonal rescales the principal variances.
+            self.factor[k] = (axes / deviation).T
+            self.factor_log_det[k] = -deviation.log().sum()
+
     @torch.no_grad()
     def set_centers(self, centers: Tensor) -> None:
         """Put the main centres, (K, D), in place."""
@@ -165,7 +272,8 @@ class HierarchicalGaussianMixture(nn.Module):
         """Put a class's offsets on the k-means clusters of its latents; the main centre stays.
 
         In D dimensions an offset drawn from N(0, I) lies some sqrt(D) away from every latent of its class:
-        its share of a latent is about e^(-D/2), so it would never be learnt.
+        its share of a latent is about e^(-D/2), so it would never be learnt. Where the class has a
+        covariance, the clusters are those of its whitened latents.
 
         Args:
             z: Latents of the class, (N, D); fewer than there are offsets leave all as it was.
@@ -175,10 +283,16 @@ class HierarchicalGaussianMixture(nn.Module):
         clusters = self.deltas.shape[1]
         if not clusters or len(z) < clusters:
             return
+        main, whitening = self.centers[k], self.whitening()
+        if whitening is not None:
+            main, z = torch.zeros_like(main), (z.to(main) - main) @ whitening.factor[k].T
         # Threads add up in the order they finish: one alone gives a resumed run the same bits.
         with threadpool_limits(1):
             found = KMeans(clusters, n_init=1, max_iter=30, random_state=seed).fit(z.cpu().numpy())
-        self.deltas[k] = torch.from_numpy(found.cluster_centers_).to(self.deltas) - self.centers[k]
+        offsets = torch.from_numpy(found.cluster_centers_).to(self.deltas) - main
+        if whitening is not None:
+            offsets = torch.linalg.solve(whitening.factor[k].double().cpu(), offsets.double().cpu().T).T
+        self.deltas[k] = offsets
 
     def log_prob(self, z: Tensor, class_idx: Tensor) -> Tensor:
         """Intra-class log-likelihood under each image's own class, in nats.
@@ -190,15 +304,35 @@ class HierarchicalGaussianMixture(nn.Module):
             (B, N).
         Source: paper Sec. 3.4.
         """
-        return mixture_log_prob(z, self.intra_centers()[class_idx], self.log_weights_intra[class_idx])
+        whitening = self.whitening()
+        own = None if whitening is None else whitening.of(class_idx)
+        return mixture_log_prob(z, self.intra_centers()[class_idx], self.log_weights_intra[class_idx], own)
+
+    def class_log_probs(self, z: Tensor, *, intra: bool = False) -> Tensor | None:
+        r"""Log-density under each class, (..., N, D) to (..., N, K), in nats; None where all Sigma_y are I.
+
+        Of its main centre alone, :math:`\log\mathcal N(z;\mu_1^y, \Sigma_y)` (Eq. 5), or with intra of all
+        its centres (Eq. 18).
+        """
+        whitening = self.whitening()
+        if whitening is None:
+            return None
+        if intra:
+            centers, log_weights = self.intra_centers(detach_main=False), self.log_weights_intra
+        else:
+            centers, log_weights = self.centers[:, None], torch.zeros_like(self.psi)[:, None]
+        return class_log_probs(z, centers, log_weights, whitening)
 
     def neg_entropy(self, z: Tensor) -> Tensor:
         """Negative entropy over the main centres (Sec. 3.4), in nats: (..., N, D) to (..., N)."""
-        return -center_entropy(z, self.centers)
+        logits = self.class_log_probs(z)
+        return -center_entropy(z, self.centers) if logits is None else -softmax_entropy(logits)
 
     def extra_repr(self) -> str:
         """Name the sizes, and what does not learn."""
         (n_classes, n_centers), dim = self.psi_intra.shape, self.centers.shape[1]
         fixed = [name for name in ("centers", "psi") if not getattr(self, name).requires_grad]
         sizes = f"classes={n_classes}, centers={n_centers} each, dim={dim}"
+        if self.covariance != "identity":
+            sizes += f", covariance={self.covariance}"
         return sizes + "".join(f", {name} fixed" for name in fixed)

@@ -24,8 +24,14 @@ from hgadbook.method import fit_flow, toy_features
 from hgadlib.errors import InputError
 from hgadlib.features.store import Features
 from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, PALETTE
-from hgadlib.losses import mutual_information_loss
-from hgadlib.mixture import LOG_2PI, HierarchicalGaussianMixture, mixture_log_prob, standard_log_prob
+from hgadlib.losses import inter_class_nll, mutual_information_loss
+from hgadlib.mixture import (
+    LOG_2PI,
+    HierarchicalGaussianMixture,
+    Whitening,
+    class_log_probs,
+    standard_log_prob,
+)
 from hgadlib.model import HGAD
 
 
@@ -43,6 +49,7 @@ class Density:
         log_weights: Log class weights, (K,).
         x: Features, (n, d).
         class_idx: Class of each, (n,).
+        whitening: Of the classes' covariances, (K, d, d); None for I.
     """
 
     flow: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -50,6 +57,7 @@ class Density:
     log_weights: Tensor
     x: Tensor
     class_idx: Tensor
+    whitening: Whitening | None = None
 
     @property
     def dim(self) -> int:
@@ -63,7 +71,15 @@ class Density:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of latents under the inter-class mixture (Eq. 13)."""
-        return mixture_log_prob(z, self.centers, self.log_weights)
+        no_det = torch.zeros(()).to(z)
+        return -inter_class_nll(z, no_det, self.centers, self.log_weights, self.class_log_probs(z))
+
+    def class_log_probs(self, z: Tensor) -> Tensor | None:
+        """Log-density of latents under each class, (n, K); None where all covariances are I."""
+        if self.whitening is None:
+            return None
+        centers = self.centers[:, None]
+        return class_log_probs(z, centers, torch.zeros_like(centers[..., 0]), self.whitening)
 
 
 def train_toy(*, steps: int = 200, points: int = 200, **weights: Any) -> Density:
@@ -117,8 +133,9 @@ def level_density(
         return z.flatten(0, 1), log_det.flatten()
 
     labels = torch.from_numpy(class_idx)[chosen].repeat_interleave(positions)
-    centers, log_weights = (t.detach().cpu().double() for t in (prior.centers, prior.log_weights))
-    return Density(map_rows, centers, log_weights, x.flatten(0, 1), labels)
+    prior = copy.deepcopy(prior).cpu().double().requires_grad_(False)
+    rows, whitening = x.flatten(0, 1), prior.whitening()
+    return Density(map_rows, prior.centers, prior.log_weights, rows, labels, whitening)
 
 
 @dataclass(frozen=True)
@@ -276,7 +293,9 @@ def class_information_bound(density: Density, z: Tensor) -> tuple[float, float]:
 
     Source: paper Eq. 19 to 21, App. F.
     """
-    loss = mutual_information_loss(z[:, None], density.class_idx, density.centers, density.log_weights)
+    z, log_weights = z[:, None], density.log_weights
+    of_classes = density.class_log_probs(z)
+    loss = mutual_information_loss(z, density.class_idx, density.centers, log_weights, of_classes)
     share = torch.bincount(density.class_idx, minlength=len(density.centers)).to(z) / len(z)
     divergence = torch.special.xlogy(share, share) - share * density.log_weights
     return -loss.mean().item(), divergence.sum().item()
