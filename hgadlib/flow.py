@@ -1,7 +1,7 @@
 r"""Normalizing flows over feature maps, on FrEIA's framework.
 
 A flow is a FrEIA ``SequenceINN`` that acts on channel-last features (B, H*W, C), so that one position is one
-sample of the density: a fixed whitening, then affine-coupling blocks. Two subnets are to be had: the paper's
+sample of the density: a fixed whitening, then coupling blocks. Two subnets are to be had: the paper's
 two-layer perceptron with the position code as condition (App. C), and FastFlow's convolution over the grid
 (the Sec. 3.2 baseline).
 """
@@ -18,6 +18,7 @@ from FrEIA.framework import SequenceINN
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 
+from hgadlib.errors import InputError
 from hgadlib.fast.coupling import BlockWeights, couple
 
 # FrEIA scales every subnet output by this factor, so that a fresh flow is close to a rotation.
@@ -99,19 +100,31 @@ class Moments:
         return (self.products - self.count * torch.outer(mean, mean)) / max(self.count - 1, 1)
 
 
+def kept_channels(channels: int, keep: float) -> int:
+    """Return how many of C directions a share of them is: at least 2, which can be coupled."""
+    return min(channels, max(2, round(keep * channels)))
+
+
 class FixedAffine(InvertibleModule):
     r"""A linear map that is set from data once and then kept: z = (x - mean) W^T.
 
     It standardises or whitens the features before the first coupling, as a data-dependent ActNorm
     would. Identity until :meth:`fit` is called.
+
+    Args:
+        dims_in: ``[(C,)]``.
+        keep: Share of the directions to keep, those of least variance. Below 1 z has D < C channels, the
+            log-determinant is that of the D kept directions, so that densities are of the features'
+            projection on them, and there is no way back.
     """
 
-    def __init__(self, dims_in: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, dims_in: Sequence[tuple[int, ...]], keep: float = 1.0) -> None:
         super().__init__(dims_in)
         channels = dims_in[0][0]
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("weight", torch.eye(channels))
-        self.register_buffer("inverse_weight", torch.eye(channels))
+        self.register_buffer("weight", torch.eye(channels)[: kept_channels(channels, keep)].clone())
+        if len(self.weight) == channels:
+            self.register_buffer("inverse_weight", torch.eye(channels))
         self.register_buffer("log_det", torch.zeros(()))
 
     def fit(self, mean: Tensor, covariance: Tensor, *, whiten: bool, floor: float = 1e-3) -> None:
@@ -120,7 +133,8 @@ class FixedAffine(InvertibleModule):
         Args:
             mean: (C,).
             covariance: (C, C).
-            whiten: Decorrelate the channels (symmetric whitening); otherwise only scale each one.
+            whiten: Decorrelate the channels (symmetric whitening, or on the kept principal axes); otherwise
+                only scale each one, and keep all.
             floor: Least variance, as a share of the mean variance; keeps dead channels finite.
         """
         covariance = covariance.double()
@@ -131,27 +145,42 @@ class FixedAffine(InvertibleModule):
             variance, axes = covariance.diagonal(), torch.eye(len(covariance)).to(covariance)
         deviation = (variance.clamp_min(0) + least).sqrt()
         self.mean.copy_(mean)
-        self.weight.copy_((axes / deviation) @ axes.T)
-        self.inverse_weight.copy_((axes * deviation) @ axes.T)
+        if (kept := len(self.weight)) < len(variance):  # the first ones: eigh sorts them
+            axes, deviation = axes[:, :kept], deviation[:kept]
+            self.weight.copy_((axes / deviation).T)
+        else:
+            self.weight.copy_((axes / deviation) @ axes.T)
+            self.inverse_weight.copy_((axes * deviation) @ axes.T)
         self.log_det.copy_(-deviation.log().sum())
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[tuple[Tensor], Tensor]:
-        """Map (B, N, C) to (B, N, C); the log-determinant is one constant."""
+        """Map (B, N, C) to (B, N, D); the log-determinant is one constant.
+
+        Raises:
+            InputError: The way back from D < C channels is asked for.
+        """
         (x,) = x_or_z
+        kept, channels = self.weight.shape
+        if rev and kept < channels:
+            raise InputError(
+                f"expected a flow of all {channels} directions to invert, found one that keeps {kept}; set "
+                "flow.keep to 1"
+            )
         with torch.autocast(x.device.type, enabled=False):
             if rev:
                 return (F.linear(x, self.inverse_weight) + self.mean,), -self.log_det
             return (F.linear(x, self.weight, -(self.weight @ self.mean)),), self.log_det
 
     def output_dims(self, input_dims: list[tuple[int]]) -> list[tuple[int]]:
-        """Keep the shape."""
-        return input_dims
+        """Return the kept directions."""
+        return [(len(self.weight),)]
 
     def extra_repr(self) -> str:
-        """Name the channels."""
-        return f"channels={len(self.mean)}"
+        """Name the channels, and how many are kept where not all are."""
+        kept, channels = self.weight.shape
+        return f"channels={channels}" + (f", kept={kept}" if kept < channels else "")
 
 
 def random_rotation(dim: int, generator: torch.Generator | None = None) -> Tensor:
@@ -183,17 +212,19 @@ class AffineCoupling(InvertibleModule):
               z = R\,(g\odot y + o),\quad \log|\det J| = \textstyle\sum s + \sum\log g .
 
     Parameter names and arithmetic are those of FrEIA's ``AllInOneBlock`` (soft clamping,
-    ``SOFTPLUS`` global affine, soft permutation), so states are interchangeable.
+    ``SOFTPLUS`` global affine, soft permutation), so states are interchangeable. An additive block's subnet
+    gives t alone and s is 0: its log-determinant is the same at all positions.
 
-    Source: paper Eq. 4 (Real-NVP).
+    Source: paper Eq. 4 (Real-NVP); NICE for the additive one.
     """
 
-    def __init__(self, dims_in: Sequence[tuple[int, ...]], clamp: float) -> None:
+    def __init__(self, dims_in: Sequence[tuple[int, ...]], clamp: float, additive: bool = False) -> None:
         super().__init__(dims_in)
         channels = dims_in[0][0]
         if channels < 2:
             raise ValueError(f"expected at least 2 channels to couple, found {channels}")
         self.splits = (channels - channels // 2, channels // 2)
+        self.outputs = self.splits[1] * (1 if additive else 2)
         self.clamp = clamp
         self.global_scale = nn.Parameter(torch.full((1, channels), _UNIT_GLOBAL_SCALE))
         self.global_offset = nn.Parameter(torch.zeros(1, channels))
@@ -206,14 +237,19 @@ class AffineCoupling(InvertibleModule):
         return 0.1 * F.softplus(self.global_scale, beta=0.5)
 
     def coefficients(self, x1: Tensor, condition: Tensor | None) -> Tensor:
-        """Predict the unscaled (u, t), (B, N, 2 * (C // 2)), from the passive half (B, N, C - C // 2)."""
+        """Predict the unscaled (u, t), or t alone, from the passive half (B, N, C - C // 2).
+
+        Returns:
+            (B, N, 2 * (C // 2)), or (B, N, C // 2) of an additive block.
+        """
         raise NotImplementedError
 
     def scale_and_shift(self, x1: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the clamped log-scale s and the shift t of Eq. 4, each (B, N, C // 2)."""
-        u, t = (_SUBNET_SCALE * self.coefficients(x1, condition)).chunk(2, dim=-1)
+        *u, t = (_SUBNET_SCALE * self.coefficients(x1, condition)).split(self.splits[1], dim=-1)
         # Under autocast the subnet may answer in bfloat16; the density is summed in the features' own type.
-        return self.clamp * torch.tanh(u.to(x1.dtype)), t.to(x1.dtype)
+        t = t.to(x1.dtype)
+        return self.clamp * torch.tanh(u[0].to(x1.dtype)) if u else torch.zeros_like(t), t
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] = (), rev: bool = False, jac: bool = True
@@ -247,6 +283,11 @@ class AffineCoupling(InvertibleModule):
         return f"channels={sum(self.splits)}, clamp={self.clamp:g}"
 
 
+def _activation(dropout: float) -> nn.Module:
+    """Make what stands between the two layers of a subnet; with dropout, too, one module: names stay."""
+    return nn.Sequential(nn.ReLU(), nn.Dropout(dropout)) if dropout else nn.ReLU()
+
+
 def _drop_inverse_rotation(block: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Leave out what AllInOneBlock stores beside its rotation; the inverse is the transpose."""
     state.pop(prefix + "w_perm_inv", None)
@@ -260,6 +301,8 @@ class PositionalCoupling(AffineCoupling):
         dims_c: ``[(P,)]`` where positions are given, empty where not.
         clamp: Soft clamp of the log-scale.
         hidden: Width of the hidden layer; None for twice the subnet's inputs, as published.
+        additive: Shift only.
+        dropout: Share of the hidden values dropped in training.
     Source: paper Eq. 4, App. C.
     """
 
@@ -270,12 +313,14 @@ class PositionalCoupling(AffineCoupling):
         *,
         clamp: float = 1.9,
         hidden: int | None = None,
+        additive: bool = False,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(dims_in, clamp)
+        super().__init__(dims_in, clamp, additive)
         inputs = self.splits[0] + sum(dims[0] for dims in dims_c)
         hidden = hidden or 2 * inputs
         self.subnet = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 2 * self.splits[1])
+            nn.Linear(inputs, hidden), _activation(dropout), nn.Linear(hidden, self.outputs)
         )
 
     def coefficients(self, x1: Tensor, condition: Tensor | None) -> Tensor:
@@ -301,6 +346,8 @@ class ConvolutionalCoupling(AffineCoupling):
         kernel_size: Odd size of both kernels.
         clamp: Soft clamp of the log-scale.
         hidden: Channels of the hidden layer; None for the width of the passive half.
+        additive: Shift only.
+        dropout: Share of the hidden values dropped in training.
     Source: paper Sec. 3.2 (the reproduced FastFlow).
     """
 
@@ -312,14 +359,16 @@ class ConvolutionalCoupling(AffineCoupling):
         kernel_size: int,
         clamp: float = 1.9,
         hidden: int | None = None,
+        additive: bool = False,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(dims_in, clamp)
+        super().__init__(dims_in, clamp, additive)
         self.grid = grid
         hidden = hidden or self.splits[0]
         self.subnet = nn.Sequential(
             nn.Conv2d(self.splits[0], hidden, kernel_size, padding=kernel_size // 2),
-            nn.ReLU(),
-            nn.Conv2d(hidden, 2 * self.splits[1], kernel_size, padding=kernel_size // 2),
+            _activation(dropout),
+            nn.Conv2d(hidden, self.outputs, kernel_size, padding=kernel_size // 2),
         )
 
     def coefficients(self, x1: Tensor, condition: Tensor | None) -> Tensor:
@@ -335,11 +384,15 @@ class FeatureFlow(nn.Module):
         channels: C.
         grid: (H, W).
         kind: "positional" (CFLOW's and HGAD's flow) or "convolutional" (FastFlow's).
-        layers: Coupling blocks.
+        layers: Coupling blocks; 0 for the fixed map alone, or the identity: nothing is learnt.
         position_dim: Channels P of the position code; 0 for none. Convolutional flows have none.
         hidden: Hidden width of the subnets; None for twice (positional) or once (convolutional) their input.
         clamp: Soft clamp of the log-scale.
         normalise: Put a fixed affine map in front, to be set from the training features.
+        keep: Share of the directions that this map keeps; see :class:`FixedAffine`.
+        coupling: "affine", or "additive": blocks that shift and do not scale.
+        subnet_init: "zero" sets each subnet's last layer to 0: the flow starts as a rotation of its fixed map.
+        dropout: Share of the subnets' hidden values dropped in training.
     """
 
     positions: Tensor | None
@@ -355,52 +408,69 @@ class FeatureFlow(nn.Module):
         hidden: int | None = None,
         clamp: float = 1.9,
         normalise: bool = False,
+        keep: float = 1.0,
+        coupling: str = "affine",
+        subnet_init: str = "default",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.kind, self.grid = kind, grid
+        self.kind, self.grid, self.dropout = kind, grid, dropout
         self.inn = SequenceINN(channels)
         if normalise:
-            self.inn.append(FixedAffine)
+            self.inn.append(FixedAffine, keep=keep)
         positions = None
         if kind == "positional" and position_dim:
             positions = positional_encoding_2d(position_dim, *grid).flatten(1).T.contiguous()
         self.register_buffer("positions", positions, persistent=False)
         code = {} if positions is None else {"cond": 0, "cond_shape": (position_dim,)}
+        shared = {
+            "clamp": clamp, "hidden": hidden, "additive": coupling == "additive", "dropout": dropout,
+        }  # fmt: skip
         for layer in range(layers):
             if kind == "convolutional":
                 # FastFlow alternates large and small kernels.
                 kernel_size = 1 if layer % 2 else 3
-                self.inn.append(
-                    ConvolutionalCoupling, grid=grid, kernel_size=kernel_size, clamp=clamp, hidden=hidden
-                )
+                self.inn.append(ConvolutionalCoupling, grid=grid, kernel_size=kernel_size, **shared)
             else:
-                self.inn.append(PositionalCoupling, clamp=clamp, hidden=hidden, **code)
+                self.inn.append(PositionalCoupling, **shared, **code)
+            if subnet_init == "zero":
+                for parameter in self.inn[-1].subnet[-1].parameters():
+                    nn.init.zeros_(parameter)
 
     @property
     def normaliser(self) -> FixedAffine | None:
         """The fixed affine map in front, where there is one."""
-        first = self.inn[0]
+        first = next(iter(self.inn), None)
         return first if isinstance(first, FixedAffine) else None
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
         """Map features to latents.
 
         Args:
             features: (B, H*W, C), float32 or float64.
+            noise: Standard deviation of Gaussian noise behind the fixed map, in units of each channel's own
+                over the batch; of torch's global generator.
         Returns:
-            Latents z, (B, H*W, C), and log |det dz/dx| in nats, (B, H*W).
+            Latents z, (B, H*W, C), and log |det dz/dx| in nats, (B, H*W). With directions left out z has
+            fewer channels, and the determinant is of the kept ones' scales.
         """
-        blocks = [block for block in self.inn if isinstance(block, PositionalCoupling)]
-        if not blocks:
-            z, log_det = self.inn(features, c=[self.positions])
-            return z, log_det
-        # What the sequence above defines, its coupling blocks as one fused function.
-        x, constant = features, torch.zeros(()).to(features)
+        x, log_det = features, features.new_zeros(features.shape[:2])
         if self.normaliser is not None:
             (x,), constant = self.normaliser((features,))
-        weights = [block.weights for block in blocks]
-        z, log_det = couple(x, self.positions, self.grid, weights, blocks[0].clamp)
-        return z, log_det + constant
+            log_det = log_det + constant
+        if noise:
+            x = x + noise * x.std((0, 1), correction=0) * torch.randn_like(x)
+        blocks = [block for block in self.inn if isinstance(block, AffineCoupling)]
+        fusible = [block for block in blocks if isinstance(block, PositionalCoupling)]
+        if fusible and not (self.dropout and self.training):
+            # What the sequence above defines, its coupling blocks as one fused function.
+            weights = [block.weights for block in fusible]
+            z, of_blocks = couple(x, self.positions, self.grid, weights, fusible[0].clamp)
+            return z, of_blocks + log_det
+        for block in blocks:
+            (x,), of_block = block((x,), [] if self.positions is None else [self.positions])
+            log_det = of_block + log_det
+        return x, log_det
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map latents (B, H*W, C) back to features, with log |det dx/dz|, (B, H*W)."""

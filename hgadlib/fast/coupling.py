@@ -6,7 +6,7 @@ offset o per channel, a block is
 .. math:: s = \alpha\tanh u,\quad y = \bigl(x_1,\; x_2\odot e^{s} + t\bigr),\quad x' = R\,(g\odot y + o),
           \quad \log|\det J| = \textstyle\sum s + \sum\log g .
 
-Against the same arithmetic left to autograd, block by block:
+An additive block has no u, and s is 0. Against the same arithmetic left to autograd, block by block:
 
 - the position code's share of the subnet is computed once per grid, from H + W codes in place of H * W;
 - the offset enters as :math:`y + o/g`, so it rides on passes that are needed anyhow, and the gain is folded
@@ -41,8 +41,8 @@ class BlockWeights(NamedTuple):
 
     first: Tensor  # (hidden, C - C // 2 + P): of the features, then of the position code
     first_bias: Tensor  # (hidden,)
-    last: Tensor  # (2 * (C // 2), hidden): of u, then of t
-    last_bias: Tensor  # (2 * (C // 2),)
+    last: Tensor  # (2 * (C // 2), hidden): of u, then of t; (C // 2, hidden) of t alone: additive
+    last_bias: Tensor  # (2 * (C // 2),), or (C // 2,)
     global_scale: Tensor  # (1, C): before its softplus
     global_offset: Tensor  # (1, C)
     rotation: Tensor  # (C, C)
@@ -127,7 +127,7 @@ class _Global(NamedTuple):
 
     gain: Tensor  # g, (L, C)
     shift: Tensor  # o / g, (L, C)
-    bias_u: Tensor  # twice the scaled bias of u, (L, C // 2)
+    bias_u: Tensor  # twice the scaled bias of u, (L, C // 2), or (L, 0): additive
     bias_t: Tensor  # the scaled bias of t, and the shift of these channels, (L, C // 2)
 
     @classmethod
@@ -135,8 +135,9 @@ class _Global(NamedTuple):
         gain = 0.1 * F.softplus(torch.cat([block.global_scale for block in blocks]), beta=0.5)
         shift = torch.cat([block.global_offset for block in blocks]).div_(gain)
         bias = torch.stack([block.last_bias for block in blocks]).mul_(_SUBNET_SCALE)
-        bias_u, bias_t = bias.chunk(2, 1)
-        return cls(gain, shift, 2 * bias_u, bias_t + shift[:, -bias_t.shape[1] :])
+        active = gain.shape[1] // 2
+        bias_u, bias_t = bias.split([bias.shape[1] - active, active], 1)
+        return cls(gain, shift, 2 * bias_u, bias_t + shift[:, -active:])
 
 
 class _Kept(NamedTuple):
@@ -144,8 +145,8 @@ class _Kept(NamedTuple):
 
     x: Tensor  # (rows, C)
     hidden: Tensor  # (rows, hidden), after the ReLU
-    gate: Tensor  # sigmoid(2u), (rows, C // 2)
-    scale: Tensor  # exp(s), (rows, C // 2)
+    gate: Tensor  # sigmoid(2u), (rows, C // 2), or (rows, 0): additive
+    scale: Tensor  # exp(s), likewise
     y: Tensor  # y + o / g, (rows, C)
     rotation: Tensor  # R diag(g), (C, C)
 
@@ -160,20 +161,20 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[_Kept], _Global]:
     """Map x; return also what a backward pass needs, where it is to be kept."""
-    channels, active, width = x.shape[-1], len(blocks[0].last) // 2, len(blocks[0].first)
-    halves = [channels - active, active]
+    channels, active, width = x.shape[-1], x.shape[-1] // 2, len(blocks[0].first)
+    halves, of_u = [channels - active, active], len(blocks[0].last) - active
     flat = x.reshape(-1, channels)
     rows, size = len(flat), _part_size(x, width, dtype)
     every = _Global.of(blocks)
     log_dets = flat.new_empty(len(blocks), rows)
-    raw = flat.new_empty(rows, 2 * active, dtype=dtype)
+    raw = flat.new_empty(rows, of_u + active, dtype=dtype)
     kept: list[_Kept] = []
     constants = zip(*every, log_dets, strict=True)
     for number, (block, constant) in enumerate(zip(blocks, constants, strict=True)):
         gain, shift, bias_u, bias_t, log_det = constant
         if keep or number == 0:
             hidden = flat.new_empty(rows if keep else min(size, rows), width, dtype=dtype)
-            gate, y = flat.new_empty(rows, active), torch.empty_like(flat)
+            gate, y = flat.new_empty(rows, of_u), torch.empty_like(flat)
         weight1, for_code = block.first.split([halves[0], block.first.shape[1] - halves[0]], 1)
         share = position.share(for_code, block.first_bias)
         x1, x2 = flat.split(halves, 1)
@@ -185,7 +186,7 @@ def _forward(
             part.view(-1, *share.shape).copy_(share)
             part.addmm_(given, weight1.T).relu_()
             result.addmm_(part, weight2.T, beta=0, alpha=_SUBNET_SCALE)
-        raw_u, raw_t = (raw if raw.dtype == x.dtype else raw.to(x.dtype)).split(active, 1)
+        raw_u, raw_t = (raw if raw.dtype == x.dtype else raw.to(x.dtype)).split([of_u, active], 1)
         # tanh(u) is 2 sigmoid(2u) - 1, which PyTorch computes three times as fast on a processor.
         torch.add(bias_u, raw_u, alpha=2, out=gate).sigmoid_()
         s = torch.rsub(gate, -clamp, alpha=-2 * clamp)
@@ -193,7 +194,8 @@ def _forward(
         scale = s.exp_()
         y1, y2 = y.split(halves, 1)
         torch.add(x1, shift[: halves[0]], out=y1)
-        torch.addcmul(raw_t, x2, scale, out=y2).add_(bias_t)
+        moved = torch.addcmul(raw_t, x2, scale, out=y2) if of_u else torch.add(raw_t, x2, out=y2)
+        moved.add_(bias_t)
         rotation = block.rotation * gain
         # Without a backward pass the last block's outputs have served once they are in y.
         out = torch.mm(y, rotation.T, out=flat if number and not keep else torch.empty_like(y))
@@ -232,17 +234,17 @@ class _Couple(torch.autograd.Function):
         n_kept, n_blocks, dtype = len(_Kept._fields), ctx.n_blocks, ctx.dtype
         kept = [_Kept(*saved[i : i + n_kept]) for i in range(0, n_kept * n_blocks, n_kept)]
         firsts, lasts = saved[n_kept * n_blocks :: 2], saved[n_kept * n_blocks + 1 :: 2]
-        channels, active, width = ctx.shape[-1], len(lasts[0]) // 2, len(firsts[0])
-        halves = [channels - active, active]
+        channels, active, width = ctx.shape[-1], ctx.shape[-1] // 2, len(firsts[0])
+        halves, of_u = [channels - active, active], len(lasts[0]) - active
         of_first = [halves[0], firsts[0].shape[1] - halves[0]]
 
         grad = grad_out.reshape(-1, channels)
         rows, size = len(grad), _part_size(kept[0].x.view(ctx.shape), width, dtype)
         grad_y, spare = torch.empty_like(kept[0].y), torch.empty_like(kept[0].y)
-        grad_raw = grad.new_empty(rows, 2 * active)
+        grad_raw = grad.new_empty(rows, of_u + active)
         grad_hidden, is_open = grad.new_empty(2, min(size, rows), width, dtype=dtype)
         sums, dots = grad.new_empty(2, n_blocks, channels)
-        sums_u = grad.new_empty(n_blocks, active)
+        sums_u = grad.new_empty(n_blocks, of_u)
         slope = 4 * ctx.clamp  # of the clamped tanh in the sigmoid's form
         steep_log_det = grad_log_det.reshape(-1, 1) * slope
         of_subnets: list[list[Tensor]] = []
@@ -255,12 +257,13 @@ class _Couple(torch.autograd.Function):
             # The subnet's outputs u and t; the gradient of x2 takes the place of y2's.
             x1, x2 = own.x.split(halves, 1)
             grad_x1, grad_x2 = grad_y.split(halves, 1)
-            grad_u, grad_t = grad_raw.split(active, 1)
+            grad_u, grad_t = grad_raw.split([of_u, active], 1)
             grad_t.copy_(grad_x2)
-            grad_x2.mul_(own.scale)
-            torch.addcmul(steep_log_det, grad_x2, x2, value=slope, out=grad_u)
-            grad_u.mul_(1 - own.gate).mul_(own.gate)
-            torch.sum(grad_u, 0, out=sums_u[number])
+            if of_u:
+                grad_x2.mul_(own.scale)
+                torch.addcmul(steep_log_det, grad_x2, x2, value=slope, out=grad_u)
+                grad_u.mul_(1 - own.gate).mul_(own.gate)
+                torch.sum(grad_u, 0, out=sums_u[number])
 
             inputs, weight1, weight2, given = _in_type(dtype, x1, first[:, : halves[0]], last, grad_raw)
             grad_first = grad.new_empty(first.shape, dtype=dtype)
