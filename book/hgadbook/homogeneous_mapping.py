@@ -207,7 +207,8 @@ class CouplingRecord:
 
 
 def _tested(name: str, history: pd.DataFrame) -> pd.DataFrame:
-    """Take the rows of evaluated epochs."""
+    """Take the rows of evaluated epochs; the untrained model's, epoch 0, has no loss to stand beside."""
+    history = history[history["epoch"] > 0]
     if "test_image_auroc" not in history or not history["test_image_auroc"].notna().any():
         raise InputError(
             f"{name}: expected a history with evaluated epochs, found none; train with train.evaluate_every "

@@ -22,11 +22,14 @@ _BOOKKEEPING = {"epoch", "stage", "lr", "seconds", "images_per_s"}
 def loss_curves(history: pd.DataFrame, *, unit: str = "nats per position", columns: int = 3) -> Figure:
     """Draw the total and each loss term against the epoch, a panel per term.
 
-    The history has a row per epoch: epoch, perhaps stage, total, and a column per term, in the unit.
+    The history has a row per epoch: epoch, perhaps stage, total, and a column per term, in the unit. That
+    of epoch 0, the untrained model's, has no losses and is left out.
 
     Raises:
         InputError: There is no row, no column epoch or no loss.
     """
+    if "epoch" in history:
+        history = history[history["epoch"] > 0]
     terms = [c for c in map(str, history) if c not in _BOOKKEEPING and not c.startswith("test_")]
     terms = [c for c in terms if history[c].notna().any()]
     if "epoch" not in history or not terms:
