@@ -6,6 +6,8 @@ BOOK ?=
 TESTS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Options for snakemake, for instance GRID="--config seeds=[0]" or GRID=-n.
 GRID ?=
+# Settings of `make prior`, for instance CONFIG="seeds=[0]".
+CONFIG ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ READY := $(VENV)/.ready
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/_*' ! -path '*/.*'
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint lab ablations clean distclean
+.PHONY: help book test lint lab ablations prior clean distclean
 
 help:
 	@echo "make book   run every chapter and build the HTML book"
@@ -22,6 +24,7 @@ help:
 	@echo "make lint   the checks alone, without the tests"
 	@echo "make lab    open the chapters in JupyterLab"
 	@echo "make ablations  run what is missing of the grid for Tab. 3 (hours)"
+	@echo "make prior  run what is missing of the comparison of priors (a day)"
 	@echo "make clean  remove the built book and caches (keeps .venv, data, runs)"
 	@echo "make distclean  the same, and .venv"
 	@echo "Each first installs the pinned requirements into .venv, once."
@@ -63,6 +66,9 @@ lab: $(READY)
 
 ablations: $(READY)
 	@$(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID)
+
+prior: $(READY)
+	@$(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID) --config grid=prior $(CONFIG)
 
 clean:
 	rm -rf book/_executed book/_build .pytest_cache .mypy_cache .ruff_cache
