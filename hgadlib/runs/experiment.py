@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from hgadlib.baselines import METHODS
+from hgadlib.baselines.neighbours import Neighbours
 from hgadlib.config import Config
 from hgadlib.datasets.images import load_images
 from hgadlib.datasets.records import ImageRecord
@@ -37,6 +39,9 @@ def build_model(config: Config, inputs: Inputs) -> HGAD:
     torch.manual_seed(config.seed)
     names, shape = inputs.dataset.classes, (inputs.train.channels, inputs.train.grids)
     per_dimension = config.score.per_dimension
+    if config.method == "neighbours":
+        of = inputs.train, inputs.train_classes
+        return Neighbours.for_features(names, *of, per_dimension=per_dimension).to(inputs.device)
     model = HGAD(names, *shape, flow=config.flow, prior=config.prior, per_dimension=per_dimension)
     model.to(inputs.device)
     # As many of each class, so that no class outweighs another.
@@ -83,10 +88,17 @@ def train_model(
         run.start(inputs.identity())
     group.wait()  # from here on what lies in the directory is this run's
     if run.model.is_file():
-        return HGAD.load(run.model, inputs.device)
+        return METHODS[config.method].load(run.model, inputs.device)
     model = build_model(config, inputs)
     if group.is_main:
         run.write_environment(inputs.device, processes=group.size)
+    if isinstance(model, Neighbours):  # nothing is learnt: no epochs to follow
+        if group.is_main:
+            run.write_history(
+                model.fit(inputs.train, inputs.train_classes, inputs.calibration, seed=config.seed)
+            )
+            model.save(run.model)
+        return model
     every, last = config.train.evaluate_every, config.train.epochs
     if every and group.is_main:
         class_masks(config, inputs)  # a bad one ends the run now and not after some epochs

@@ -37,6 +37,7 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
         "epochs": len(history),
         "curves": curves(history),
         "overlap": overlaps(run / "scores.npz"),
+        "image_scores": image_scores(run / "scores.npz"),
         "coupling": coupling(read_coupling(run)) if (run / "coupling.csv").is_file() else {},
         "config_digest": config.digest,
         "config": config.identity(),
@@ -75,6 +76,25 @@ def overlaps(scores: Path) -> dict[str, list[float | None]]:
         return {}
     with np.load(scores) as arrays:
         return class_overlaps(arrays)
+
+
+def image_scores(scores: Path) -> dict[str, dict[str, str]]:
+    """Collect the headline's scores, to compare runs image by image: by class, in the order of the images.
+
+    Returns:
+        Labels, a character an image (1 anomalous, 0 normal, ? unknown), and scores of four digits, in one
+        line of text each; nothing where the run keeps none.
+    """
+    if not scores.is_file():
+        return {}
+    found = {}
+    with np.load(scores) as arrays:
+        state = np.where(arrays["labelled"], np.where(arrays["label"], "1", "0"), "?")
+        for k, name in enumerate(arrays["classes"]):
+            own = arrays["class_idx"] == k
+            values = " ".join(f"{value:.4g}" for value in arrays["score"][own])
+            found[str(name)] = {"labels": "".join(state[own]), "scores": values}
+    return found
 
 
 def add(run: Path, folder: Path, note: str = "") -> Path:
