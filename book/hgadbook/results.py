@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
 from hgadbook.ablations import Criterion, compare, half_width, image_titles, load_ablation, percent
-from hgadbook.paper import number_text
-from hgadlib.config import config_from_dict
+from hgadbook.paper import number_text, records_cell
+from hgadlib.config import config_from_dict, training_key
+from hgadlib.evaluation.compare import interval, paired_bootstrap
 from hgadlib.figures.tables import styled
+from hgadlib.runs.grid import load_grid
+from hgadlib.runs.ledger import group_records
 
 # Experiments that are whole methods; the others are rows of an ablation.
 _METHODS = (
@@ -152,3 +157,99 @@ def claims_table(claims: pd.DataFrame, *, caption: str, name: str) -> Styler:
         row[line["images"]] = value if line["seeds"] else "not measured"
     table = pd.DataFrame.from_dict(rows, orient="index").fillna("not measured")
     return styled(table, name=name, caption=caption)
+
+
+PriorRuns = dict[str, dict[int, dict[str, Any]]]
+"""Records of the grid "prior" on one set of images: by experiment, then seed."""
+
+_PRIORS = {"single": "single Gaussian", "identity": "mixture, I", "covariance": "mixture, Sigma_y"}
+_FLOWS = {"affine": "affine", "additive": "additive", "none": "no flow"}
+_ROWS = {f"prior_{p}_{f}": f"{prior}; {flow}" for p, prior in _PRIORS.items() for f, flow in _FLOWS.items()}
+_ROWS |= {"baseline_neighbours": "nearest neighbours"}
+
+
+def prior_runs(records: Iterable[Mapping[str, Any]]) -> dict[str, PriorRuns]:
+    """Find the runs of params/grids/prior.yaml under the settings of today, by set of images."""
+    records = list(records)
+    grid, groups, titles = load_grid("prior"), group_records(records), image_titles(records)
+    found: dict[str, PriorRuns] = {}
+    for dataset in dict.fromkeys([*grid.datasets, *(str(record["dataset"]) for record in records)]):
+        for experiment in grid.experiments:
+            config = grid.config(dataset, experiment, 0)
+            for record in groups.get(training_key(config, seed=False), ()):
+                protocol = record["protocol"]
+                if config.protocol == f"{protocol.get('normalisation')}/{protocol['criterion']}":
+                    own = found.setdefault(titles[record["data"]["digest"]], {}).setdefault(experiment, {})
+                    # Records of before have no scores of images.
+                    if record["seed"] not in own or record.get("image_scores"):
+                        own[record["seed"]] = record
+    return found
+
+
+def prior_lead(runs: PriorRuns, ours: str, theirs: str, *, draw: int = 0) -> tuple[float, np.ndarray] | None:
+    """Subtract two experiments' image AUROC, in points, with bootstrap draws; None if no seed has both.
+
+    See :func:`hgadlib.evaluation.compare.paired_bootstrap`; draw is the seed of its draws.
+    """
+    pair = runs.get(ours, {}), runs.get(theirs, {})
+    seeds = [s for s in pair[0] if s in pair[1] and all(of[s].get("image_scores") for of in pair)]
+    if not seeds:
+        return None
+    first = pair[0][seeds[0]]["image_scores"]
+    states = [first[name]["labels"] for name in first]
+    state, class_idx = np.array(list("".join(states))), np.repeat(range(len(states)), [*map(len, states)])
+    known = state != "?"
+    scores = [
+        [" ".join(of[seed]["image_scores"][name]["scores"] for name in first).split() for seed in seeds]
+        for of in pair
+    ]
+    one, other = (np.array(x, float)[:, known] for x in scores)
+    found, draws = paired_bootstrap(one, other, state[known] == "1", class_idx[known], seed=draw)
+    return 100 * found, 100 * draws
+
+
+def _lead_text(lead: tuple[float, np.ndarray] | None) -> str:
+    if lead is None:
+        return "not measured"
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(lead[0], *interval(lead[1]))
+
+
+def prior_table(images: str, runs: PriorRuns) -> Styler:
+    """Set out prior x flow x class known or inferred on one set of images, in percent, with paired leads."""
+    lines: dict[str, dict[str, str]] = {}
+    for experiment, row in _ROWS.items():
+        of = runs.get(experiment, {})
+        line = lines[row] = {}
+        for metric in ("image_auroc", "pixel_auroc"):
+            for way, of_means in (
+                ("", [record["mean"] for record in of.values()]),
+                (", inferred", [r["inferred"]["mean"] for r in of.values() if "inferred" in r]),
+            ):
+                values = [percent(mean.get(metric)) for mean in of_means]
+                mean = float(np.mean(values)) if values else np.nan
+                line[metric.split("_")[0] + way] = number_text(mean, half_width(values))
+        flow = experiment.split("_")[-1]
+        for title, other in (("single", f"prior_single_{flow}"), ("neighbours", "baseline_neighbours")):
+            compared = other in _ROWS and other != experiment
+            line[f"image, to {title}"] = _lead_text(prior_lead(runs, experiment, other)) if compared else "–"
+        line["runs"] = records_cell([record["record"] for record in of.values()])
+    table = pd.DataFrame.from_dict(lines, orient="index")
+    return styled(table, name=f"prior-{images}", caption=f"<b>{html.escape(images)}</b>", markup=["runs"])
+
+
+def prior_verdicts(found: Mapping[str, PriorRuns]) -> list[str]:
+    """Say whether each mixture on affine couplings beats what it must, by paired 95 % intervals."""
+    said = []
+    for ours in ("prior_covariance_affine", "prior_identity_affine"):
+        for theirs in ("prior_single_affine", "prior_covariance_none", "baseline_neighbours"):
+            # Sets of images are independent, and so are their draws.
+            leads = {name: prior_lead(of, ours, theirs, draw=i) for i, (name, of) in enumerate(found.items())}
+            known = {name: lead for name, lead in leads.items() if lead is not None}
+            if len(known) > 1:
+                both = [np.mean(list(x), axis=0) for x in zip(*known.values(), strict=True)]
+                known[f"mean of {len(known)} sets"] = float(both[0]), both[1]
+            for images, lead in known.items():
+                low, high = interval(lead[1])
+                word = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+                said.append(f"{images}: {_ROWS[ours]} beside {_ROWS[theirs]}: {_lead_text(lead)}, {word}")
+    return said

@@ -1,0 +1,92 @@
+"""The comparison of priors out of synthetic records: which runs count, leads with intervals, verdicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from hgadbook.results import prior_lead, prior_runs, prior_table, prior_verdicts
+from hgadlib.runs.grid import load_grid
+
+GRID = load_grid("prior")
+
+
+def record(experiment: str, seed: int, gain: float, *, dataset: str = "demo", **more: Any) -> dict[str, Any]:
+    """A record of two classes, 40 images each, whose last one nobody has labelled; gain parts the kinds."""
+    config = GRID.config(dataset, experiment, seed)
+    rng, scores, aurocs = np.random.default_rng(5), {}, []
+    for name in ("b", "a"):
+        labels, hard = np.arange(40) % 2 == 0, rng.normal(size=40)
+        own = hard + 0.2 * np.random.default_rng([seed, len(experiment)]).normal(size=40) + gain * labels
+        text = "".join("10"[not x] for x in labels[:-1]) + "?"
+        scores[name] = {"labels": text, "scores": " ".join(f"{x:.4g}" for x in own)}
+        aurocs.append(roc_auc_score(labels[:-1], own[:-1]))
+    mean = {"image_auroc": float(np.mean(aurocs)), "pixel_auroc": None}
+    return {
+        "dataset": dataset, "experiment": experiment, "seed": seed, "mean": mean,
+        "protocol": {"normalisation": config.score.normalisation, "criterion": config.criterion},
+        "config": config.identity(), "data": {"digest": dataset}, "image_scores": scores,
+        "record": f"{dataset}-{experiment}-{seed}", **more,
+    }  # fmt: skip
+
+
+def records(*, dataset: str = "demo") -> list[dict[str, Any]]:
+    gains = {"prior_covariance_affine": 1.5, "prior_single_affine": 0.5, "baseline_neighbours": 1.5}
+    inferred = {"accuracy": 1.0, "mean": {"image_auroc": 0.625, "pixel_auroc": None}}
+    made = [record(name, seed, gain, dataset=dataset) for name, gain in gains.items() for seed in (0, 1)]
+    return [r | ({"inferred": inferred} if "covariance" in r["experiment"] else {}) for r in made]
+
+
+def test_runs_count_by_what_they_train_under_the_settings_of_today() -> None:
+    own = record("prior_identity_affine", 0, 1.0)
+    # The default experiment trains the same; a run of before has no scores of images.
+    same = own | {"config": own["config"] | {"experiment": "hgad"}, "image_scores": {}, "record": "old"}
+    other = own | {
+        "config": own["config"] | {"flow": own["config"]["flow"] | {"layers": 3}},
+        "record": "other",
+    }
+    product = own | {"protocol": {"normalisation": "inductive", "criterion": "both"}, "record": "product"}
+    for found in ([same, own, other, product], [own, same, other, product]):
+        assert prior_runs(found) == {"demo": {"prior_identity_affine": {0: own}}}
+    assert prior_runs([same])["demo"]["prior_identity_affine"][0]["record"] == "old"
+    assert prior_runs([]) == {}
+
+
+def test_a_lead_is_the_difference_of_the_aurocs_of_labelled_images() -> None:
+    runs = prior_runs(records())["demo"]
+    lead = prior_lead(runs, "prior_covariance_affine", "prior_single_affine")
+    means = [
+        [runs[f"prior_{p}_affine"][s]["mean"]["image_auroc"] for s in (0, 1)]
+        for p in ("covariance", "single")
+    ]
+    assert lead is not None and lead[0] == pytest.approx(
+        100 * (np.mean(means[0]) - np.mean(means[1])), abs=0.2
+    )
+    assert lead[1].mean() == pytest.approx(lead[0], abs=1.0) and lead[1].std() > 0.5
+    assert prior_lead(runs, "prior_covariance_affine", "prior_single_none") is None
+
+
+def test_the_table_has_every_row_and_says_what_is_not_measured() -> None:
+    table = prior_table("demo", prior_runs(records())["demo"]).data  # type: ignore[attr-defined]
+    assert len(table) == 10
+    row = table.loc["mixture, Sigma_y; affine"]
+    assert row["image, inferred"] == "62.5 ± 0.0" and row["pixel"] == "–" and ">2<" in row["runs"]
+    assert row["image, to single"].startswith("+") and row["image, to neighbours"].endswith("]")
+    assert table.loc["mixture, I; affine", "image, to single"] == "not measured"
+    assert table.loc["single Gaussian; affine", "image, to single"] == "–"
+
+
+def test_verdicts_follow_from_the_intervals_also_over_sets() -> None:
+    said = prior_verdicts(prior_runs(records() + records(dataset="elpv")))
+    beside = {line.split(":")[0] + "/" + line.split("beside ")[1].split(":")[0]: line for line in said}
+    for images in ("demo", "elpv", "mean of 2 sets"):
+        assert beside[f"{images}/single Gaussian; affine"].endswith(", better")
+        assert beside[f"{images}/nearest neighbours"].endswith(", not told apart")
+    assert len(said) == 6  # nothing of what was not run
+
+    worse = [record("prior_identity_affine", 0, 0.1), record("baseline_neighbours", 0, 2.0)]
+    assert [line.split(", ")[-1] for line in prior_verdicts(prior_runs(worse))] == ["worse"]
+    assert prior_verdicts({}) == []
