@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hgadlib.config import FlowConfig, PriorConfig
+from hgadlib.config import FlowConfig, PriorConfig, completed
 from hgadlib.errors import InputError
 from hgadlib.files import replacing
-from hgadlib.flow import FeatureFlow, FixedAffine, Moments
+from hgadlib.flow import FeatureFlow, FixedAffine, Moments, kept_channels
 from hgadlib.losses import hgad_losses
 from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture
-from hgadlib.scoring import LevelValues, Normalisation, inductive
+from hgadlib.scoring import Calibration, Constants, LevelValues, Normalisation, inductive, normal_statistics
 
 Prior = HierarchicalGaussianMixture | GaussianPrior
 # Positions of each image that k-means sees.
@@ -58,25 +58,35 @@ class HGAD(nn.Module):
         self.flow_config, self.prior_config, self.per_dimension = flow, prior, per_dimension
         self.flows = nn.ModuleList()
         self.priors = nn.ModuleList()
-        for dim, grid in zip(self.channels, self.grids, strict=True):
+        for channels_, grid in zip(self.channels, self.grids, strict=True):
+            dim = kept_channels(channels_, flow.keep)
             inputs = dim - dim // 2 + (flow.position_dim if flow.kind == "positional" else 0)
             self.flows.append(
                 FeatureFlow(
-                    dim, grid, kind=flow.kind, layers=flow.layers, position_dim=flow.position_dim,
+                    channels_, grid, kind=flow.kind, layers=flow.layers, position_dim=flow.position_dim,
                     hidden=max(1, round(flow.hidden_ratio * inputs)), clamp=flow.clamp,
-                    normalise=flow.normalise != "none",
+                    normalise=flow.normalise != "none", keep=flow.keep, coupling=flow.coupling,
+                    subnet_init=flow.subnet_init, dropout=flow.dropout,
                 )
             )  # fmt: skip
             self.priors.append(
                 GaussianPrior() if prior.kind == "single" else HierarchicalGaussianMixture(
                     len(self.classes), prior.n_centers, dim, init=prior.init, delta_std=prior.delta_std,
                     learn_centers=prior.learn_centers, learn_weights=prior.learn_weights,
+                    covariance=prior.covariance, rank=prior.rank,
                 )
             )  # fmt: skip
         # Largest value of each class and level among the training features: see scoring.inductive.
         maxima = torch.zeros(len(self.classes), len(self.channels))
         self.register_buffer("log_prob_max", maxima.clone())
         self.register_buffer("neg_entropy_max", maxima.clone())
+        # What normal features' values are like by class and position, log-likelihood first: see
+        # scoring.Calibration. Deviations are more than 0 once known.
+        for level, grid in enumerate(self.grids):
+            for name in ("normal_mean", "normal_std"):
+                values = torch.zeros(len(self.classes), 1 + self.has_entropy, *grid)
+                self.register_buffer(f"{name}_{level}", values)
+        self.eval()  # only the epochs of a fit are training, where flows may drop values
 
     @property
     def has_entropy(self) -> bool:
@@ -98,7 +108,7 @@ class HGAD(nn.Module):
 
     @torch.no_grad()
     def initialise(self, batches: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor]]]) -> None:
-        """Set from data what is not learnt: the flows' normalisers, then centres that start at class means.
+        """Set from data what is not learnt: the flows' normalisers, then class means and covariances.
 
         Args:
             batches: Returns, at each call, the same training images a batch at a time: features, one
@@ -112,18 +122,29 @@ class HGAD(nn.Module):
             for (flow, _), moment in zip(self.levels, moments, strict=True):
                 normaliser = cast(FixedAffine, flow.normaliser)
                 normaliser.fit(moment.mean, moment.covariance, whiten=self.flow_config.normalise == "whiten")
-        if self.has_entropy and self.prior_config.init == "class_means":
-            sums = [torch.zeros(len(self.classes), dim, device=self.device) for dim in self.channels]
+        start = self.prior_config
+        mixtures = [prior for prior in self.priors if isinstance(prior, HierarchicalGaussianMixture)]
+        means, covariances = start.init == "class_means", start.covariance != "identity"
+        if mixtures and (means or covariances):
+            sums = [torch.zeros_like(mixture.centers) for mixture in mixtures]
             counts = torch.zeros(len(self.classes), device=self.device)
+            classes = self.classes if covariances else ()
+            spreads = [[Moments(mixture.centers.shape[1]) for _ in classes] for mixture in mixtures]
             for features, class_idx in batches():
                 counts += torch.bincount(class_idx, minlength=len(self.classes))
-                for (flow, _), x, total in zip(self.levels, features, sums, strict=True):
-                    total.index_add_(0, class_idx, flow(x)[0].mean(1))
+                for (flow, _), x, total, spread in zip(self.levels, features, sums, spreads, strict=True):
+                    z = flow(x)[0]
+                    total.index_add_(0, class_idx, z.mean(1))
+                    for k in class_idx.unique().tolist() if covariances else ():
+                        spread[k].add(z[class_idx == k].flatten(0, 1))
             found = counts > 0
-            for (_, prior), total in zip(self.levels, sums, strict=True):
-                mixture = cast(HierarchicalGaussianMixture, prior)
+            for mixture, total, spread in zip(mixtures, sums, spreads, strict=True):
                 mean = total / counts.clamp_min(1)[:, None]
-                mixture.set_centers(torch.where(found[:, None], mean, mixture.centers))
+                if means:
+                    mixture.set_centers(torch.where(found[:, None], mean, mixture.centers))
+                for k, own in enumerate(spread):
+                    if own.count:
+                        mixture.set_covariance(k, own.covariance, start.shrinkage)
 
     @torch.no_grad()
     def split_centers(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], *, seed: int = 0) -> None:
@@ -159,6 +180,7 @@ class HGAD(nn.Module):
         *,
         intra: bool,
         precision: torch.dtype = torch.float32,
+        noise: float = 0.0,
         **weights: Any,
     ) -> list[dict[str, Tensor]]:
         """Compute each level's loss terms (paper Eq. 11).
@@ -168,6 +190,7 @@ class HGAD(nn.Module):
             class_idx: (B,).
             intra: Second stage: with the intra-class terms.
             precision: bfloat16 runs the subnets under autocast.
+            noise: On the features; see :meth:`FeatureFlow.forward`.
             **weights: See :func:`hgadlib.losses.hgad_losses`.
         Returns:
             One dictionary of scalars a level, "total" among them.
@@ -175,14 +198,14 @@ class HGAD(nn.Module):
         terms = []
         for flow, prior, x in self._fitted(features):
             with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-                z, log_det = flow(x)
+                z, log_det = flow(x, noise=noise)
             terms.append(hgad_losses(z, log_det, class_idx, prior, intra=intra, **weights))
         return terms
 
     def log_prob(self, features: Sequence[Tensor], class_idx: Tensor) -> list[Tensor]:
         r"""Compute the log-density of features under the mixture of their image's class, in nats.
 
-        .. math:: \log p(x|y) = \log\sum_i p_i(y)\,\mathcal N(\varphi(x);\mu_i^y, I) + \log|\det J|
+        .. math:: \log p(x|y) = \log\sum_i p_i(y)\,\mathcal N(\varphi(x);\mu_i^y, \Sigma_y) + \log|\det J|
 
         Args:
             features: One (B, H*W, C) a level.
@@ -230,31 +253,62 @@ class HGAD(nn.Module):
                 neg_entropies.append(prior.neg_entropy(z).unflatten(1, grid))
         return LevelValues(tuple(log_probs), tuple(neg_entropies))
 
-    def calibrate(self, batches: Iterable[tuple[LevelValues, Tensor]]) -> None:
-        """Store each class's largest values among the training features (inductive normalisation).
+    def calibrate(
+        self,
+        batches: Iterable[tuple[LevelValues, Tensor]],
+        held_out: Iterable[tuple[LevelValues, Tensor]] = (),
+    ) -> None:
+        """Store each class's constants: what its scores are normalised by.
+
+        The inductive ones are its largest values among the training features; the calibrated ones are
+        means and deviations, of the features held out, or of the training features where there are none.
 
         Args:
             batches: Level values of training images, and their class indices.
+            held_out: Likewise, of normal images held out of training.
         Raises:
             FloatingPointError: A value is not finite: the weights are not, or a class has no images.
         """
         lowest = torch.full_like(self.log_prob_max, -torch.inf)
         log_prob_max, neg_entropy_max = lowest.clone(), lowest.clone()
-        for values, class_idx in batches:
-            for k in class_idx.unique().tolist():
-                constants = inductive(values[class_idx == k])
-                log_prob_max[k] = torch.maximum(log_prob_max[k], constants.log_prob_max)
-                if self.has_entropy:
-                    neg_entropy_max[k] = torch.maximum(neg_entropy_max[k], constants.neg_entropy_max)
+        # Images, and sums of values and of their squares, of training (0) and held-out (1) images.
+        count = torch.zeros(2, len(self.classes), dtype=torch.float64, device=self.device)
+        sums = [count.new_zeros(2, *count.shape, 1 + self.has_entropy, *grid) for grid in self.grids]
+        for source, part in enumerate((batches, held_out)):
+            for values, class_idx in part:
+                for k in class_idx.unique().tolist():
+                    own = values[class_idx == k]
+                    count[source, k] += len(own)
+                    kinds = (own.log_prob, own.neg_entropy) if self.has_entropy else (own.log_prob,)
+                    for total, *levels in zip(sums, *kinds, strict=True):
+                        x = torch.stack(levels, 1).double()
+                        total[:, source, k] += torch.stack([x.sum(0), x.square().sum(0)])
+                    if source:
+                        continue
+                    constants = inductive(own)
+                    log_prob_max[k] = torch.maximum(log_prob_max[k], constants.log_prob_max)
+                    if self.has_entropy:
+                        neg_entropy_max[k] = torch.maximum(neg_entropy_max[k], constants.neg_entropy_max)
         if not self.has_entropy:
             neg_entropy_max.zero_()
-        if not (log_prob_max.isfinite().all() and neg_entropy_max.isfinite().all()):
+        chosen = (count[1] > 0).long(), torch.arange(len(self.classes), device=self.device)
+        found = [normal_statistics(count[chosen], x[0][chosen], x[1][chosen]) for x in sums]
+        finite = [x.isfinite().all() for pair in found for x in pair]
+        if not (log_prob_max.isfinite().all() and neg_entropy_max.isfinite().all() and all(finite)):
             raise FloatingPointError(
                 "log-likelihoods of the training images are not finite; lower train.lr or set "
                 "train.gradient_clip, and see that every class has training images"
             )
         self.log_prob_max.copy_(log_prob_max)
         self.neg_entropy_max.copy_(neg_entropy_max)
+        for level, (mean, std) in enumerate(found):
+            self.get_buffer(f"normal_mean_{level}").copy_(mean)
+            self.get_buffer(f"normal_std_{level}").copy_(std)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it knows the means and deviations of normal values; files of before lack them."""
+        return bool(self.get_buffer("normal_std_0").gt(0).all())
 
     def class_idx(self, names: Iterable[str]) -> Tensor:
         """Look up classes by name: (B,) int64, on the model's device.
@@ -268,8 +322,36 @@ class HGAD(nn.Module):
         return torch.tensor([self.classes.index(n) for n in own], dtype=torch.int64, device=self.device)
 
     def normalisation(self, class_idx: Tensor) -> Normalisation:
-        """Return the stored constants, (B, L), for images of these classes."""
+        """Return the stored maxima, (B, L), for images of these classes."""
         return Normalisation(self.log_prob_max, self.neg_entropy_max)[class_idx]
+
+    def constants(self, class_idx: Tensor, normalisation: str) -> Constants:
+        """Return what is stored for images of these classes, (B,): "calibrated", or else the maxima.
+
+        Raises:
+            InputError: The model has no means and deviations.
+        """
+        if normalisation != "calibrated":
+            return self.normalisation(class_idx)
+        if not self.is_calibrated:
+            raise InputError(
+                "score.normalisation calibrated: expected a model with statistics of normal features, found "
+                "one without; train it anew, or call hgadlib.training.calibrate with its images"
+            )
+
+        def stored(name: str) -> LevelValues:
+            levels = [self.get_buffer(f"{name}_{level}")[class_idx] for level in range(len(self.grids))]
+            log_prob, *neg_entropy = zip(*(x.unbind(-3) for x in levels), strict=True)
+            return LevelValues(log_prob, *neg_entropy or [()])
+
+        return Calibration(stored("normal_mean"), stored("normal_std"))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Files of before lack the statistics of calibrated scores; as zeros they are unknown.
+        for name, own in self.named_buffers(recurse=False):
+            if name.startswith("normal_"):
+                state_dict.setdefault(prefix + name, torch.zeros_like(own))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Name the classes, the levels and the settings that shape the model."""
@@ -312,7 +394,8 @@ class HGAD(nn.Module):
             )
         try:
             spec = json.loads(metadata["hgad"])
-            spec["flow"], spec["prior"] = FlowConfig(**spec["flow"]), PriorConfig(**spec["prior"])
+            spec["flow"] = FlowConfig(**completed("flow", spec["flow"]))
+            spec["prior"] = PriorConfig(**completed("prior", spec["prior"]))
             model = cls(**spec)
             model.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -12,6 +12,8 @@ Where :math:`v_{max}` and o come from is the normalisation, an explicit step:
   o = 0, so a map depends on its own image alone;
 * transductive (as published): both are taken over all test images of the class.
 
+A third, calibrated, takes no exponential and weighs levels and classes alike: see :class:`Calibration`.
+
 S saturates. Some 17 nats below the maximum 1 - P is 1 in float32: all that lies further off scores the same,
 and the order among the clearly anomalous is gone. So maps and scores are an increasing function of S that has
 no upper end, and is computed from the P where S is close to its own:
@@ -41,8 +43,15 @@ from torch import Tensor
 
 Criterion = Literal["likelihood", "entropy", "both"]
 
+ImageScore = Literal["maximum", "top", "quantile"]
+
 # Least share that is told from 0, which has no logarithm.
 _LEAST = 1e-290
+# Images that a class's figures over all positions count for beside a position's own. Of 20 images a deviation
+# is known to 1 / sqrt(40) = 16 %; of fewer, or where products lie at any angle, the class knows better.
+_KAPPA = 20
+# Least deviation of a calibrated value, in nats; of entropies also as a share of the largest, log K.
+_LEAST_STD, _LEAST_ENTROPY_STD = 1e-3, 0.02
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,12 @@ class LevelValues:
     def __len__(self) -> int:
         """B."""
         return self.log_prob[0].shape[0]
+
+    def to(self, device: torch.device | str) -> LevelValues:
+        """Move the values to a device."""
+        return LevelValues(
+            tuple(v.to(device) for v in self.log_prob), tuple(v.to(device) for v in self.neg_entropy)
+        )
 
     @staticmethod
     def cat(parts: Sequence[LevelValues]) -> LevelValues:
@@ -103,33 +118,89 @@ class Normalisation:
         )
 
 
+@dataclass(frozen=True)
+class Calibration:
+    r"""What normal features' values are like, by class, level and position.
+
+    .. math:: S = \frac1L\sum_k U_k u_k U_k^\top,\qquad u_k = \frac{m_k - v_k}{s_k}
+
+    A map is the mean of standardised surprises u: 0 for what is as likely as normal features are on average,
+    1 for a deviation less. So no level, class or position outweighs another for its scale alone, and nothing
+    saturates: far from normal S grows as -v does. For both criteria it is the mean of the two maps.
+
+    Attributes:
+        mean: m, one (h, w) or, per image, (B, h, w) a level.
+        std: s, likewise; see :func:`normal_statistics`.
+    """
+
+    mean: LevelValues
+    std: LevelValues
+
+    def to(self, device: torch.device | str) -> Calibration:
+        """Move the constants to a device."""
+        return Calibration(self.mean.to(device), self.std.to(device))
+
+
+Constants = Normalisation | Calibration
+
+
+def normal_statistics(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Estimate normal values' mean and deviation by position, shrunk towards all of the class's positions.
+
+    .. math:: m_p = \frac{n\,\bar v_p + \kappa\,\bar v}{n + \kappa},\qquad
+              s_p^2 = \frac{n\,\sigma_p^2 + \kappa\,\sigma^2}{n + \kappa},\qquad \kappa = 20
+
+    Where all normal features agree, s would be 0 and any change infinite: it is at least 0.001 nats, and for
+    entropies 2 % of the largest there is, so none is more than 50 deviations off.
+
+    Args:
+        count: Images n of each class, (K,).
+        total: Sum of the values over the images, (K, 1 or 2, h, w) float64: log-likelihood and, where there
+            is one, negative entropy.
+        squares: Sum of their squares, likewise.
+    Returns:
+        Means and deviations, (K, 1 or 2, h, w) float64 each.
+    """
+    n = count.view(-1, 1, 1, 1)
+    mean, square = total / n, squares / n
+    mean_all, square_all = (x.mean((2, 3), keepdim=True) for x in (mean, square))
+    variance, variance_all = square - mean.square(), square_all - mean_all.square()
+    shrunk = (n * variance + _KAPPA * variance_all) / (n + _KAPPA)
+    floors = [_LEAST_STD, max(_LEAST_STD, _LEAST_ENTROPY_STD * math.log(len(count)))]
+    least = torch.tensor(floors[: mean.shape[1]]).to(mean)[:, None, None]
+    # Rounding may leave less than nothing of a variance.
+    return (n * mean + _KAPPA * mean_all) / (n + _KAPPA), torch.maximum(shrunk.clamp_min(0).sqrt(), least)
+
+
 @lru_cache(maxsize=64)
-def upsampling_matrix(length: int, size: int, sigma: float) -> Tensor:
+def upsampling_matrix(length: int, size: int, sigma: float | None) -> Tensor:
     """Build the matrix of bilinear upsampling (corners aligned) and then Gaussian blur along one axis.
 
     Args:
         length: Positions h along the axis.
         size: Pixels along the axis.
-        sigma: Standard deviation of the blur in pixels (mirrored at the border, cut at 4 sigma); 0 for none.
+        sigma: Standard deviation of the blur in pixels (mirrored at the border, cut at 4 sigma); 0 for none,
+            None for half of the positions' stride, size / length.
     Returns:
         (size, length) float64; each row sums to 1.
     """
     matrix = F.interpolate(
         torch.eye(length, dtype=torch.float64)[None], size=size, mode="linear", align_corners=True
     )[0].T
+    sigma = 0.5 * size / length if sigma is None else sigma
     if sigma > 0:
         matrix = torch.from_numpy(gaussian_filter1d(matrix.numpy(), sigma, axis=0, mode="reflect"))
     return matrix.contiguous()
 
 
-def missing_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma: float) -> Tensor:
+def missing_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma: float | None) -> Tensor:
     r"""Sum what is missing to full normality over levels: :math:`\sum_k U_k(1-e^{v_k-v_{max,k}})U_k^\top`.
 
     Args:
         values: One (B, h, w) a level.
         maxima: (L,) or (B, L); values above them count as fully normal.
         size: Side of the map in pixels.
-        sigma: Blur in pixels; 0 for none.
+        sigma: Blur in pixels, as of :func:`upsampling_matrix`.
     Returns:
         (B, size, size), between 0 and L, in the values' type.
     """
@@ -137,14 +208,14 @@ def missing_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma
     return torch.stack([_upsample(-torch.expm1(x), size, sigma) for x in deficits]).sum(0)
 
 
-def log_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma: float) -> Tensor:
+def log_normality(values: Sequence[Tensor], maxima: Tensor, size: int, sigma: float | None) -> Tensor:
     r"""Compute :math:`\log\sum_k U_k e^{v_k-v_{max,k}} U_k^\top`, the log of summed normality, by logs alone.
 
     Args:
         values: One (B, h, w) a level.
         maxima: (L,) or (B, L); values above them count as fully normal.
         size: Side of the map in pixels.
-        sigma: Blur in pixels; 0 for none.
+        sigma: Blur in pixels, as of :func:`upsampling_matrix`.
     Returns:
         (B, size, size), finite however far a value lies below its maximum.
     """
@@ -163,7 +234,7 @@ def _deficits(values: Sequence[Tensor], maxima: Tensor) -> list[Tensor]:
     return [(v - maxima[..., k].view(-1, 1, 1).to(v)).clamp_max(0) for k, v in enumerate(values)]
 
 
-def _upsample(x: Tensor, size: int, sigma: float) -> Tensor:
+def _upsample(x: Tensor, size: int, sigma: float | None) -> Tensor:
     rows, columns = (upsampling_matrix(length, size, sigma).to(x) for length in x.shape[-2:])
     return rows @ x @ columns.T
 
@@ -204,7 +275,12 @@ def transductive(values: LevelValues, size: int) -> Normalisation:
 
 
 def published_maps(
-    values: LevelValues, constants: Normalisation, *, size: int, sigma: float, criterion: Criterion = "both"
+    values: LevelValues,
+    constants: Normalisation,
+    *,
+    size: int,
+    sigma: float | None,
+    criterion: Criterion = "both",
 ) -> Tensor:
     r"""Compute the published map :math:`S = S_l \odot S_e`, or one of the two; it saturates.
 
@@ -212,7 +288,7 @@ def published_maps(
         values: Level values of B images.
         constants: Of the images' class, or per image.
         size: Side of the maps in pixels.
-        sigma: Gaussian blur in pixels of the map.
+        sigma: Gaussian blur in pixels of the map, as of :func:`upsampling_matrix`.
         criterion: "likelihood" for S_l, "entropy" for S_e, "both" for their product. A prior without
             classes has no entropy: then it is S_l throughout.
     Returns:
@@ -227,9 +303,16 @@ def published_maps(
 
 
 def anomaly_maps(
-    values: LevelValues, constants: Normalisation, *, size: int, sigma: float, criterion: Criterion = "both"
+    values: LevelValues,
+    constants: Constants,
+    *,
+    size: int,
+    sigma: float | None,
+    criterion: Criterion = "both",
 ) -> Tensor:
-    r"""Compute anomaly maps that rank as the published ones and never saturate.
+    r"""Compute anomaly maps: standardised surprises, or what ranks as the published maps; none saturates.
+
+    Under a :class:`Calibration` they are its S, in deviations. Under a :class:`Normalisation` they are
 
     .. math:: t = -\log\Big(-\log\frac{S_l}{L - o_l} - \log\frac{S_e}{L - o_e}\Big)
 
@@ -237,15 +320,19 @@ def anomaly_maps(
 
     Args:
         values: Level values of B images.
-        constants: Of the images' class, or per image.
+        constants: Of the images' class, or per image; their kind decides.
         size: Side of the maps in pixels.
-        sigma: Gaussian blur of S in pixels of the map.
+        sigma: Gaussian blur of S in pixels of the map, as of :func:`upsampling_matrix`.
         criterion: As of :func:`published_maps`.
     Returns:
-        (B, size, size), in the values' type: from about -7 for what lacks nothing, upwards without an end,
-        there in nats (per dimension where the values are); higher is more anomalous.
+        (B, size, size), in the values' type; higher is more anomalous. Of a Normalisation from about -7 for
+        what lacks nothing, upwards without an end, there in nats (per dimension where the values are).
     Source: paper Sec. 3.4, in the log domain.
     """
+    if isinstance(constants, Calibration):
+        ways = zip(*(_chosen(of, criterion) for of in (values, constants.mean, constants.std)), strict=True)
+        surprises = [_upsample((m.double() - v) / s, size, sigma) for v, m, s in ways]
+        return torch.stack(surprises).mean(0).to(values.log_prob[0].dtype)
     criteria = _criteria(values, constants, criterion)
     total = torch.stack([_log_share(*one, size, sigma) for one in criteria]).sum(0)
     maps = -(-total).log()
@@ -261,7 +348,16 @@ def anomaly_maps(
     return maps.to(values.log_prob[0].dtype)
 
 
-def _log_share(levels: Sequence[Tensor], maxima: Tensor, offset: float, size: int, sigma: float) -> Tensor:
+def _chosen(values: LevelValues, criterion: Criterion) -> tuple[Tensor, ...]:
+    """List the values that a criterion asks for, level by level."""
+    if criterion == "likelihood" or not values.neg_entropy:
+        return values.log_prob
+    return values.neg_entropy if criterion == "entropy" else values.log_prob + values.neg_entropy
+
+
+def _log_share(
+    levels: Sequence[Tensor], maxima: Tensor, offset: float, size: int, sigma: float | None
+) -> Tensor:
     """Compute log(S / (L - o)) in float64, near 0 from the normality and elsewhere from what is missing."""
     levels, top = [v.double() for v in levels], len(levels) - offset
     present = torch.stack([_upsample(x.exp(), size, sigma) for x in _deficits(levels, maxima)]).sum(0) / top
@@ -280,6 +376,24 @@ def _criteria(
     return [entropy] if criterion == "entropy" else [likelihood, entropy]
 
 
-def image_scores(maps: Tensor) -> Tensor:
-    """Score images by the maximum of their maps: (B, H, W) to (B,)."""
-    return maps.flatten(1).amax(-1)
+def image_scores(maps: Tensor, how: ImageScore = "maximum", share: float = 0.01) -> Tensor:
+    """Score images by their maps, (B, H, W) to (B,).
+
+    Args:
+        maps: Anomaly maps.
+        how: "maximum"; "top", the mean of the share of highest pixels (of one at least); or "quantile", the
+            value that this share of the pixels exceeds.
+        share: In (0, 1].
+
+    Example:
+        >>> maps = torch.arange(10.0).view(1, 2, 5)
+        >>> [image_scores(maps, how, 0.2).item() for how in ("maximum", "top", "quantile")]
+        [9.0, 8.5, 7.0]
+    """
+    pixels = maps.flatten(1)
+    if how == "maximum":
+        return pixels.amax(-1)
+    count, n = round(share * pixels.shape[1]), pixels.shape[1]
+    if how == "top":
+        return pixels.topk(max(count, 1)).values.mean(-1)
+    return pixels.topk(min(count + 1, n)).values[:, -1]

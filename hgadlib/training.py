@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from hgadlib.config import LossConfig, TrainConfig
 from hgadlib.distributed import ALONE, Group
@@ -22,6 +24,9 @@ from hgadlib.features.store import Features, spread_sample
 from hgadlib.model import HGAD, read_tensors, write_tensors
 from hgadlib.progress import progress_bar
 from hgadlib.scoring import LevelValues
+
+Labelled = tuple[Features, np.ndarray]
+"""Features of N images and their classes, (N,)."""
 
 _ADVICE = "lower train.lr or set train.gradient_clip"
 
@@ -60,9 +65,12 @@ def build_optimiser(model: HGAD, config: TrainConfig) -> torch.optim.Optimizer:
 
 def first_stage_epochs(config: TrainConfig) -> int:
     """Return how many epochs have no intra-class terms: the configured share, rounded up, but never all."""
-    # 0.07 * 100 is a little more than 7 in binary; that is no eighth epoch.
-    share = math.ceil(round(config.first_stage * config.epochs, 6))
-    return min(share, config.epochs - 1)
+    return min(_epochs(config.first_stage, config), config.epochs - 1)
+
+
+def _epochs(share: float, config: TrainConfig) -> int:
+    """Round a share of the epochs up; 0.07 * 100 is a little more than 7 in binary, and no eighth epoch."""
+    return math.ceil(round(share * config.epochs, 6))
 
 
 def batch_order(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
@@ -76,6 +84,7 @@ def fit(
     model: HGAD,
     features: Features,
     class_idx: np.ndarray,
+    held_out: Labelled | None = None,
     *,
     train: TrainConfig,
     loss: LossConfig,
@@ -89,24 +98,28 @@ def fit(
 ) -> pd.DataFrame:
     """Train all levels together and calibrate the scores.
 
-    First stage: Eq. 6 and 8 (and 9 where configured). Second stage: the whole of Eq. 11.
+    First stage: Eq. 6 and 8 (and 9 where configured). Second stage: the whole of Eq. 11. The trained model
+    has the last epoch's weights, or with ``train.average`` their mean over the ends of the last epochs.
 
     Args:
         model: Initialised model, on the device to train on.
         features: Of the training images.
         class_idx: Class of each training image, (N,).
+        held_out: Features and classes of normal images that are not trained on, to calibrate the scores.
         train: Epochs, optimiser, schedule.
         loss: Weights of the terms.
-        seed: Of the batches' order.
+        seed: Of the batches' order, of noise and dropout.
         checkpoint: File to save to between epochs, and to resume from if it exists.
         checkpoint_s: Seconds that pass at least from one save to the next; the last epoch is always saved.
             A resumed run repeats the epochs since, to the same result.
-        on_epoch: Called after each epoch; what it returns becomes columns of the history.
+        on_epoch: Called with 0 before the first epoch, and after each one with its number and the model of
+            that moment; what it returns becomes columns of the history.
         on_history: Called with the history so far after each epoch, before a checkpoint is written.
         progress: Show a bar.
         group: The processes that share the batches; the first one alone evaluates and writes.
     Returns:
-        History, a row an epoch: mean of every loss term, learning rate, seconds, images/s.
+        History, a row an epoch: mean of every loss term, learning rate, seconds, images/s. Before them one
+        of epoch 0, without losses, where on_epoch says something of the untrained model.
     Raises:
         FloatingPointError: The loss is no longer finite.
         InputError: The checkpoint is damaged.
@@ -116,20 +129,27 @@ def fit(
     n_images, stage_two = len(labels), first_stage_epochs(train)
     group.align(model)
     optimiser = build_optimiser(model, train)
+    averaged_epochs = _epochs(train.average, train)
+    average = AveragedModel(model) if averaged_epochs else None
     rows: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.is_file():
-        rows = load_checkpoint(checkpoint, model, optimiser)
-    done, saved_at, show = len(rows), time.monotonic(), progress and group.is_main
+        rows = load_checkpoint(checkpoint, model, optimiser, average)
+    elif group.is_main and on_epoch is not None and (untrained := on_epoch(0, model)):
+        rows = [{"epoch": 0, "stage": 1 if stage_two else 2, **untrained}]
+    done, saved_at, show = rows[-1]["epoch"] if rows else 0, time.monotonic(), progress and group.is_main
     with progress_bar(train.epochs * n_images, "train", initial=done * n_images, show=show) as bar:
         for epoch in range(done, train.epochs):
             started = time.perf_counter()
             if epoch == stage_two and model.has_entropy and model.prior_config.delta_init == "kmeans":
                 split_centers(model, features, labels, seed=seed)
                 group.align(model)
-            means = fit_epoch(
-                model, optimiser, features, labels, epoch,
-                train=train, loss=loss, seed=seed, group=group, advance=bar.update,
-            )  # fmt: skip
+            with _training_mode(model, seed, epoch):
+                means = fit_epoch(
+                    model, optimiser, features, labels, epoch,
+                    train=train, loss=loss, seed=seed, group=group, advance=bar.update,
+                )  # fmt: skip
+            if average is not None and epoch >= train.epochs - averaged_epochs:
+                average.update_parameters(model)
             seconds = time.perf_counter() - started
             rows.append({"epoch": epoch + 1, "stage": 1 if epoch < stage_two else 2, **means})
             rows[-1] |= {"seconds": seconds, "images_per_s": n_images / seconds}
@@ -142,11 +162,25 @@ def fit(
                 on_history(pd.DataFrame(rows))
             due = time.monotonic() - saved_at >= checkpoint_s or epoch + 1 == train.epochs
             if checkpoint is not None and due:
-                save_checkpoint(checkpoint, model, optimiser, rows)
+                save_checkpoint(checkpoint, model, optimiser, rows, average)
                 saved_at = time.monotonic()
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
     if group.is_main:
-        calibrate(model, features, class_idx)
+        calibrate(model, features, class_idx, held_out)
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def _training_mode(model: HGAD, seed: int, epoch: int) -> Iterator[None]:
+    """Turn dropout on; noise and dropout are a function of seed and epoch, so a resumed run repeats them."""
+    model.train()
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed * 1_000_003 + epoch)
+            yield
+    finally:
+        model.eval()
 
 
 def fit_epoch(
@@ -186,17 +220,21 @@ def fit_epoch(
         lr = learning_rate((epoch * len(order) + step) / (train.epochs * len(order)), train)
         for settings in optimiser.param_groups:
             settings["lr"] = lr
-        terms = model.losses(batch, own_labels[step], intra=intra, precision=precision, **weights)
-        optimiser.zero_grad(set_to_none=True)
-        torch.stack([t["total"] for t in terms]).sum().mul(scale * shares[step]).backward()
-        group.sum_gradients(parameters)
-        if train.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
-        optimiser.step()
+        terms = model.losses(
+            batch, own_labels[step], intra=intra, precision=precision, noise=train.noise, **weights
+        )
+        total = torch.stack([t["total"] for t in terms]).sum().mul(scale * shares[step])
+        if total.requires_grad:  # no flow and a single Gaussian: nothing is learnt
+            optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            group.sum_gradients(parameters)
+            if train.gradient_clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, train.gradient_clip)
+            optimiser.step()
         found.append([{name: value.detach() for name, value in t.items()} for t in terms])
         advance(len(order[step]))
-    total = n_images * len(model.flows)
-    counts = [share * len(batch) / total for share, batch in zip(shares, order, strict=True)]
+    n_values = n_images * len(model.flows)
+    counts = [share * len(batch) / n_values for share, batch in zip(shares, order, strict=True)]
     return _mean_terms(found, counts, epoch, group) | {"lr": lr}
 
 
@@ -239,31 +277,42 @@ def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int,
         raise FloatingPointError(f"at the start of the second stage, {error}; {_ADVICE}") from None
 
 
-def calibrate(model: HGAD, features: Features, class_idx: np.ndarray, *, batch_size: int = 32) -> None:
-    """Take the inductive constants of the scores from the training features."""
-    labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
+def calibrate(
+    model: HGAD, features: Features, class_idx: np.ndarray, held_out: Labelled | None = None, *,
+    batch_size: int = 32,
+) -> None:  # fmt: skip
+    """Take the constants of the scores from the training features, and from those held out of training."""
 
-    def values() -> Iterator[tuple[LevelValues, Tensor]]:
+    def values(features: Features, class_idx: np.ndarray) -> Iterator[tuple[LevelValues, Tensor]]:
+        labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
         for indices, batch in features.batches(torch.arange(len(labels)).split(batch_size), model.device):
             own = labels[indices.to(model.device)]
             yield model.level_values(batch, own), own
 
-    model.calibrate(values())
+    model.calibrate(values(features, class_idx), values(*held_out) if held_out else ())
 
 
 def save_checkpoint(
-    path: Path, model: HGAD, optimiser: torch.optim.Optimizer, rows: list[dict[str, Any]]
+    path: Path,
+    model: HGAD,
+    optimiser: torch.optim.Optimizer,
+    rows: list[dict[str, Any]],
+    average: AveragedModel | None = None,
 ) -> None:
-    """Write weights, Adam's moments and the history to one file, atomically."""
+    """Write weights, their running mean, Adam's moments and the history to one file, atomically."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"optimiser.{index}.{name}"] = torch.as_tensor(value)
     write_tensors(path, tensors, {"history": json.dumps(rows, allow_nan=False)})
 
 
-def load_checkpoint(path: Path, model: HGAD, optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Load a checkpoint's state into model and optimiser, and return its history's rows.
+def load_checkpoint(
+    path: Path, model: HGAD, optimiser: torch.optim.Optimizer, average: AveragedModel | None = None
+) -> list[dict[str, Any]]:
+    """Load a checkpoint's state into model, optimiser and running mean, and return its history's rows.
 
     Raises:
         InputError: It is damaged, or of another model; the line says what to delete.
@@ -271,8 +320,10 @@ def load_checkpoint(path: Path, model: HGAD, optimiser: torch.optim.Optimizer) -
     try:
         tensors, metadata = read_tensors(path)
         rows = json.loads(metadata["history"])
-        prefix = "model."
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for prefix, module in (("model.", model), ("average.", average)):
+            if module is not None:
+                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                module.load_state_dict(own)
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("optimiser."):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,8 @@ from references import pixel_references, sklearn_metrics
 from small import features, model
 
 from hgadlib.config import ScoreConfig
+from hgadlib.errors import InputError
+from hgadlib.evaluation.class_inference import evaluate_inferred
 from hgadlib.evaluation.evaluate import (
     Evaluation,
     Protocol,
@@ -23,8 +29,16 @@ from hgadlib.evaluation.likelihoods import (
     compare_likelihoods,
 )
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
-from hgadlib.model import HGAD
-from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores, published_maps
+from hgadlib.model import HGAD, read_tensors, write_tensors
+from hgadlib.scoring import (
+    Calibration,
+    Criterion,
+    LevelValues,
+    Normalisation,
+    anomaly_maps,
+    image_scores,
+    published_maps,
+)
 from hgadlib.training import calibrate
 
 SCORE = ScoreConfig(map_size=16, sigma=1.0)
@@ -106,6 +120,7 @@ def test_transductive_scores_do_and_touch_zero_before_the_blur(fitted: HGAD) -> 
     criteria: tuple[Criterion, ...] = ("likelihood", "entropy")
     for criterion in criteria:
         constants = class_normalisation(fitted, values, 0, "transductive", 16)
+        assert isinstance(constants, Normalisation)
         maps = published_maps(values, constants, size=16, sigma=0.0, criterion=criterion)
         assert float(maps.min()) == pytest.approx(0.0, abs=1e-6)
 
@@ -240,3 +255,128 @@ def test_log_likelihoods_by_hand() -> None:
     assert class_overlaps(scores) == {"a": [0.0], "b": [None]}
     nothing = compare_likelihoods(log_prob, class_idx, labels, {}, labelled=np.zeros(4, bool), n_classes=2)
     assert nothing.columns == {} and not nothing.counts.any()
+
+
+def test_held_out_images_have_mean_zero_and_deviation_one() -> None:
+    made = model()
+    train, class_idx = features(8, seed=1)
+    held, held_idx = features(2000, seed=2)
+    calibrate(made, train, class_idx, (held, held_idx))
+    values = level_values(made, held, held_idx)
+    constants = made.constants(torch.from_numpy(held_idx), "calibrated")
+    assert isinstance(constants, Calibration)
+    for v, m, s in zip(values.log_prob, constants.mean.log_prob, constants.std.log_prob, strict=True):
+        for k in (0, 1):
+            u = ((m - v) / s)[held_idx == k].double()
+            # 20 in 1020 counts for the class as a whole.
+            torch.testing.assert_close(u.mean(0), torch.zeros_like(u[0]), rtol=0, atol=0.05)
+            torch.testing.assert_close(u.std(0), torch.ones_like(u[0]), rtol=0, atol=0.05)
+
+
+def test_calibration_is_of_held_out_images_else_of_training_images() -> None:
+    made, (train, class_idx), (held, held_idx) = (
+        model(),
+        features(20, seed=1),
+        features(10, seed=2, shift=0.5),
+    )
+    stored = {}
+    for name, some in {"none": None, "all": (held, held_idx), "one class": (held, np.ones(10, int))}.items():
+        calibrate(made, train, class_idx, some)
+        stored[name] = {key: value.clone() for key, value in made.state_dict().items()}
+    for level in range(2):
+        none, whole, part = (stored[name][f"normal_mean_{level}"] for name in stored)
+        assert not none.isclose(whole).all((1, 2, 3)).any()
+        # Class 0 has no image held out.
+        assert part[0].equal(none[0]) and not part[1].isclose(none[1]).all()
+    assert all(stored["all"][key].equal(stored["none"][key]) for key in ("log_prob_max", "neg_entropy_max"))
+
+
+@pytest.mark.parametrize("criterion", ["likelihood", "entropy", "both"])
+def test_a_calibrated_score_is_of_the_image_alone(fitted: HGAD, criterion: Criterion) -> None:
+    protocol = Protocol("calibrated", criterion)
+    whole = evaluated(fitted, protocol).scores
+    half = evaluated(fitted, protocol, order=np.arange(5, -1, -1)).scores[::-1]
+    np.testing.assert_allclose(half, whole[:6], rtol=1e-4, atol=1e-4)
+
+
+def test_calibrated_constants_are_saved_and_files_without_them_refuse(fitted: HGAD, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "model.safetensors")
+    loaded = HGAD.load(tmp_path / "model.safetensors")
+    own = torch.tensor([1, 0])
+    pairs = [made.constants(own, "calibrated") for made in (fitted, loaded)]
+    for a, b in zip(*(p.std.log_prob + p.mean.neg_entropy for p in pairs), strict=True):  # type: ignore[union-attr, unused-ignore]
+        assert a.equal(b) and a.shape[0] == 2
+    tensors, metadata = read_tensors(tmp_path / "model.safetensors")
+    old = {name: value for name, value in tensors.items() if not name.startswith("normal_")}
+    write_tensors(tmp_path / "old.safetensors", old, metadata)
+    before = HGAD.load(tmp_path / "old.safetensors")
+    assert before.is_calibrated is False and before.log_prob_max.equal(fitted.log_prob_max)
+    with pytest.raises(InputError, match="expected a model with statistics of normal features"):
+        before.constants(own, "calibrated")
+    with pytest.raises(InputError, match="statistics"):
+        evaluated(before, Protocol("calibrated", "both"))
+    data, class_idx = features(20, seed=1)
+    calibrate(before, data, class_idx)
+    assert evaluated(before, Protocol("calibrated", "both")).mean["image_auroc"] is not None
+
+
+def test_a_single_gaussian_is_calibrated_by_likelihood() -> None:
+    single = model(kind="single")
+    data, class_idx = features(20, seed=1)
+    calibrate(single, data, class_idx)
+    both, likelihood = (evaluated(single, Protocol("calibrated", c)) for c in ("both", "likelihood"))
+    np.testing.assert_array_equal(both.scores, likelihood.scores)
+    assert single.state_dict()["normal_std_0"].shape == (2, 1, 3, 4)
+
+
+def separated(fitted: HGAD) -> HGAD:
+    """A copy whose class centres are the classes' mean latents: every image's class is clear."""
+    made = model()
+    made.load_state_dict(fitted.state_dict())
+    data, class_idx = features(40, seed=3)
+    made.prior_config = replace(made.prior_config, init="class_means")
+    made.initialise(lambda: [(list(data.levels), torch.from_numpy(class_idx))])
+    with torch.no_grad():
+        for _, prior in made.levels:
+            prior.deltas.mul_(0.1)  # type: ignore[union-attr, operator, unused-ignore]
+    calibrate(made, data, class_idx)
+    return made
+
+
+@pytest.mark.parametrize("normalisation", ["inductive", "calibrated", "transductive"])
+def test_inferred_is_known_where_classes_are_clear(fitted: HGAD, normalisation: Any) -> None:
+    made = separated(fitted)
+    data, class_idx, labels, masks = some_test()
+    values = level_values(made, data, class_idx)  # type: ignore[arg-type]
+    how: Any = {"score": SCORE, "protocol": Protocol(normalisation, "both")}
+    found = evaluate_inferred(made, data, values, class_idx, labels, masks, **how)  # type: ignore[arg-type]
+    known = evaluate(made, values, class_idx, labels, masks, **how)
+    assert found == {"accuracy": 1.0, **known.to_dict()}
+
+
+def test_an_image_taken_for_another_class_is_scored_as_that(fitted: HGAD) -> None:
+    """With the true classes exchanged every image is taken for the other class."""
+    made = separated(fitted)
+    data, class_idx, labels, masks = some_test()
+    other = 1 - class_idx
+    values = level_values(made, data, other)  # type: ignore[arg-type]
+    before = [v.clone() for v in values.log_prob]
+    how: Any = {"score": SCORE, "protocol": Protocol("calibrated", "likelihood")}
+    flipped = {k: masks[1 - k] for k in masks}
+    found = evaluate_inferred(made, data, values, other, labels, flipped, **how)  # type: ignore[arg-type]
+    own = evaluate(made, level_values(made, data, class_idx), class_idx, labels, masks, **how)  # type: ignore[arg-type]
+    assert found["accuracy"] == 0
+    assert found["per_class"] == {"class0": own.per_class["class1"], "class1": own.per_class["class0"]}
+    assert all(a.equal(b) for a, b in zip(before, values.log_prob, strict=True))
+
+
+@pytest.mark.parametrize(("how", "share"), [("top", 0.1), ("quantile", 0.1)])
+def test_the_image_score_follows_the_configuration(fitted: HGAD, how: Any, share: float) -> None:
+    data, class_idx, labels, _ = some_test()
+    values = level_values(fitted, data, class_idx)  # type: ignore[arg-type]
+    score = replace(SCORE, image=how, image_share=share)
+    found = evaluate(fitted, values, class_idx, labels, None, score=score, protocol=INDUCTIVE)
+    mine = values[torch.from_numpy(class_idx == 1)]
+    [(_, maps)] = map_batches(mine, found.constants["class1"], score, "both")
+    np.testing.assert_array_equal(found.scores[class_idx == 1], image_scores(maps, how, share).numpy())
+    assert (found.scores < evaluated(fitted).scores).all()

@@ -28,6 +28,7 @@ from hgadlib.runs.experiment import build_model, evaluate_model, finish_run, pre
 from hgadlib.runs.gallery import gallery, typical_images
 from hgadlib.runs.hardware import select_device
 from hgadlib.runs.inputs import Inputs, class_masks, prepare, summary
+from hgadlib.runs.ledger import record_of
 from hgadlib.runs.record import Result, best_epochs
 
 METRICS = {*IMAGE_METRICS, *PIXEL_METRICS}
@@ -93,7 +94,10 @@ def test_metrics_json_is_the_contract(done: Done) -> None:
     assert found["memory"]["peak_host_mb"] > 50
     assert found["memory"]["peak_device_mb"] is None
     assert found["counts"]["train"] == 12
-    assert len(found["other_protocols"]) == 6
+    assert len(found["other_protocols"]) == 9
+    assert set(found["inferred"]) == {"accuracy", "mean", "per_class"}
+    assert 0 <= found["inferred"]["accuracy"] <= 1 and set(found["inferred"]["mean"]) == METRICS
+    assert "held_out" not in found["counts"]
     name = f"{done.config.score.normalisation}/{done.config.score.criterion}"
     assert found["other_protocols"][name]["mean"] == found["mean"]
 
@@ -129,14 +133,16 @@ def test_scores_npz_has_a_row_an_image_and_histograms(done: Done) -> None:
 
 def test_history_has_test_metrics_and_best_epochs_say_where(done: Done) -> None:
     history = read_history(done.run.path)
-    assert history["epoch"].tolist() == [1, 2]
+    # Before the first epoch the untrained model is looked at.
+    assert history["epoch"].tolist() == [0, 1, 2]
+    assert history["total"].isna().tolist() == [True, False, False]
     last = history.iloc[-1]
     mean = done.result.metrics["mean"]
     assert last["test_image_auroc"] == pytest.approx(mean["image_auroc"])
     assert last["test_pixel_auroc"] == pytest.approx(mean["pixel_auroc"])
     best = done.result.metrics["best_epoch"]["image_auroc"]
     assert best["value"] == pytest.approx(history["test_image_auroc"].max())
-    assert history["test_image_auroc"][best["epoch"] - 1] == pytest.approx(best["value"])
+    assert history["test_image_auroc"][best["epoch"]] == pytest.approx(best["value"])
 
 
 def test_best_epochs_by_hand() -> None:
@@ -251,7 +257,7 @@ def test_a_run_killed_in_an_epoch_goes_on_to_the_same_bits(
     ):
         assert torch.equal(found, expected), name
     # Training looks at the test set before the last epoch, the evaluation after it.
-    assert read_history(run.path)["test_image_auroc"].isna().tolist() == [False, True]
+    assert read_history(run.path)["test_image_auroc"].isna().tolist() == [False, False, True]
     finish_run(config, done.inputs, model, run)
     pd.testing.assert_frame_equal(
         read_history(run.path).drop(columns=TIMED),
@@ -442,9 +448,8 @@ def test_classes_of_any_name_go_through(tmp_path: Path) -> None:
     assert auroc_table(result.metrics).to_html()
     # The record speaks for itself when the images are gone.
     shutil.rmtree(root)
-    assert (
-        read_config(run.path).digest == config.digest and len(read_history(run.path)) == config.train.epochs
-    )
+    assert read_config(run.path).digest == config.digest
+    assert read_history(run.path)["epoch"].max() == config.train.epochs
 
 
 def test_unlabelled_images_are_scored_and_counted_apart(tmp_path: Path) -> None:
@@ -486,3 +491,35 @@ def test_classes_are_discovered_where_no_folder_names_them(tmp_path: Path) -> No
         )
     model = train_model(config, inputs, RunDirectory.open(config), progress=False)
     assert model.classes == inputs.dataset.classes
+
+
+def test_a_run_calibrated_on_images_held_out(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images", classes=("disc", "square", "third"))
+    score = {"normalisation": "calibrated", "image": "top", "image_share": 0.02, "sigma": None}
+    data = {"root": str(root), "image_size": 64, "held_out": 0.34}
+    config = folder_config(root, tmp_path / "run", data=data, score=score, train={"evaluate_every": 1})
+    run, inputs = RunDirectory.open(config), prepare(config, progress=False)
+    assert len(inputs.train) == 12 and inputs.held_out is not None and len(inputs.held_out) == 6
+    assert inputs.calibration is not None and inputs.calibration[1].tolist() == [0, 0, 1, 1, 2, 2]
+    assert summary(inputs)["held out"].tolist() == [2, 2, 2, 6]
+    assert inputs.identity() == prepare(folder_config(root, None), progress=False).identity()
+    model = train_model(config, inputs, run, progress=False)
+    result = finish_run(config, inputs, model, run)
+    assert result.metrics["counts"]["train"] == 12 and result.metrics["counts"]["held_out"] == 6
+    assert result.metrics["protocol"]["normalisation"] == "calibrated"
+    assert result.metrics["other_protocols"]["calibrated/likelihood"]["mean"] == result.metrics["mean"]
+    mean = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("normal_")}
+    training.calibrate(model, inputs.train, inputs.train_classes, inputs.calibration)
+    assert all(model.state_dict()[key].equal(value) for key, value in mean.items())
+    # From files, as what the evaluation has.
+    [(scores, _)] = predict_files(config, inputs, model, inputs.dataset.test[:3])
+    np.testing.assert_allclose(scores, result.evaluation.scores[:3], rtol=2e-2, atol=2e-2)
+    assert "inferred" in record_of(run.path)
+
+
+def test_discovered_classes_of_images_held_out(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    data = {"root": str(root), "image_size": 64, "held_out": 0.34, "classes": "discovered"}
+    inputs = prepare(folder_config(root, None, data=data), progress=False)
+    assert inputs.calibration is not None and len(inputs.calibration[1]) == 4
+    assert set(inputs.calibration[1]) <= set(inputs.train_classes) and len(inputs.train) == 8

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 from small import CHANNELS, GRIDS, features, model
 from torch import Tensor
 
 from hgadlib.config import FlowConfig, PriorConfig
 from hgadlib.errors import InputError
+from hgadlib.features.store import Features
 from hgadlib.model import HGAD, read_tensors, write_tensors
 
 
@@ -98,12 +103,14 @@ for level in (0, 1):
     NAMES += [f"{inn}.0.{name}" for name in ("mean", "weight", "inverse_weight", "log_det")]
     NAMES += [f"{inn}.{block}.{name}" for block in (1, 2) for name in (*BLOCK, "subnet.2.bias")]
     NAMES += [f"priors.{level}.{name}" for name in ("centers", "deltas", "psi", "psi_intra")]
+# Files may lack these; then they are zeros.
+YOUNGER = [f"normal_{name}_{level}" for name in ("mean", "std") for level in (0, 1)]
 
 
 def test_a_file_with_today_s_names_loads(tmp_path: Path) -> None:
     other, made = model(seed=1), model()
     own = made.state_dict()
-    assert sorted(own) == sorted(NAMES)
+    assert sorted(own) == sorted([*NAMES, *YOUNGER])
     made.save(tmp_path / "model.safetensors")
     _, metadata = read_tensors(tmp_path / "model.safetensors")
     write_tensors(tmp_path / "old.safetensors", {name: other.state_dict()[name] for name in NAMES}, metadata)
@@ -128,3 +135,102 @@ def test_a_model_loads_by_a_text_path(tmp_path: Path) -> None:
     assert HGAD.load(str(tmp_path / "model.safetensors")).classes == ("class0", "class1")
     with pytest.raises(InputError, match="expected a safetensors file, found none"):
         HGAD.load(str(tmp_path / "other"))
+
+
+def test_a_file_without_younger_settings_computes_as_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = model()
+    spec = made.architecture()
+    for section, young in (("prior", ("covariance", "shrinkage", "rank")), ("flow", ("coupling", "keep"))):
+        for name in young:
+            del spec[section][name]
+    # whatever the defaults are by then
+    monkeypatch.setattr("hgadlib.model.PriorConfig", partial(PriorConfig, covariance="class", rank=3))
+    write_tensors(tmp_path / "old.safetensors", dict(made.state_dict()), {"hgad": json.dumps(spec)})
+    loaded = HGAD.load(tmp_path / "old.safetensors")
+    assert loaded.prior_config == made.prior_config
+    data, class_idx = features(3)
+    labels = torch.from_numpy(class_idx)
+    for old, new in zip(
+        made.log_prob(data.levels, labels), loaded.log_prob(data.levels, labels), strict=True
+    ):
+        assert old.equal(new)
+
+
+def with_covariances(
+    covariance: str, *, init: str = "class_means", layers: int = 0, n_centers: int = 1
+) -> HGAD:
+    """A model of a fixed map and a prior, initialised from features of classes of unlike shapes."""
+    torch.manual_seed(0)
+    made = HGAD(
+        ["a", "b", "absent"], CHANNELS, GRIDS, flow=FlowConfig(layers=layers, position_dim=4),
+        prior=PriorConfig(covariance=covariance, init=init, n_centers=n_centers, shrinkage=0.02),  # type: ignore[arg-type]
+    )  # fmt: skip
+    data, class_idx = shaped_features()
+    labels = torch.from_numpy(class_idx)
+    made.initialise(lambda: ((x, labels[i]) for i, x in data.batches(torch.arange(40).split(7), "cpu")))
+    return made
+
+
+def shaped_features() -> tuple[Features, np.ndarray]:
+    data, class_idx = features(40)
+    torch.manual_seed(1)
+    mixing = [torch.randn(2, c, c) for c in CHANNELS]
+    levels = tuple(x @ m[torch.from_numpy(class_idx)] for x, m in zip(data.levels, mixing, strict=True))
+    return dataclasses.replace(data, levels=levels), class_idx
+
+
+@pytest.mark.parametrize("covariance", ["class", "learnt"])
+def test_without_blocks_the_model_is_a_gaussian_per_class(covariance: str) -> None:
+    made, (data, class_idx) = with_covariances(covariance), shaped_features()
+    if covariance == "learnt":  # it starts there, but for its small random part
+        for _, prior in made.levels:
+            torch.nn.init.zeros_(prior.low_rank)  # type: ignore[arg-type]
+    found = made.log_prob(data.levels, torch.from_numpy(class_idx))
+    for level, x in enumerate(data.levels):
+        fixed = made.levels[level][0].normaliser
+        assert fixed is not None
+        rows = (x.double() - fixed.mean) @ fixed.weight.double().T
+        for k in (0, 1):
+            own = rows[class_idx == k].flatten(0, 1).numpy()
+            sigma = np.cov(own.T)
+            sigma += 0.02 * sigma.diagonal().mean() * np.eye(len(sigma))
+            expected = multivariate_normal(own.mean(0), sigma).logpdf(own) + fixed.log_det.item()
+            np.testing.assert_allclose(found[level][class_idx == k].detach().flatten(), expected, atol=2e-3)
+        state = made.levels[level][1].state_dict()
+        assert state["factor"][2].equal(torch.eye(CHANNELS[level]))  # no image told of this class
+
+
+@pytest.mark.parametrize("init", ["index", "normal", "tiled_identity"])
+def test_a_covariance_is_about_the_class_s_own_mean_wherever_centres_start(init: str) -> None:
+    made, other = with_covariances("class", init=init), with_covariances("class")
+    for (_, prior), (_, same) in zip(made.levels, other.levels, strict=True):
+        assert prior.state_dict()["factor"].equal(same.state_dict()["factor"])
+        assert not prior.state_dict()["centers"].equal(same.state_dict()["centers"])
+
+
+@pytest.mark.parametrize("covariance", ["class", "learnt"])
+def test_a_model_with_covariances_trains_and_is_saved(covariance: str, tmp_path: Path) -> None:
+    made, (data, class_idx) = with_covariances(covariance, layers=2, n_centers=3), shaped_features()
+    labels = torch.from_numpy(class_idx)
+    made.split_centers([(list(data.levels), labels)])
+    optimiser = torch.optim.Adam(made.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        terms = made.losses(data.levels, labels, intra=True, per_dimension=True)
+        losses.append(sum(t["total"].item() for t in terms))
+        optimiser.zero_grad()
+        sum(t["total"] for t in terms).backward()  # type: ignore[union-attr]
+        optimiser.step()
+    assert losses[-1] < losses[0]
+    made.save(tmp_path / "model.safetensors")
+    loaded = HGAD.load(tmp_path / "model.safetensors")
+    assert loaded.prior_config.covariance == covariance
+    values, again = made.level_values(data.levels, labels), loaded.level_values(data.levels, labels)
+    for one, two in zip(
+        (*values.log_prob, *values.neg_entropy), (*again.log_prob, *again.neg_entropy), strict=True
+    ):
+        assert one.equal(two)
+    alone = loaded.level_values([x[:1] for x in data.levels], labels[:1])
+    torch.testing.assert_close(alone.log_prob[0][0], again.log_prob[0][0], rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import mpmath as mp
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor
 from hgadlib.config import FlowConfig, PriorConfig
 from hgadlib.model import HGAD
 from hgadlib.scoring import (
+    Calibration,
     Criterion,
+    ImageScore,
     LevelValues,
     Normalisation,
     anomaly_maps,
@@ -22,6 +25,7 @@ from hgadlib.scoring import (
     inductive,
     level_maxima,
     missing_normality,
+    normal_statistics,
     published_maps,
     transductive,
     upsampling_matrix,
@@ -235,3 +239,103 @@ def test_joining_batches() -> None:
     for level in range(len(GRIDS)):
         assert joined.log_prob[level].equal(values.log_prob[level])
         assert joined.neg_entropy[level].equal(values.neg_entropy[level])
+
+
+def calibration(seed: int = 0, std: float = 0.5) -> Calibration:
+    """Constants of one class, (h, w) a level."""
+    mean = random_values(1, seed)
+    own = LevelValues(tuple(v[0] for v in mean.log_prob), tuple(v[0] for v in mean.neg_entropy))
+    spread = LevelValues(
+        *(tuple(torch.full_like(v, std) for v in of) for of in (own.log_prob, own.neg_entropy))
+    )
+    return Calibration(own, spread)
+
+
+@pytest.mark.parametrize("sigma", [None, 3.0])
+def test_calibrated_maps_step_by_step(sigma: float | None) -> None:
+    values, constants = random_values(3, 1), calibration(2)
+
+    def direct(levels: tuple[Tensor, ...], means: tuple[Tensor, ...]) -> Tensor:
+        maps = []
+        for v, m in zip(levels, means, strict=True):
+            blur = [0.5 * SIZE / length for length in v.shape[1:]] if sigma is None else sigma
+            up = F.interpolate(
+                ((m - v) / 0.5).double()[:, None], size=(SIZE, SIZE), mode="bilinear", align_corners=True
+            )
+            maps.append(torch.stack([torch.from_numpy(gaussian_filter(x.numpy(), blur)) for x in up[:, 0]]))
+        return torch.stack(maps).mean(0)
+
+    expected = [direct(values.log_prob, constants.mean.log_prob)]
+    expected += [direct(values.neg_entropy, constants.mean.neg_entropy)]
+    criteria: dict[Criterion, Tensor] = {"likelihood": expected[0], "entropy": expected[1]}
+    criteria["both"] = (expected[0] + expected[1]) / 2
+    for criterion, wanted in criteria.items():
+        maps = anomaly_maps(values, constants, size=SIZE, sigma=sigma, criterion=criterion)
+        torch.testing.assert_close(maps.double(), wanted, rtol=1e-5, atol=1e-5)
+        single = (
+            LevelValues(values.log_prob, ()),
+            Calibration(LevelValues(constants.mean.log_prob, ()), LevelValues(constants.std.log_prob, ())),
+        )
+        alone = anomaly_maps(*single, size=SIZE, sigma=sigma, criterion=criterion)
+        torch.testing.assert_close(alone.double(), criteria["likelihood"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["likelihood", "entropy", "both"])
+def test_calibrated_scores_have_no_end(criterion: Criterion) -> None:
+    far = torch.tensor([0.0, 1.0, 10, 100, 1e3, 1e4, 1e5])[:, None, None]
+    values = LevelValues(*[tuple(-far.expand(-1, *grid) for grid in GRIDS) for _ in range(2)])
+    scores = image_scores(anomaly_maps(values, calibration(), size=SIZE, sigma=None, criterion=criterion))
+    # Two deviations a nat, at any distance.
+    torch.testing.assert_close(scores - scores[0], 2 * far.flatten(), rtol=1e-5, atol=1e-4)
+
+
+def test_the_blur_follows_the_stride() -> None:
+    for length in (1, 4, 16):
+        assert upsampling_matrix(length, SIZE, None).equal(
+            upsampling_matrix(length, SIZE, 0.5 * SIZE / length)
+        )
+
+
+def test_normal_statistics_by_hand() -> None:
+    torch.manual_seed(0)
+    few, many = 3, 200_000
+    one = torch.tensor([[[-1.0, -2.0]], [[-0.1, -0.3]]], dtype=torch.float64)  # (criteria, h, w)
+    x = torch.randn(few, 2, 1, 2, dtype=torch.float64) * 0.5 + one
+    count = torch.tensor([few, many], dtype=torch.float64)
+    total = torch.stack([x.sum(0), many * one])
+    squares = torch.stack(
+        [x.square().sum(0), many * (one.square() + torch.tensor([4.0, 1e-12]).view(2, 1, 1))]
+    )
+    mean, std = normal_statistics(count, total, squares)
+    for c in range(2):
+        flat = x[:, c].reshape(few, 2)
+        expected = (few * flat.mean(0) + 20 * flat.mean()) / (few + 20)
+        variance = (few * flat.var(0, correction=0) + 20 * flat.var(correction=0)) / (few + 20)
+        torch.testing.assert_close(mean[0, c, 0], expected)
+        torch.testing.assert_close(std[0, c, 0], variance.sqrt())
+    # Of many images a position speaks for itself.
+    torch.testing.assert_close(mean[1], one, rtol=1e-3, atol=0)
+    torch.testing.assert_close(std[1, 0], torch.full((1, 2), 2.0, dtype=torch.float64), rtol=1e-3, atol=0)
+
+
+def test_where_normal_features_agree_a_deviation_has_a_floor() -> None:
+    count, sure = torch.ones(4, dtype=torch.float64), torch.zeros(4, 2, 2, 2, dtype=torch.float64)
+    _, std = normal_statistics(count, sure, sure)
+    torch.testing.assert_close(std[:, 0], torch.full_like(std[:, 0], 1e-3))
+    torch.testing.assert_close(std[:, 1], torch.full_like(std[:, 1], 0.02 * math.log(4)))
+    _, single = normal_statistics(count[:1], sure[:1], sure[:1])
+    torch.testing.assert_close(single, torch.full_like(single, 1e-3))  # log 1 = 0
+
+
+def test_image_scores() -> None:
+    torch.manual_seed(0)
+    maps = torch.randn(3, 10, 20)
+    ranked = maps.flatten(1).sort(descending=True).values
+    expected: list[tuple[ImageScore, float, Tensor]] = [
+        ("maximum", 0.05, ranked[:, 0]), ("top", 0.05, ranked[:, :10].mean(1)), ("top", 1e-9, ranked[:, 0]),
+        ("top", 1.0, maps.mean((1, 2))), ("quantile", 0.05, ranked[:, 10]), ("quantile", 1e-9, ranked[:, 0]),
+        ("quantile", 1.0, ranked[:, -1]),
+    ]  # fmt: skip
+    for how, share, wanted in expected:
+        torch.testing.assert_close(image_scores(maps, how, share), wanted)
+        torch.testing.assert_close(image_scores(maps[1:2], how, share), wanted[1:2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from hgadlib.__main__ import main
 from hgadlib.datasets import load_dataset
 from hgadlib.datasets.images import read_image, read_mask
 from hgadlib.datasets.records import Dataset
-from hgadlib.datasets.validation import EDGE, KINDS, draw_defect, make_validation
+from hgadlib.datasets.validation import EDGE, KINDS, draw_defect, hold_out, make_validation
 from hgadlib.errors import InputError
+from hgadlib.runs.inputs import identify
 
 SHAPES = {"panel": (64, 96), "weave": (80, 56)}
 GREY = "weave"
@@ -250,3 +252,50 @@ def test_command_line_errors(dataset: Dataset, tmp_path: Path, capsys: pytest.Ca
     assert "--root goes with a dataset's name" in capsys.readouterr().err
     assert main(["data", "validation", "folder", out, "--root", str(dataset.root), "--held-out", "0.4"]) == 0
     assert f"-p dataset folder -p data_root {out}" in capsys.readouterr().out
+
+
+def digests(dataset: Dataset, split: str) -> set[bytes]:
+    return {record.path.read_bytes() for record in dataset.records if record.split == split}
+
+
+def folder_of(root: Path, counts: dict[str, int], *, prefix: str = "") -> Dataset:
+    """Classes of tiny images; the content of each is of its class and number."""
+    for k, (name, count) in enumerate(counts.items()):
+        for number in range(count):
+            save(
+                root / name / "train" / "good" / f"{prefix}{number:03d}.png",
+                product(1000 * k + number, (8, 8), False),
+            )
+        save(root / name / "test" / "crack" / "000.png", product(-1 - k + 10**6, (8, 8), False))
+    return load_dataset("folder", root=root)
+
+
+def test_held_out_counts(tmp_path: Path) -> None:
+    dataset = folder_of(tmp_path, {"few": 3, "some": 23, "more": 24, "many": 100})
+    for share, counts in {0.0: (0, 0, 0, 0), 0.1: (0, 2, 8, 10), 0.5: (1, 11, 12, 50)}.items():
+        out = hold_out(dataset, share)
+        found = [sum(r.class_name == n for r in out.held_out) for n in ("few", "some", "more", "many")]
+        assert tuple(found) == counts
+        assert len(out.train) + len(out.held_out) == 150 and out.test == dataset.test
+        assert [r.path for r in out.records] == [r.path for r in dataset.records]
+        assert identify(out) == identify(dataset)
+
+
+def test_what_is_held_out_is_of_the_content(tmp_path: Path) -> None:
+    counts = {"a": 30}
+    out = hold_out(folder_of(tmp_path / "one", counts), 0.2)
+    # Other names, other order, and another root: the same contents.
+    renamed = folder_of(tmp_path / "two", counts)
+    for record in renamed.train:
+        record.path.rename(record.path.with_name(f"{(7 * int(record.path.stem)) % 30:03d}x.png"))
+    again = hold_out(load_dataset("folder", root=tmp_path / "two"), 0.2)
+    assert digests(out, "held_out") == digests(again, "held_out") and len(out.held_out) == 8
+    assert not digests(out, "held_out") & digests(out, "train")
+
+
+def test_identical_images_are_held_out_together(tmp_path: Path) -> None:
+    dataset = folder_of(tmp_path, {"a": 30})
+    chosen = hold_out(dataset, 0.2).held_out[0]
+    shutil.copy(chosen.path, chosen.path.with_name("copy.png"))
+    out = hold_out(load_dataset("folder", root=tmp_path), 0.2)
+    assert len(out.held_out) == 9 and not digests(out, "held_out") & digests(out, "train")

@@ -34,7 +34,7 @@ from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_config
 from hgadlib.runs.experiment import finish_run, train_model
 from hgadlib.runs.inputs import Inputs, image_name, prepare
-from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores
+from hgadlib.scoring import Constants, Criterion, LevelValues, anomaly_maps, image_scores
 
 Projection = Literal["lda", "pca"]
 CRITERIA = {"likelihood": "likelihood", "entropy": "entropy", "both": "both: their product"}
@@ -205,7 +205,7 @@ class Explorer:
             sigma=score.sigma,
             criterion=state.criterion,
         )
-        image_score = float(image_scores(anomaly_map)[0])
+        image_score = float(image_scores(anomaly_map, score.image, score.image_share)[0])
         flagged = anomaly_map >= state.threshold
         image, mask = self._picture(state.index)
         record, truth = self.inputs.dataset.test[state.index], str(self._truths[state.index])
@@ -240,7 +240,7 @@ class Explorer:
     def _values_of(self, class_name: str) -> LevelValues:
         return self.values[torch.from_numpy(self._members(class_name))]
 
-    def _constants(self, class_name: str) -> Normalisation:
+    def _constants(self, class_name: str) -> Constants:
         k, score = self.inputs.dataset.classes.index(class_name), self.config.score
         mine = self._values_of(class_name)
         return class_normalisation(self.model, mine, k, score.normalisation, score.map_size)
@@ -248,7 +248,8 @@ class Explorer:
     def _class_scores(self, class_name: str, criterion: Criterion) -> np.ndarray:
         mine, constants = self._values_of(class_name), self.constants(class_name)
         batches = map_batches(mine, constants, self.config.score, criterion)
-        return torch.cat([image_scores(maps) for _, maps in batches]).numpy()
+        how = (self.config.score.image, self.config.score.image_share)
+        return torch.cat([image_scores(maps, *how) for _, maps in batches]).numpy()
 
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         record, resize = self.inputs.dataset.test[index], self.config.data.resize

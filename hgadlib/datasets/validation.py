@@ -19,7 +19,8 @@ import os
 import shutil
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from hgadlib.datasets.published import PARTS
 from hgadlib.datasets.records import GOOD, Dataset, ImageRecord
 from hgadlib.datasets.scan import holds
 from hgadlib.errors import InputError
-from hgadlib.files import new_folder, sha256_of, user_path
+from hgadlib.files import content_digests, new_folder, sha256_of, user_path
 from hgadlib.progress import progress_bar
 
 KINDS = ("scratch", "stain", "patch", "blur", "texture")
@@ -109,6 +110,34 @@ def make_validation(
     return folder
 
 
+def hold_out(dataset: Dataset, share: float) -> Dataset:
+    """Keep a share of each class's training images out of training: their split becomes "held_out".
+
+    Drawn as :func:`make_validation` draws them, by content. Of a class with 24 different images or more at
+    least 8 are taken, and of none more than half. An InputError where an image cannot be read.
+    """
+    if not share:
+        return dataset
+    try:
+        digests = content_digests([record.path for record in dataset.train])
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    of = {record: (record.class_name, digest) for record, digest in zip(dataset.train, digests, strict=True)}
+    drawn: set[tuple[str, str]] = set()
+    for name in dataset.classes:
+        own = {digest for class_name, digest in of.values() if class_name == name}
+        least = MIN_HELD_OUT if len(own) >= 3 * MIN_HELD_OUT else 0
+        count = min(max(round(share * len(own)), least), len(own) // 2)
+        drawn.update((name, digest) for digest in _draw(own, count, seed=0))
+    records = tuple(replace(r, split="held_out") if of.get(r) in drawn else r for r in dataset.records)
+    return replace(dataset, records=records)
+
+
+def _draw(digests: Iterable[str], count: int, seed: int) -> list[str]:
+    """Draw some of the contents by their hashes, whatever their names and order."""
+    return sorted(digests, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())[:count]
+
+
 def _folder_names(dataset: Dataset) -> dict[str, str]:
     """Return for each class a folder of one level that every loader and file system takes."""
     names = {name: name.replace("/", "_").replace("\\", "_") for name in dataset.classes}
@@ -138,7 +167,7 @@ def _write_class(
         found = f"found {len(first)}; add images or leave it out"
         raise InputError(f"class {pairs[0][0].class_name!r}: expected {least}, {found}")
     count = min(max(round(held_out * len(first)), MIN_HELD_OUT), MAX_HELD_OUT, len(first) // 2)
-    drawn = sorted(first, key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())[:count]
+    drawn = _draw(first, count, seed)
     stems = _unique_stems([record for record, _ in pairs])
     for record, digest in pairs:
         if digest not in drawn or first[digest] is record:

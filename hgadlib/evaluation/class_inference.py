@@ -15,6 +15,7 @@ The paper's score needs the class of the image (Sec. 3.4). Two ways to do withou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
 from hgadlib.evaluation.metrics import image_metrics
 from hgadlib.features.store import Features
 from hgadlib.model import HGAD
+from hgadlib.scoring import LevelValues
 
 _BATCH = 32
 
@@ -66,9 +68,43 @@ def score_as(
     Image scores, (N,); higher is more anomalous.
     """
     values, nobody = level_values(model, features, class_idx), np.zeros(len(class_idx), bool)
-    how = Protocol("inductive", score.criterion)
+    stored: Any = "inductive" if score.normalisation == "transductive" else score.normalisation
+    how = Protocol(stored, score.criterion)
     found = evaluate(model, values, class_idx, nobody, None, score=score, protocol=how, labelled=nobody)
     return found.scores
+
+
+def evaluate_inferred(
+    model: HGAD,
+    features: Features,
+    values: LevelValues,
+    class_idx: NDArray[np.int64],
+    *truth: Any,
+    **how: Any,
+) -> dict[str, Any]:
+    """Evaluate images as members of the class that makes them most likely, by the true classes' metrics.
+
+    Args:
+        model: Its prior is a mixture.
+        features: Of the N test images.
+        values: Theirs under the true classes; those of images taken for another are computed anew.
+        class_idx: True classes, (N,).
+        *truth: Labels and masks, as :func:`evaluate` takes them.
+        **how: Its score, protocol and labelled.
+    Returns:
+        "accuracy", the share of images whose class is found, and the metrics: "mean", "per_class".
+    """
+    taken = infer_classes(model, features)
+    changed = torch.from_numpy(np.flatnonzero(taken != class_idx))
+    if len(changed):
+        new = level_values(model, features, taken, changed)
+        # Entropies are over all classes, whichever is taken.
+        log_prob = tuple(
+            old.index_copy(0, changed, v) for old, v in zip(values.log_prob, new.log_prob, strict=True)
+        )
+        values = LevelValues(log_prob, values.neg_entropy)
+    found = evaluate(model, values, class_idx, *truth, taken=taken, **how)
+    return {"accuracy": float((taken == class_idx).mean()), **found.to_dict()}
 
 
 def auroc_by_class(

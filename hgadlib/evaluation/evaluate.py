@@ -14,7 +14,7 @@ from hgadlib.config import ScoreConfig
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PixelMetrics, image_metrics, mean_metrics
 from hgadlib.features.store import Features
 from hgadlib.model import HGAD
-from hgadlib.scoring import Criterion, LevelValues, Normalisation, anomaly_maps, image_scores, transductive
+from hgadlib.scoring import Constants, Criterion, LevelValues, anomaly_maps, image_scores, transductive
 
 _BATCH = 32
 
@@ -23,7 +23,7 @@ _BATCH = 32
 class Protocol:
     """One way to turn level values into scores."""
 
-    normalisation: Literal["inductive", "transductive"]
+    normalisation: Literal["calibrated", "inductive", "transductive"]
     criterion: Criterion
 
     @property
@@ -40,42 +40,44 @@ class Evaluation:
         per_class: Metrics by class name; None where one has no meaning.
         mean: Their means over the classes that have them.
         scores: Image scores, (N,) float32; higher is more anomalous.
-        constants: The normalisation of each class, to draw its maps again.
+        constants: Of each class, to draw its maps again.
     """
 
     per_class: dict[str, dict[str, float | None]]
     mean: dict[str, float | None]
     scores: np.ndarray
     protocol: Protocol
-    constants: dict[str, Normalisation]
+    constants: dict[str, Constants]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics as metrics.json holds them."""
         return {"mean": self.mean, "per_class": self.per_class}
 
 
-def level_values(model: HGAD, features: Features, class_idx: np.ndarray) -> LevelValues:
-    """Compute all images' level values: two numbers a position, kept on the host."""
+def level_values(
+    model: HGAD, features: Features, class_idx: np.ndarray, images: Tensor | None = None
+) -> LevelValues:
+    """Compute images' level values, of all N or of some: two numbers a position, kept on the host."""
     labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
     parts = []
-    for index, batch in features.batches(torch.arange(len(labels)).split(_BATCH), model.device):
+    images = torch.arange(len(labels)) if images is None else images
+    for index, batch in features.batches(images.split(_BATCH), model.device):
         values = model.level_values(batch, labels[index.to(model.device)])
-        log_prob, neg_entropy = map(Tensor.cpu, values.log_prob), map(Tensor.cpu, values.neg_entropy)
-        parts.append(LevelValues(tuple(log_prob), tuple(neg_entropy)))
+        parts.append(values.to("cpu"))
     return LevelValues.cat(parts)
 
 
 def class_normalisation(
     model: HGAD, values: LevelValues, k: int, normalisation: str, map_size: int
-) -> Normalisation:
+) -> Constants:
     """Look up the stored constants of one class, or take those of its test images."""
     if normalisation == "transductive":
         return transductive(values, map_size)
-    return Normalisation(model.log_prob_max[k], model.neg_entropy_max[k]).to("cpu")
+    return model.constants(torch.tensor(k, device=model.device), normalisation).to("cpu")
 
 
 def map_batches(
-    values: LevelValues, constants: Normalisation, score: ScoreConfig, criterion: Criterion
+    values: LevelValues, constants: Constants, score: ScoreConfig, criterion: Criterion
 ) -> Iterator[tuple[slice, Tensor]]:
     """Make the maps of one class, a batch at a time."""
     size, sigma = score.map_size, score.sigma
@@ -93,6 +95,7 @@ def evaluate(
     model: HGAD, values: LevelValues, class_idx: np.ndarray, labels: np.ndarray,
     masks: dict[int, np.ndarray] | None, *,
     score: ScoreConfig, protocol: Protocol, labelled: np.ndarray | None = None,
+    taken: np.ndarray | None = None,
 ) -> Evaluation:  # fmt: skip
     """Compute every metric of a test set under one protocol.
 
@@ -103,28 +106,37 @@ def evaluate(
         labels: True where anomalous, (N,).
         masks: For each class that has them, its images' masks (n_k, S, S) bool at the maps' size; None
             leaves the pixel metrics out.
-        score: Map size and blur.
+        score: Map size, blur and image score.
         protocol: Normalisation and criterion.
         labelled: False where nobody said whether an image is anomalous, (N,); it gets a score, but counts
             in no metric. None where all are labelled.
+        taken: Class that each image is scored as, (N,), where it is not the true one: inferred, say. The
+            values must be of it too; the metrics are of the true classes.
     Source: paper Sec. 3.4 and 4.1.
     """
     scores = np.zeros(len(labels), dtype=np.float32)
     counted = np.ones(len(labels), dtype=bool) if labelled is None else labelled
     per_class: dict[str, dict[str, float | None]] = {}
-    constants: dict[str, Normalisation] = {}
+    taken = class_idx if taken is None else taken
+    constants: dict[str, Constants] = {}
+    for j in np.unique(taken).tolist():
+        own = values[torch.from_numpy(taken == j)]
+        name = model.classes[j]
+        constants[name] = class_normalisation(model, own, j, protocol.normalisation, score.map_size)
     for k, name in enumerate(model.classes):
         members = np.flatnonzero(class_idx == k)
         if len(members) == 0:
             continue
-        mine = values[torch.from_numpy(members)]
-        constants[name] = class_normalisation(model, mine, k, protocol.normalisation, score.map_size)
         truth, pixels = (masks or {}).get(k), PixelMetrics()
-        for index, maps in map_batches(mine, constants[name], score, protocol.criterion):
-            scores[members[index]] = image_scores(maps).numpy()
-            if truth is not None:
-                known = counted[members[index]]
-                pixels.update(_halved(maps).numpy()[known], truth[index][known])
+        for j in np.unique(taken[members]).tolist():
+            places = np.flatnonzero(taken[members] == j)
+            mine = values[torch.from_numpy(members[places])]
+            for index, maps in map_batches(mine, constants[model.classes[j]], score, protocol.criterion):
+                rows = places[index]
+                scores[members[rows]] = image_scores(maps, score.image, score.image_share).numpy()
+                if truth is not None:
+                    known = counted[members[rows]]
+                    pixels.update(_halved(maps).numpy()[known], truth[rows][known])
         known = members[counted[members]]
         found = image_metrics(scores[known], labels[known]) if len(known) else dict.fromkeys(IMAGE_METRICS)
         per_class[name] = found | pixels.compute()  # all None where no pixel was seen, for want of masks

@@ -25,7 +25,8 @@ def predict_batches(
         model: Trained and calibrated.
         images: As :func:`hgadlib.datasets.images.load_images` yields them: indices (B,) and images.
         class_names: Of all N images.
-        score: Map size, blur and criterion.
+        score: Normalisation, map size, blur, criterion and image score; for a transductive one, which an
+            image alone has not, the inductive one.
         dtype: Of the features that the model was trained on; rounded alike, an image gets the same score
             here as from stored features.
     Yields:
@@ -39,6 +40,7 @@ def predict_batches(
             features = flatten_maps(backbone(batch.to(model.device)))
             own = classes[index.to(model.device)]
             values = model.level_values([level.to(getattr(torch, dtype)).float() for level in features], own)
-            constants, size, sigma = model.normalisation(own), score.map_size, score.sigma
+            constants = model.constants(own, score.normalisation)
+            size, sigma = score.map_size, score.sigma
             maps = anomaly_maps(values, constants, size=size, sigma=sigma, criterion=score.criterion)
-        yield image_scores(maps).cpu().numpy(), maps.cpu().numpy()
+        yield image_scores(maps, score.image, score.image_share).cpu().numpy(), maps.cpu().numpy()

@@ -18,6 +18,7 @@ from hgadlib.config import Config
 from hgadlib.datasets.images import load_images
 from hgadlib.datasets.records import ImageRecord
 from hgadlib.distributed import ALONE, Group
+from hgadlib.evaluation.class_inference import evaluate_inferred
 from hgadlib.evaluation.evaluate import Evaluation, Protocol, evaluate, level_values
 from hgadlib.evaluation.likelihoods import compare_likelihoods
 from hgadlib.evaluation.predict import predict_batches
@@ -78,7 +79,8 @@ def train_model(
     """Train, or load what this run has trained already; resumes from the run's checkpoint.
 
     The calibrated model is saved in the run's directory, with its history. Of processes that train together
-    the first alone writes and has a calibrated model. An observer is called as train.evaluate_every says.
+    the first alone writes and has a calibrated model. An observer is called as train.evaluate_every says;
+    then the history also has a row of the untrained model, epoch 0.
 
     Raises:
         InputError: The run's directory is of other images, or a file in it is damaged.
@@ -106,11 +108,11 @@ def train_model(
     def look(epoch: int, current: HGAD) -> dict[str, float]:
         if not every or (epoch % every and epoch != last):
             return {}
-        if observer is not None:
+        if observer is not None and epoch:
             observer.measure(epoch, current)
         if epoch == last:
             return {}  # finish_run evaluates the trained model
-        calibrate(current, inputs.train, inputs.train_classes)
+        calibrate(current, inputs.train, inputs.train_classes, inputs.calibration)
         return history_columns(evaluate_model(config, inputs, current, all_protocols=False))
 
     def write(history: pd.DataFrame) -> None:
@@ -119,7 +121,8 @@ def train_model(
             observer.write(int(history["epoch"].iloc[-1]))
 
     fit(
-        model, inputs.train, inputs.train_classes, train=config.train, loss=config.loss, seed=config.seed,
+        model, inputs.train, inputs.train_classes, inputs.calibration,
+        train=config.train, loss=config.loss, seed=config.seed,
         checkpoint=run.checkpoint, on_epoch=look, on_history=write, progress=progress, group=group,
     )  # fmt: skip
     if group.is_main:
@@ -128,7 +131,10 @@ def train_model(
 
 
 def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols: bool = True) -> Result:
-    """Evaluate a calibrated model on the test set by every protocol or only the first; writes nothing."""
+    """Evaluate a calibrated model on the test set by every protocol or only the first; writes nothing.
+
+    With all protocols also by inferred classes, where the model can tell some apart.
+    """
     started = time.perf_counter()
     # By name: a model may know more classes than are tested, in another order.
     class_idx = model.class_idx(record.class_name for record in inputs.dataset.test).cpu().numpy()
@@ -144,11 +150,19 @@ def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols
     seconds = time.perf_counter() - started
     criteria = get_args(Criterion) if model.has_entropy else ("likelihood",)
     ways = [Protocol(name, criterion) for name in ("inductive", "transductive") for criterion in criteria]
+    if model.is_calibrated:  # models of before lack the statistics
+        ways += [Protocol("calibrated", criterion) for criterion in criteria]
     rest = [under(way) for way in ways if all_protocols and way != headline.protocol]
     by_protocol = {found.protocol.name: found for found in (headline, *rest)}
     n_classes = len(model.classes)
     likelihoods = compare_likelihoods(values.log_prob, *truth, labelled=labelled, n_classes=n_classes)
-    return Result(values, headline, likelihoods, by_protocol, seconds)
+    inferred = {}
+    if all_protocols and model.has_entropy and n_classes > 1:
+        inferred = evaluate_inferred(
+            model, inputs.test, values, *truth,
+            score=config.score, protocol=headline.protocol, labelled=labelled,
+        )  # fmt: skip
+    return Result(values, headline, likelihoods, by_protocol, seconds, inferred)
 
 
 def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:

@@ -16,6 +16,7 @@ from hgadlib.config import Config
 from hgadlib.datasets import load_dataset
 from hgadlib.datasets.images import load_masks
 from hgadlib.datasets.records import Dataset, ImageRecord, relabel
+from hgadlib.datasets.validation import hold_out
 from hgadlib.errors import InputError
 from hgadlib.features.backbone import Backbone, build_backbone
 from hgadlib.features.discovery import assign_nearest, discover_classes
@@ -27,13 +28,17 @@ from hgadlib.runs.hardware import select_device
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run trains and is tested on: features in the order of the images, a backbone on the device."""
+    """What a run trains and is tested on: features in the order of the images, a backbone on the device.
+
+    Features held out are of normal images that are not trained on (data.held_out), None where there are none.
+    """
 
     dataset: Dataset
     backbone: Backbone
     train: Features
     test: Features
     device: torch.device
+    held_out: Features | None = None
 
     # By class index, size and resizing: reading them again would cost as much as an epoch.
     _masks: dict[Any, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -42,6 +47,12 @@ class Inputs:
     def train_classes(self) -> np.ndarray:
         """Class of each training image, (N,) int64."""
         return self.dataset.class_idx(self.dataset.train)
+
+    @cached_property
+    def calibration(self) -> tuple[Features, np.ndarray] | None:
+        """Features held out, and the classes of their images, (N,) int64."""
+        own = self.held_out
+        return None if own is None else (own, self.dataset.class_idx(self.dataset.held_out))
 
     @cached_property
     def test_classes(self) -> np.ndarray:
@@ -81,13 +92,15 @@ def identify(dataset: Dataset) -> dict[str, Any]:
     for record in dataset.records:
         own = [path for path in (record.path, record.mask_path) if path is not None]
         sizes, name = [path.stat().st_size for path in own], image_name(dataset, record)
-        digest.update(repr((name, record.class_name, record.split, record.defect_type, sizes)).encode())
+        # They are the same images, whichever of them a run holds out.
+        split = "train" if record.split == "held_out" else record.split
+        digest.update(repr((name, record.class_name, split, record.defect_type, sizes)).encode())
         paths += own
     content = hashlib.sha256(digest.digest() + "".join(content_digests(paths)).encode())
     return {
         "name": dataset.name, "digest": digest.hexdigest(), "content": content.hexdigest(),
-        "classes": list(dataset.classes), "train": len(dataset.train), "test": len(dataset.test),
-        "bit_depth": dataset.bit_depth,
+        "classes": list(dataset.classes), "train": len(dataset.train) + len(dataset.held_out),
+        "test": len(dataset.test), "bit_depth": dataset.bit_depth,
     }  # fmt: skip
 
 
@@ -102,6 +115,7 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
     dataset = load_dataset(
         config.dataset, root=data.root, download=data.download, strict=data.strict, bit_depth=data.bit_depth
     )
+    dataset = hold_out(dataset, data.held_out)
     if not dataset.test:
         raise InputError(f"{dataset.root}: expected test images to evaluate on, found none; add some")
     if data.classes == "folders":
@@ -119,36 +133,41 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
         )  # fmt: skip
 
     train, test = of(dataset.train), of(dataset.test)
+    held_out = of(dataset.held_out) if dataset.held_out else None
     if data.classes == "discovered":
-        dataset = discover(dataset, train, test)
-    return Inputs(dataset, backbone, train, test, device)
+        dataset = discover(dataset, train, test, held_out)
+    return Inputs(dataset, backbone, train, test, device, held_out)
 
 
-def discover(dataset: Dataset, train: Features, test: Features) -> Dataset:
+def discover(dataset: Dataset, train: Features, test: Features, held_out: Features | None = None) -> Dataset:
     """Name classes (class_00, class_01, ...) by clustering the training images, whatever their folders say.
 
-    Each test image joins the class of its nearest training image (paper App. A.2).
+    Each test and held-out image joins the class of its nearest training image (paper App. A.2).
     """
     references = global_features(train)
     labels = discover_classes(references)
-    nearest = assign_nearest(global_features(test), references, labels)
-    names = [[f"class_{label:02d}" for label in part] for part in (labels, nearest)]
+    others = [global_features(part) for part in (test, held_out) if part is not None]
+    nearest = [assign_nearest(other, references, labels) for other in others]
+    names = [[f"class_{label:02d}" for label in part] for part in (labels, *nearest)]
     note = f"{len(set(names[0]))} classes were discovered by clustering the training images."
     return replace(relabel(dataset, *names), notes=(*dataset.notes, note))
 
 
 def summary(inputs: Inputs) -> pd.DataFrame:
     """Count the images of each class: a row per class, and one for all where there are several."""
-    columns = ["train", "test normal", "test anomalous", "test unlabelled", "with masks"]
+    columns = ["train", "held out", "test normal", "test anomalous", "test unlabelled", "with masks"]
     counts: Counter[tuple[str, str]] = Counter()
     for record in inputs.dataset.records:
         state = "anomalous" if record.is_anomalous else "normal" if record.is_labelled else "unlabelled"
-        counts[record.class_name, "train" if record.split == "train" else f"test {state}"] += 1
+        kind = f"test {state}" if record.split == "test" else record.split.replace("_", " ")
+        counts[record.class_name, kind] += 1
         counts[record.class_name, "with masks"] += record.mask_path is not None
     rows = [[counts[name, column] for column in columns] for name in inputs.dataset.classes]
     table = pd.DataFrame(rows, index=pd.Index(inputs.dataset.classes, name="class"), columns=columns)
     if inputs.test_labelled.all():
         del table["test unlabelled"]
+    if inputs.held_out is None:
+        del table["held out"]
     if len(table) > 1:  # a row of its own, also beside a class of that name
         table = pd.concat([table, table.sum().to_frame("all").T]).rename_axis("class")
     return table

@@ -31,10 +31,11 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
     metrics, config, history = read_metrics(run), read_config(run), read_history(run)
     return {
         **{key: metrics[key] for key in _KEPT},
+        **{key: metrics[key] for key in ("inferred",) if key in metrics},
         "note": note,
         "other_protocols": {name: found["mean"] for name, found in metrics["other_protocols"].items()},
         **{key: metrics[key] for key in ("memory", "counts")},
-        "epochs": len(history),
+        "epochs": int(history["epoch"].iloc[-1]),
         "curves": curves(history),
         "overlap": overlaps(run / "scores.npz"),
         "image_scores": image_scores(run / "scores.npz"),

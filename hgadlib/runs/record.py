@@ -24,6 +24,7 @@ class Result:
         evaluation: Under the headline protocol.
         by_protocol: Under every protocol, by its name, the headline first.
         seconds: From features to the headline's metrics.
+        inferred: Metrics with each image's class inferred, and how many are; empty where not measured.
         metrics: The content of metrics.json; empty before the run is recorded.
     """
 
@@ -32,6 +33,7 @@ class Result:
     likelihoods: Likelihoods
     by_protocol: dict[str, Evaluation]
     seconds: float
+    inferred: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -40,23 +42,27 @@ def metrics_record(
 ) -> dict[str, Any]:
     """Compose metrics.json, but for the run's name: plain values, None where a metric has no meaning."""
     dataset, labels, labelled = inputs.dataset, inputs.test_labels, inputs.test_labelled
-    train_s = float(history["seconds"].sum())
+    held_out = inputs.held_out
+    parts = [part for part in (inputs.train, held_out, inputs.test) if part is not None]
+    train_s, epochs = float(history["seconds"].sum()), int(history["epoch"].iloc[-1])
     return {
         "protocol": {"epoch": "last", **asdict(result.evaluation.protocol)},
         **result.evaluation.to_dict(),
+        **({"inferred": result.inferred} if result.inferred else {}),
         "best_epoch": best_epochs(history),
         "other_protocols": {name: evaluation.to_dict() for name, evaluation in result.by_protocol.items()},
         "timing": {
-            "features_s": round(inputs.train.seconds + inputs.test.seconds, 2),
-            "features_cached": inputs.train.cached and inputs.test.cached,
+            "features_s": round(sum(part.seconds for part in parts), 2),
+            "features_cached": all(part.cached for part in parts),
             "train_s": round(train_s, 2),
             "evaluate_s": round(result.seconds, 2),
-            "train_images_per_s": round(len(history) * len(dataset.train) / max(train_s, 1e-9), 2),
+            "train_images_per_s": round(epochs * len(dataset.train) / max(train_s, 1e-9), 2),
             "predict_images_per_s": round(predict_images_per_s, 2),
         },
         "memory": peak_memory(inputs.device),
         "counts": {
             "train": len(dataset.train),
+            **({"held_out": len(held_out)} if held_out is not None else {}),
             "test_normal": int((~labels & labelled).sum()),
             "test_anomalous": int((labels & labelled).sum()),
             "test_unlabelled": int((~labelled).sum()),
@@ -64,7 +70,11 @@ def metrics_record(
         },
         "notes": list(dataset.remarks),
         "config_digest": config.digest,
-        "features_key": {"train": inputs.train.key, "test": inputs.test.key},
+        "features_key": {
+            "train": inputs.train.key,
+            **({"held_out": held_out.key} if held_out is not None else {}),
+            "test": inputs.test.key,
+        },
     }
 
 
