@@ -391,7 +391,7 @@ class FeatureFlow(nn.Module):
         normalise: Put a fixed affine map in front, to be set from the training features.
         keep: Share of the directions that this map keeps; see :class:`FixedAffine`.
         coupling: "affine", or "additive": blocks that shift and do not scale.
-        subnet_init: "zero" sets each subnet's last layer to 0: the flow starts as a rotation of its fixed map.
+        subnet_init: "zero" sets each subnet's last layer to 0: the flow starts as its fixed map, rotated.
         dropout: Share of the subnets' hidden values dropped in training.
     """
 
@@ -475,7 +475,7 @@ class FeatureFlow(nn.Module):
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map latents (B, H*W, C) back to features, with log |det dx/dz|, (B, H*W)."""
         x, log_det = self.inn(z, c=[self.positions], rev=True)
-        return x, log_det
+        return x, z.new_zeros(z.shape[:2]) + log_det
 
     def extra_repr(self) -> str:
         """Name the kind and the grid."""

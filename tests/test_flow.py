@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import AllInOneBlock
+from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 
+from hgadlib.errors import InputError
 from hgadlib.flow import (
     FeatureFlow,
     FixedAffine,
@@ -35,13 +40,14 @@ def double_flow(
     *,
     hidden: int = 7,
     normalise: bool = False,
+    **more: Any,
 ) -> FeatureFlow:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)  # so that rotations are orthogonal to its last digit
     try:
         flow = FeatureFlow(
             channels, (2, 3), kind=kind, layers=layers, position_dim=position_dim, hidden=hidden,
-            normalise=normalise,
+            normalise=normalise, **more,
         )  # fmt: skip
     finally:
         torch.set_default_dtype(torch.float32)
@@ -127,10 +133,17 @@ def outputs_and_gradients(flow: FeatureFlow, x: Tensor, *, fused: bool) -> list[
         return [z, log_det, *gradients, *run()]
 
 
+SETTINGS: list[dict[str, Any]] = [
+    {}, {"coupling": "additive"}, {"keep": 0.6}, {"subnet_init": "zero"}, {"dropout": 0.5},
+    {"coupling": "additive", "keep": 0.4, "subnet_init": "zero", "dropout": 0.5},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("position_dim", [0, 8])
-def test_the_fused_chain_is_the_plain_one(position_dim: int, normalise: bool) -> None:
-    flow = double_flow(5, 2, position_dim=position_dim, normalise=normalise)
+@pytest.mark.parametrize("more", SETTINGS, ids=str)
+def test_the_fused_chain_is_the_plain_one(position_dim: int, normalise: bool, more: dict[str, Any]) -> None:
+    flow = double_flow(5, 2, position_dim=position_dim, normalise=normalise, **more).eval()
     if flow.normaliser is not None:
         flow.normaliser.fit(torch.arange(5.0), torch.eye(5) + 0.3, whiten=True)
     x = torch.randn(2, 6, 5, dtype=torch.float64)
@@ -142,8 +155,9 @@ def test_the_fused_chain_is_the_plain_one(position_dim: int, normalise: bool) ->
 # A processor takes some 640 thousand numbers of the hidden layer at a time: here 16 images, 1 image, all 40.
 @pytest.mark.parametrize("hidden", [6600, 200_000, 7])
 @pytest.mark.parametrize("position_dim", [8, 0])
-def test_parts_of_a_batch_change_nothing(hidden: int, position_dim: int) -> None:
-    flow = double_flow(4, 1, position_dim=position_dim, hidden=hidden)
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+def test_parts_of_a_batch_change_nothing(hidden: int, position_dim: int, coupling: str) -> None:
+    flow = double_flow(4, 1, position_dim=position_dim, hidden=hidden, coupling=coupling)
     x = torch.randn(2 if hidden > 100_000 else 40, 6, 4, dtype=torch.float64)
     both = (outputs_and_gradients(flow, x, fused=fused) for fused in (True, False))
     for ours, expected in zip(*both, strict=True):
@@ -151,8 +165,113 @@ def test_parts_of_a_batch_change_nothing(hidden: int, position_dim: int) -> None
 
 
 @pytest.mark.parametrize("kind", ["positional", "convolutional"])
-def test_every_parameter_has_a_gradient(kind: str) -> None:
-    flow = double_flow(6, 3, kind=kind)
+@pytest.mark.parametrize("channels", [2, 5])
+def test_additive_couplings_move_and_do_not_scale(kind: str, channels: int) -> None:
+    flow = double_flow(channels, 3, kind=kind, coupling="additive")
+    x = 5 * torch.randn(2, 6, channels, dtype=torch.float64)
+    z, log_det = flow(x)
+    gains = torch.stack([block.gain.log().sum() for block in flow.inn]).sum()
+    torch.testing.assert_close(log_det, gains.expand(2, 6))
+    assert gains != 0
+    back, inverse_log_det = flow.inverse(z)
+    torch.testing.assert_close(back, x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v.view_as(x))[0].flatten(), x.flatten())
+    torch.testing.assert_close(log_det.sum(), torch.linalg.slogdet(jacobian)[1])
+    # It is a flow, not an affine map.
+    assert not torch.allclose(flow(2 * x)[0] - z, z - flow(0 * x)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_of_an_additive_flow_are_the_numerical_ones() -> None:
+    flow = double_flow(5, 2, coupling="additive", position_dim=4, hidden=3)
+    x = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*flow.named_parameters(), strict=True)
+
+    def output(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = torch.func.functional_call(flow, dict(zip(names, values)), x)  # noqa: B905
+        return found
+
+    assert torch.autograd.gradcheck(output, (x, *parameters))
+
+
+@pytest.mark.parametrize("kind", ["positional", "convolutional"])
+def test_a_flow_without_blocks_is_its_fixed_map(kind: str) -> None:
+    x = torch.randn(2, 6, 5)
+    flow = FeatureFlow(5, (2, 3), kind=kind, layers=0, position_dim=4)
+    z, log_det = flow(x)
+    assert z.equal(x) and log_det.equal(torch.zeros(2, 6)) and not list(flow.parameters())
+    assert [each.shape for each in flow.inverse(z)] == [x.shape, (2, 6)]
+    flow = FeatureFlow(5, (2, 3), kind=kind, layers=0, position_dim=4, normalise=True)
+    assert flow.normaliser is not None
+    flow.normaliser.fit(torch.arange(5.0), torch.diag(torch.arange(1.0, 6)), whiten=False)
+    (expected,), constant = flow.normaliser((x,))
+    z, log_det = flow(x)
+    assert z.equal(expected) and log_det.equal(constant.expand(2, 6)) and constant < 0
+
+
+@pytest.mark.parametrize("kind", ["positional", "convolutional"])
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_subnets_that_start_at_zero_start_as_a_rotation(kind: str, coupling: str, keep: float) -> None:
+    torch.manual_seed(0)
+    flow = FeatureFlow(
+        8, (2, 3), kind=kind, layers=3, position_dim=4, normalise=True, subnet_init="zero", coupling=coupling,
+        keep=keep,
+    )  # fmt: skip
+    assert flow.normaliser is not None
+    root = torch.randn(8, 8)
+    flow.normaliser.fit(torch.arange(8.0), root @ root.T, whiten=True)
+    x = 10 * torch.randn(2, 6, 8)
+    (white,), constant = flow.normaliser((x,))
+    z, log_det = flow(x)
+    first, second, third = (block.w_perm for block in flow.inn[1:])
+    rotation = third @ second @ first
+    torch.testing.assert_close(z, white @ rotation.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_det, constant.expand(2, 6), rtol=1e-5, atol=1e-5)
+    # The first step already moves the last layers.
+    z.pow(4).sum().backward()  # type: ignore[no-untyped-call, unused-ignore]
+    last = flow.inn[1].subnet[-1].weight
+    assert last.grad is not None and last.grad.abs().max() > 0
+
+
+def test_dropout_is_of_training_alone() -> None:
+    for kind in ("positional", "convolutional"):
+        flow, x = double_flow(6, 2, kind=kind, dropout=0.5), torch.randn(2, 6, 6, dtype=torch.float64)
+        plain = double_flow(6, 2, kind=kind)
+        assert list(plain.state_dict()) == list(flow.state_dict())
+        plain.load_state_dict(flow.state_dict())
+        expected = plain.train()(x)[0]
+        assert flow.eval()(x)[0].equal(expected)
+        one, other = flow.train()(x)[0], flow(x)[0]
+        assert not one.equal(other) and not one.equal(expected)
+        # The jacobian is that of the map with these values dropped.
+        torch.manual_seed(3)
+        z, log_det = flow(x)
+        torch.manual_seed(3)
+        again, of_plain = flow.inn(x, c=[flow.positions])
+        assert z.equal(again) and log_det.equal(of_plain)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_noise_is_in_units_of_each_channel_behind_the_fixed_map(normalise: bool) -> None:
+    torch.manual_seed(0)
+    flow = FeatureFlow(2, (50, 50), layers=0, normalise=normalise)
+    root = torch.tensor([[1.0, 0.0], [90.0, 10.0]])
+    x = torch.randn(4, 2500, 2) @ root.T
+    if flow.normaliser is not None:
+        flow.normaliser.fit(torch.zeros(2), root @ root.T, whiten=True, floor=0.0)
+    z, log_det = flow(x)
+    noisy, same = flow(x, noise=0.2)
+    noise = (noisy - z).flatten(0, 1)
+    torch.testing.assert_close(noise.std(0), 0.2 * z.std((0, 1)), rtol=0.03, atol=0)
+    assert abs(torch.corrcoef(noise.T)[0, 1]) < 0.03 and same.equal(log_det)
+    assert flow(x)[0].equal(z)
+
+
+@pytest.mark.parametrize("kind", ["positional", "convolutional"])
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+def test_every_parameter_has_a_gradient(kind: str, coupling: str) -> None:
+    flow = double_flow(6, 3, kind=kind, coupling=coupling)
     z, log_det = flow(torch.randn(2, 6, 6, dtype=torch.float64))
     (z.square().sum() - log_det.sum()).backward()
     for name, parameter in flow.named_parameters():
@@ -190,6 +309,40 @@ def test_whitening_normaliser() -> None:
     torch.testing.assert_close(torch.cov(z[0].T), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(log_det, torch.linalg.slogdet(affine.weight)[1])
     torch.testing.assert_close(affine((z,), rev=True)[0][0][0], x)
+
+
+def test_kept_directions_are_the_last_principal_axes() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 7)) @ rng.normal(size=(7, 7)) + 3
+    mean, covariance = x.mean(0), np.cov(x.T)
+    flow = FeatureFlow(7, (20, 20), layers=0, normalise=True, keep=0.45).double()
+    normaliser = flow.normaliser
+    assert normaliser is not None
+    normaliser.fit(torch.from_numpy(mean), torch.from_numpy(covariance), whiten=True, floor=0.0)
+    z, log_det = flow(torch.from_numpy(x)[None])
+    # By the singular values: the last three of seven directions, each to a variance of 1.
+    _, singular, axes = np.linalg.svd(x - mean)
+    expected = (x - mean) @ axes[-3:].T / (singular[-3:] / np.sqrt(399))
+    signs = np.sign((expected[:, ::-1] * z[0].numpy()).sum(0))
+    np.testing.assert_allclose(z[0].numpy() * signs, expected[:, ::-1], rtol=1e-5, atol=1e-5)
+    # With a standard normal prior the density is that of the projection.
+    standard = -0.5 * (z.square().sum(-1) + 3 * np.log(2 * np.pi)) + log_det
+    projected = multivariate_normal(axes[-3:] @ mean, axes[-3:] @ covariance @ axes[-3:].T)
+    np.testing.assert_allclose(standard[0].numpy(), projected.logpdf(x @ axes[-3:].T), rtol=1e-5)
+    with pytest.raises(
+        InputError, match=r"all 7 directions to invert, found one that keeps 3; set flow\.keep"
+    ):
+        flow.inverse(z)
+
+
+@pytest.mark.parametrize(("keep", "dim"), [(1.0, 9), (0.5, 4), (0.01, 2), (0.99, 9)])
+def test_how_many_directions_are_kept(keep: float, dim: int) -> None:
+    flow = FeatureFlow(9, (1, 3), layers=2, position_dim=4, normalise=True, keep=keep)
+    z, log_det = flow(torch.randn(4, 3, 9))
+    assert z.shape == (4, 3, dim) and log_det.shape == (4, 3)
+    whole = FeatureFlow(9, (1, 3), layers=2, position_dim=4, normalise=True)
+    inverse = {"inn.module_list.0.inverse_weight"}
+    assert whole.state_dict().keys() - flow.state_dict().keys() == (inverse if dim < 9 else set())
 
 
 def test_moments_come_batch_by_batch() -> None:
