@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from hgadlib.config import Config, FlowConfig, PriorConfig, config_from_dict
 from hgadlib.features.store import Features
+from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 
 GRIDS = ((3, 4), (2, 2))
@@ -24,6 +25,33 @@ def reference_log_prob(z: Tensor, centers: Tensor, weights: Tensor) -> Tensor:
     centers = centers.double()
     components = Independent(Normal(centers, torch.ones_like(centers)), 1)
     return MixtureSameFamily(Categorical(weights.double()), components).log_prob(z.double())
+
+
+def covariances(n_classes: int, dim: int) -> Tensor:
+    """Covariances with deviations from about 0.3 to 3, (K, D, D) float64."""
+    roots = torch.randn(n_classes, dim, dim, dtype=torch.float64)
+    return roots @ roots.mT / dim + 0.1 * torch.eye(dim)
+
+
+def prior_with_covariances(
+    n_classes: int, n_centers: int, dim: int, covariance: str
+) -> tuple[HierarchicalGaussianMixture, Tensor]:
+    """A float64 prior with nothing at its initial value, and its covariances, (K, D, D)."""
+    prior = HierarchicalGaussianMixture(n_classes, n_centers, dim, covariance=covariance, rank=2).double()
+    for k, own in enumerate(covariances(n_classes, dim)):
+        prior.set_covariance(k, own, 0.01)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    whitening = prior.whitening()
+    assert whitening is not None
+    return prior, torch.linalg.inv(whitening.factor.detach().mT @ whitening.factor.detach())
+
+
+def reference_with_covariances(z: Tensor, centers: Tensor, weights: Tensor, covariance: Tensor) -> Tensor:
+    """Mixture log-density by torch.distributions: z (N, D), centers (K, D), covariances (..., D, D)."""
+    components = MultivariateNormal(centers, covariance.expand(len(centers), -1, -1))
+    return MixtureSameFamily(Categorical(weights), components).log_prob(z)
 
 
 def features(n: int, *, n_classes: int = 2, seed: int = 0, shift: float = 0.0) -> tuple[Features, np.ndarray]:

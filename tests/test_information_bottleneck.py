@@ -31,8 +31,11 @@ from hgadbook.information_bottleneck import (
     train_toy,
 )
 from hgadbook.method import fit_flow, toy_features
+from hgadlib.config import FlowConfig, PriorConfig
 from hgadlib.errors import InputError
+from hgadlib.losses import hgad_losses
 from hgadlib.mixture import HierarchicalGaussianMixture
+from hgadlib.model import HGAD
 
 
 def train(dim: int, steps: int = 150) -> Density:
@@ -231,3 +234,21 @@ def test_figures() -> None:
     assert [text.get_text() for text in ax.texts] == [r"$\alpha$=1", r"$\alpha$=10"]
     assert np.asarray(ax.collections[-1].get_offsets()).tolist() == [[1.0, 1.1]]
     plt.close("all")
+
+
+@pytest.mark.parametrize("covariance", ["class", "learnt"])
+def test_a_level_brings_its_covariances(covariance: str) -> None:
+    torch.manual_seed(0)
+    (data, class_idx), flow = small.features(20), FlowConfig(layers=2, position_dim=4)
+    prior = PriorConfig(covariance=covariance, n_centers=3)  # type: ignore[arg-type]
+    made = HGAD(["a", "b"], small.CHANNELS, small.GRIDS, flow=flow, prior=prior)
+    labels = torch.from_numpy(class_idx)
+    made.initialise(lambda: [(list(data.levels), labels)])
+    density, own = level_density(made, data, class_idx, level=0), made.levels[0][1]
+    assert isinstance(own, HierarchicalGaussianMixture)
+    own.double()
+    z = density.flow(density.x)[0]
+    terms = hgad_losses(z[None], torch.zeros(1, len(z)), torch.zeros(1).long(), own, intra=False)
+    torch.testing.assert_close(-density.log_prob(z).mean(), terms["nll"])
+    mi = hgad_losses(z[:, None], torch.zeros(len(z), 1), density.class_idx, own, intra=False)["mi"]
+    assert class_information_bound(density, z)[0] == pytest.approx(-mi.item())

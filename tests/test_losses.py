@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import reference_log_prob
+from small import prior_with_covariances, reference_log_prob, reference_with_covariances
 from torch import Tensor
 
 from hgadlib.config import FlowConfig, LossConfig, PriorConfig
@@ -251,6 +251,63 @@ def test_extreme_features_give_finite_losses_and_gradients(scale: float, precisi
             assert parameter.grad is None or parameter.grad.isfinite().all(), name
         optimiser.step()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_covariances_of_i_give_the_paper_s_losses(case: Case, extended: bool) -> None:
+    # Eq. 6, 8, 9 and 10, or 18, and their gradients.
+    weights = {"intra": True, "extended": extended, "lambda_z": 1.0, "label_smoothing": 0.02}
+    other = HierarchicalGaussianMixture(K, M, D, covariance="class").double()
+    plain, arguments = case.prior.double(), (case.log_det.double(), case.class_idx)
+    other.load_state_dict(plain.state_dict(), strict=False)
+    found = []
+    for prior in (plain, other):
+        z = case.z.detach().double().requires_grad_()
+        terms = hgad_losses(z, *arguments, prior, **weights)  # type: ignore[arg-type]
+        terms["total"].backward()
+        found.append((terms, [z.grad, *(p.grad for p in prior.parameters())]))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("covariance", ["class", "learnt"])
+@pytest.mark.parametrize(("n_classes", "n_centers"), [(4, 3), (1, 3), (4, 1), (1, 1)])
+def test_losses_with_covariances(n_classes: int, n_centers: int, covariance: str) -> None:
+    torch.manual_seed(0)
+    prior, sigma = prior_with_covariances(n_classes, n_centers, D, covariance)
+    z, log_det = torch.randn(B, N, D).double(), torch.randn(B, N).double()
+    class_idx, weights = torch.randint(n_classes, (B,)), prior.psi.softmax(0)
+    direct = reference_with_covariances(z, prior.centers, weights, sigma)
+    terms = hgad_losses(z, log_det, class_idx, prior, intra=True)
+    close(terms["nll"], -(direct + log_det).mean())
+    each = [torch.distributions.MultivariateNormal(c, s) for c, s in zip(prior.centers, sigma, strict=True)]
+    log_p = torch.stack([own.log_prob(z) for own in each], -1)
+    p, own = log_p.softmax(-1), class_idx[:, None, None].expand(-1, N, 1)
+    information = log_p - (log_p + weights.log()).logsumexp(-1, keepdim=True)
+    close(terms["mi"], -information.gather(-1, own).mean())
+    close(terms["entropy"], -torch.special.xlogy(p, p).sum(-1).mean())
+    every = prior.intra_centers()
+    intra = [
+        reference_with_covariances(rows, every[k], prior.psi_intra[k].softmax(0), sigma[k])
+        for rows, k in zip(z, class_idx.tolist(), strict=True)
+    ]
+    close(terms["intra"], -(torch.stack(intra) + log_det).mean())
+    of_all = (weights[:, None] * prior.psi_intra.softmax(1)).flatten()
+    spread = sigma.repeat_interleave(n_centers, 0)
+    direct = reference_with_covariances(z, every.flatten(0, 1), of_all, spread)
+    terms = hgad_losses(z, log_det, class_idx, prior, intra=True, extended=True)
+    close(terms["nll"], -(direct + log_det).mean())
+
+
+@pytest.mark.parametrize("covariance", ["class", "learnt"])
+def test_eq_10_with_covariances_leaves_the_main_centres_alone(covariance: str) -> None:
+    torch.manual_seed(0)
+    prior, _ = prior_with_covariances(K, M, D, covariance)
+    z, class_idx = torch.randn(B, N, D).double(), torch.randint(K, (B,))
+    arguments = z, torch.zeros(B, N), class_idx, prior.intra_centers(), prior.log_weights_intra
+    intra_class_nll(*arguments, prior.whitening()).sum().backward()
+    assert prior.centers.grad is None or prior.centers.grad.abs().max() == 0
+    assert prior.deltas.grad is not None
+    assert prior.deltas.grad[class_idx].abs().max() > 0
 
 
 MEMORY = """

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small import reference_log_prob
+from small import covariances, prior_with_covariances, reference_log_prob, reference_with_covariances
 from torch.distributions import Independent, Normal
 
 from hgadlib.mixture import (
@@ -151,3 +151,159 @@ def test_autocast_leaves_densities_alone() -> None:
 def test_other_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="expected centres of 4 channels, found 5"):
         center_logits(torch.zeros(1, 4), torch.zeros(2, 5))
+
+
+SIZES = [(3, 4, 5), (1, 3, 4), (3, 1, 2), (1, 1, 3)]
+
+
+@pytest.mark.parametrize("covariance", ["class", "learnt"])
+@pytest.mark.parametrize(("n_classes", "n_centers", "dim"), SIZES)
+def test_covariances_are_those_of_the_distribution(
+    n_classes: int, n_centers: int, dim: int, covariance: str
+) -> None:
+    torch.manual_seed(0)
+    prior, sigma = prior_with_covariances(n_classes, n_centers, dim, covariance)
+    z, class_idx = 2 * torch.randn(4, 6, dim, dtype=torch.float64), torch.randint(n_classes, (4,))
+    main, every = prior.class_log_probs(z), prior.class_log_probs(z, intra=True)
+    assert main is not None
+    assert every is not None
+    for k in range(n_classes):
+        arguments = prior.intra_centers()[k], prior.psi_intra[k].softmax(0)
+        torch.testing.assert_close(every[..., k], reference_with_covariances(z, *arguments, sigma[k]))
+        one = prior.centers[k, None], torch.ones(1).double()
+        torch.testing.assert_close(main[..., k], reference_with_covariances(z, *one, sigma[k]))
+    found = prior.log_prob(z, class_idx)
+    own = class_idx[:, None, None].expand(-1, 6, 1)
+    torch.testing.assert_close(found, every.gather(-1, own)[..., 0])
+    posterior = main.softmax(-1)
+    torch.testing.assert_close(prior.neg_entropy(z), torch.special.xlogy(posterior, posterior).sum(-1))
+    # alone = in a batch
+    for image, k in enumerate(class_idx):
+        assert prior.log_prob(z[image, None], k[None])[0].equal(found[image])
+        torch.testing.assert_close(prior.neg_entropy(z[image]), prior.neg_entropy(z)[image])
+
+
+def test_a_covariance_is_floored_and_kept_by_its_factor() -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(3, 1, 4, covariance="class").double()
+    low_rank = torch.zeros(4, 4).double()
+    low_rank[:2, :2] = covariances(1, 2)[0]
+    prior.set_covariance(1, low_rank, 0.1)
+    prior.set_covariance(2, torch.zeros(4, 4), 0.1)  # of one latent
+    assert prior.factor[0].equal(torch.eye(4).double())
+    assert prior.factor[2].equal(torch.eye(4).double())
+    sigma = torch.linalg.inv(prior.factor[1].T @ prior.factor[1])
+    floor = 0.1 * low_rank.diagonal().mean() * torch.eye(4)
+    torch.testing.assert_close(sigma, low_rank + floor)
+    torch.testing.assert_close(prior.factor_log_det, torch.linalg.slogdet(prior.factor).logabsdet)
+    assert "covariance=class" in str(prior)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 9])
+def test_a_learnt_covariance_starts_at_the_given_one_and_stays_definite(rank: int) -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(2, 1, 6, covariance="learnt", rank=rank).double()
+    given = covariances(2, 6)
+    for k in (0, 1):
+        prior.set_covariance(k, given[k], 1e-6)
+    for scale in (0.0, 1.0, 50.0):
+        with torch.no_grad():
+            prior.log_scale.copy_(scale * torch.randn(2, 6))
+            prior.low_rank.copy_(prior.low_rank if scale == 0 else min(scale, 10) * torch.randn(2, 6, rank))
+        whitening = prior.whitening()
+        assert whitening is not None
+        modulation = whitening.factor @ torch.linalg.inv(prior.factor)
+        torch.testing.assert_close(modulation, modulation.mT)
+        assert torch.linalg.eigvalsh(modulation).min() > math.exp(-2.01)
+        torch.testing.assert_close(whitening.log_det, torch.linalg.slogdet(whitening.factor).logabsdet)
+        if scale == 0:
+            sigma = torch.linalg.inv(whitening.factor.mT @ whitening.factor)
+            torch.testing.assert_close(sigma, given, rtol=2e-3, atol=2e-3)
+
+
+class _Values(torch.nn.Module):
+    """What a prior computes, as a module's forward, so that gradcheck can replace its parameters."""
+
+    def __init__(self, prior: HierarchicalGaussianMixture) -> None:
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, z: torch.Tensor, *, own: bool) -> torch.Tensor:
+        if own:
+            return self.prior.log_prob(z, torch.tensor([1, 0]))
+        main, every = self.prior.class_log_probs(z), self.prior.class_log_probs(z, intra=True)
+        assert main is not None
+        assert every is not None
+        return torch.stack([main, every])
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("covariance", ["class", "learnt"])
+def test_gradients_with_covariances(covariance: str, own: bool) -> None:
+    torch.manual_seed(0)
+    prior, _ = prior_with_covariances(2, 2, 3, covariance)
+    if own:
+        prior.centers.requires_grad_(False)  # Eq. 10 stops their gradient
+    z = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    module = _Values(prior)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    assert ("prior.low_rank" in names) == ("prior.log_scale" in names) == (covariance == "learnt")
+
+    def values(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(module, state, (z,), {"own": own})
+
+    assert torch.autograd.gradcheck(values, (z, *parameters))
+
+
+def test_no_class_keeps_a_copy_of_the_latents_for_its_gradients() -> None:
+    prior, z = HierarchicalGaussianMixture(20, 2, 8, covariance="class"), torch.randn(4, 256, 8)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = prior.class_log_probs(z.requires_grad_(), intra=True)
+    assert found is not None
+    assert found.shape == (4, 256, 20)
+    assert sum(kept.values()) < 3 * z.untyped_storage().nbytes()
+    found.sum().backward()
+    assert z.grad is not None
+
+
+def test_the_low_rank_part_learns_from_the_start() -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(2, 3, 6, covariance="learnt")
+    prior.log_prob(torch.randn(2, 20, 6), torch.tensor([0, 1])).sum().backward()
+    for parameter in (prior.log_scale, prior.low_rank):
+        assert parameter.grad is not None
+        assert (parameter.grad.abs().amax((1, *range(2, parameter.ndim))) > 0).all()
+
+
+def test_a_split_clusters_whitened_latents() -> None:
+    # The first channel is as wide as a thousand: only among whitened latents do the other's clusters show.
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(1, 3, 2, covariance="class")
+    z = torch.randn(400, 2) * torch.tensor([1000.0, 0.05]) + torch.tensor([0.0, 1.0])
+    z[::2, 1] -= 2.0
+    prior.set_centers(torch.full((1, 2), 7.0))
+    prior.split(z, 0)
+    assert prior.intra_centers()[0, 1:, 1].abs().max() < 0.9  # mixed: I sees the wide channel alone
+    prior.set_covariance(0, z.T.cov(), 1e-12)
+    prior.split(z, 0)
+    found = prior.intra_centers().detach()[0, 1:]
+    torch.testing.assert_close(found[:, 1].sort().values, torch.tensor([-1.0, 1.0]), rtol=0, atol=0.05)
+    own = torch.stack([z[::2].mean(0), z[1::2].mean(0)])
+    torch.testing.assert_close(found[found[:, 1].argsort()], own, rtol=0.05, atol=5.0)
+
+
+def test_autocast_leaves_covariances_alone() -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(3, 2, 16, covariance="learnt")
+    z, class_idx = torch.randn(2, 20, 16), torch.tensor([0, 2])
+    expected = prior.log_prob(z, class_idx), prior.neg_entropy(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert prior.log_prob(z, class_idx).equal(expected[0])
+        assert prior.neg_entropy(z).equal(expected[1])
