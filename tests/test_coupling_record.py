@@ -124,7 +124,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
 def test_every_evaluated_epoch_is_recorded(done: Done) -> None:
     found, history = read_coupling(done.run.path), read_history(done.run.path)
     evaluated = history["epoch"][history["test_image_auroc"].notna()].tolist()
-    assert evaluated == sorted(found["epoch"].unique()) == [2, 4, 5]
+    assert evaluated[1:] == sorted(found["epoch"].unique()) == [2, 4, 5]
+    assert evaluated[0] == 0  # the untrained model, by its figures alone
     assert len(found) == 3 * 2 * 2 * 3
     assert set(found["group"]) == {"train", "normal", "anomalous"}
     assert (
@@ -176,15 +177,15 @@ def test_a_killed_run_s_record_is_that_of_one_that_went_through(
     monkeypatch.setattr(fit, "__kwdefaults__", {**defaults, "checkpoint_s": 0.0})
     saved = training.save_checkpoint
 
-    def first_only(path: Path, own: HGAD, optimiser: Any, rows: list[Any]) -> None:
-        if len(rows) == 1:
-            saved(path, own, optimiser, rows)
+    def first_only(path: Path, own: HGAD, optimiser: Any, rows: list[Any], *more: Any) -> None:
+        if rows[-1]["epoch"] == 1:
+            saved(path, own, optimiser, rows, *more)
 
     original, calls = experiment.evaluate_model, []
 
     def kill(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
-        if len(calls) == 2:  # in epoch 4, once its rows were measured
+        if len(calls) == 3:  # of the untrained model, in epoch 2, and in epoch 4, once its rows were measured
             raise KeyboardInterrupt
         return original(*arguments, **more)
 

@@ -58,5 +58,5 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
     assert (begun > 0) == (stage == "training") == (tmp_path / "run" / "config.yaml").exists()
     if stage == "training":
         assert main([*words, "--quiet"]) == 0
-        assert len(read_history(tmp_path / "run")) == 40
+        assert read_history(tmp_path / "run")["epoch"].tolist() == list(range(41))
         assert read_metrics(tmp_path / "run")["mean"]["image_auroc"] is not None

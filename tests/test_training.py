@@ -141,9 +141,13 @@ def test_history_has_a_row_an_epoch_with_means_over_images() -> None:
     _, history = run(
         config(epochs=3), on_history=lambda h: seen.append(len(h)), on_epoch=lambda e, m: {"x": e}
     )
-    assert seen == [1, 2, 3]
-    assert history["epoch"].tolist() == history["x"].tolist() == [1, 2, 3]
-    assert (history[["seconds", "images_per_s"]] > 0).all(axis=None)
+    assert seen == [2, 3, 4]
+    assert history["epoch"].tolist() == history["x"].tolist() == [0, 1, 2, 3]
+    assert (history[["seconds", "images_per_s"]][1:] > 0).all(axis=None)
+    # The row of the untrained model has no losses, and is there only if something is said of it.
+    assert history["total"].isna().tolist() == [True, False, False, False]
+    _, silent = run(config(epochs=3), on_epoch=lambda e, m: {"x": 1} if e else {})
+    assert silent["epoch"].tolist() == [1, 2, 3]
     # With a rate of 0 nothing moves, and the split into batches must not show.
     still = config(epochs=1, lr=0.0, first_stage=0.0)
     one = run(still)[1]["total"][0]
@@ -185,9 +189,17 @@ def test_weights_that_broke_in_the_last_step_do_not_pass() -> None:
         run(config(epochs=2), on_epoch=spoil)
 
 
+DROPPING = FlowConfig(layers=2, position_dim=4, coupling="additive", subnet_init="zero", dropout=0.3)
+REST: dict[str, object] = {"noise": 0.1, "average": 0.6}
+
+
 @pytest.mark.parametrize("killed_in", [1, 2, 3, 4, 5, 6])
-def test_a_killed_fit_resumes_to_the_same_bits(tmp_path: Path, killed_in: int) -> None:
-    whole, history = run(config(schedule="cosine"))
+@pytest.mark.parametrize(("flow", "more"), [(None, {}), (DROPPING, REST)], ids=["plain", "noise"])
+def test_a_killed_fit_resumes_to_the_same_bits(
+    tmp_path: Path, killed_in: int, flow: FlowConfig | None, more: dict[str, object]
+) -> None:
+    train = config(schedule="cosine", **more)
+    whole, history = run(train, into=model(flow=flow))
     path = tmp_path / "checkpoint.safetensors"
 
     def kill(epoch: int, current: HGAD) -> dict[str, float]:
@@ -196,17 +208,125 @@ def test_a_killed_fit_resumes_to_the_same_bits(tmp_path: Path, killed_in: int) -
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        run(config(schedule="cosine"), checkpoint=path, checkpoint_s=0.0, on_epoch=kill)
+        run(train, into=model(flow=flow), checkpoint=path, checkpoint_s=0.0, on_epoch=kill)
     assert path.exists() == (killed_in > 1)
     # A model of another seed: all that counts comes from the checkpoint.
-    start = model(seed=0 if killed_in == 1 else 5)
-    resumed, again = run(config(schedule="cosine"), into=start, checkpoint=path, checkpoint_s=0.0)
+    start = model(seed=0 if killed_in == 1 else 5, flow=flow)
+    resumed, again = run(train, into=start, checkpoint=path, checkpoint_s=0.0)
     timed = ["seconds", "images_per_s"]
     pd.testing.assert_frame_equal(again.drop(columns=timed), history.drop(columns=timed), check_exact=True)
     for (name, expected), found in zip(
         whole.state_dict().items(), resumed.state_dict().values(), strict=True
     ):
         assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("more", [{"noise": 0.1}, {"dropout": 0.3}])
+def test_noise_and_dropout_are_of_the_seed_and_of_training_alone(more: dict[str, float]) -> None:
+    dropout, noise = more.get("dropout", 0.0), more.get("noise", 0.0)
+    flow, train = FlowConfig(layers=2, position_dim=4, dropout=dropout), config(epochs=2, noise=noise)
+    _, plain = run(config(epochs=2))
+    _, one = run(train, into=model(flow=flow))
+    made = model(flow=flow)
+    torch.manual_seed(99)  # the global generator plays no part, and is left as it was
+    before = torch.get_rng_state()
+    fitted, again = run(train, into=made)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one["total"].tolist() == again["total"].tolist() != plain["total"].tolist()
+    # Every epoch has noise of its own: with a rate of 0 nothing else differs.
+    totals = run(config(epochs=2, first_stage=0.0, lr=0.0, noise=noise), into=model(flow=flow))[1]["total"]
+    assert abs(totals[0] - totals[1]) > 1e-5
+    data, class_idx = features(4)
+    labels = torch.from_numpy(class_idx)
+    assert not fitted.training and not model(flow=flow).training
+    values = [fitted.level_values(list(data.levels), labels).log_prob for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
+def test_an_interrupted_epoch_leaves_a_model_that_drops_nothing() -> None:
+    fitted = model(flow=DROPPING)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Adam, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(config(), into=fitted)
+    assert not fitted.training
+
+
+@pytest.mark.parametrize("share", [0.3, 1 / 3, 1.0, 0.01])
+def test_the_trained_model_is_the_mean_of_the_last_epochs(share: float) -> None:
+    ends: list[dict[str, torch.Tensor]] = []
+
+    def keep(epoch: int, current: HGAD) -> dict[str, float]:
+        if epoch:
+            ends.append({name: p.detach().clone() for name, p in current.named_parameters()})
+        return {}
+
+    raw, history = run(config(), on_epoch=keep)
+    averaged, same = run(config(average=share))
+    n = {0.3: 2, 1 / 3: 2, 1.0: 6, 0.01: 1}[share]
+    for name, parameter in averaged.named_parameters():
+        expected = torch.stack([end[name] for end in ends[-n:]]).mean(0)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
+    # The epochs are those of the weights that learn, and the constants are of the mean ones.
+    assert same["total"].tolist() == history["total"].tolist()
+    assert torch.equal(averaged.log_prob_max, raw.log_prob_max) == (n == 1)
+    data, class_idx = features(16)
+    stored = averaged.log_prob_max.clone()
+    calibrate(averaged, data, class_idx)
+    assert torch.equal(stored, averaged.log_prob_max)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "single"])
+@pytest.mark.parametrize("n_classes", [1, 2])
+@pytest.mark.parametrize("normalise", ["none", "whiten"])
+def test_a_prior_without_a_flow_is_fitted(tmp_path: Path, kind: str, n_classes: int, normalise: str) -> None:
+    flow = FlowConfig(layers=0, normalise=normalise)  # type: ignore[arg-type]
+    data, class_idx = features(16, n_classes=n_classes)
+    labels = torch.from_numpy(class_idx)
+
+    def start() -> HGAD:
+        made = model(kind=kind, n_classes=n_classes, flow=flow)
+        made.initialise(lambda: ((x, labels[i]) for i, x in data.batches(torch.arange(16).split(5))))
+        return made
+
+    path, fitted = tmp_path / "c.safetensors", start()
+    history = fit(
+        fitted, data, class_idx, train=config(), loss=LOSS, progress=False, checkpoint=path, checkpoint_s=0.0
+    )
+    assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6] and np.isfinite(history["nll"]).all()
+    learns = kind == "mixture"
+    assert (history["nll"].iloc[0] - history["nll"].iloc[-1] > 1e-4) == learns
+    assert any(p.requires_grad for p in fitted.parameters()) == learns
+    again = fit(start(), data, class_idx, train=config(), loss=LOSS, progress=False, checkpoint=path)
+    pd.testing.assert_frame_equal(again, history, check_exact=True)
+    # The density by hand: of the fixed map's output, and its volume.
+    z, log_det = fitted.levels[0][0](data.levels[0])
+    by_hand = fitted.levels[0][1].log_prob(z, labels) + log_det
+    torch.testing.assert_close(fitted.log_prob(list(data.levels), labels)[0], by_hand)
+    fitted.save(tmp_path / "m.safetensors")
+    loaded = HGAD.load(tmp_path / "m.safetensors").level_values(list(data.levels), labels)
+    values = fitted.level_values(list(data.levels), labels)
+    assert all(torch.equal(a, b) for a, b in zip(values.log_prob, loaded.log_prob, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["mixture", "single"])
+@pytest.mark.parametrize("n_classes", [1, 2])
+def test_a_model_of_the_least_directions_is_fitted_saved_and_loaded(
+    tmp_path: Path, kind: str, n_classes: int
+) -> None:
+    flow = FlowConfig(
+        layers=2, position_dim=4, keep=0.5, dropout=0.1, subnet_init="zero", coupling="additive"
+    )
+    data, class_idx = features(16, n_classes=n_classes)
+    labels = torch.from_numpy(class_idx)
+    fitted = model(kind=kind, n_classes=n_classes, flow=flow)
+    fitted.initialise(lambda: ((x, labels[i]) for i, x in data.batches(torch.arange(16).split(5))))
+    history = fit(fitted, data, class_idx, train=config(noise=0.1, average=0.3), loss=LOSS, progress=False)
+    assert np.isfinite(history["total"]).all()
+    assert [level(x)[0].shape[-1] for (level, _), x in zip(fitted.levels, data.levels, strict=True)] == [3, 2]
+    fitted.save(tmp_path / "m.safetensors")
+    loaded = HGAD.load(tmp_path / "m.safetensors")
+    both = (m.level_values(list(data.levels), labels).log_prob for m in (fitted, loaded))
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 def test_adam_s_moments_are_part_of_the_checkpoint(tmp_path: Path) -> None:
