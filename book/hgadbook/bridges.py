@@ -321,7 +321,7 @@ def bridge_slider(table: pd.DataFrame, maps: np.ndarray) -> str:
 
 
 @torch.inference_mode()
-def feature_bridges(models: Mapping[str, HGAD], inputs: Inputs, *, per_class: int = 8) -> pd.DataFrame:
+def feature_bridges(models: Mapping[str, HGAD], inputs: Inputs, *, per_class: int = 4) -> pd.DataFrame:
     """Follow the log-likelihood from normal test features to others at the same positions.
 
     Args:
@@ -337,7 +337,7 @@ def feature_bridges(models: Mapping[str, HGAD], inputs: Inputs, *, per_class: in
     normal = inputs.test_labelled & ~inputs.test_labels
     sample = spread_sample(np.where(normal, inputs.test_classes, -1), len(inputs.dataset.classes), per_class)
     of = {k: sample[torch.as_tensor(inputs.test_classes)[sample] == k] for k in inputs.test_classes[sample]}
-    way, rows = torch.linspace(0, 1, 11), []
+    way, rows = torch.linspace(0, 1, 7), []
     for (name, model), (a, b) in product(models.items(), combinations_with_replacement(sorted(of), 2)):
         n = min(len(of[a]), len(of[b]))
         start, end = inputs.test.batch(of[a][:n], model.device), inputs.test.batch(of[b][:n], model.device)
@@ -346,9 +346,9 @@ def feature_bridges(models: Mapping[str, HGAD], inputs: Inputs, *, per_class: in
         found = []
         for t in way:
             x = [torch.lerp(one, other, float(t)) for one, other in zip(start, end, strict=True)]
-            both = [model.log_prob(x, torch.full((n,), int(k), device=model.device)) for k in (a, b)]
-            levels = zip(*both, model.channels, strict=True)
-            found.append(torch.cat([torch.maximum(p, q).cpu() / dim for p, q, dim in levels], 1))
+            both = [model.log_prob(x, torch.full((n,), int(k), device=model.device)) for k in {a, b}]
+            likelier = [torch.stack(own).amax(0).cpu() for own in zip(*both, strict=True)]
+            found.append(torch.cat([v / dim for v, dim in zip(likelier, model.channels, strict=True)], 1))
         ends = torch.cat([found[0], found[-1]])
         least = ends.quantile(0.05)
         for t, values in zip(way.tolist(), found, strict=True):
