@@ -292,7 +292,7 @@ def _show(figure: Figure, table: pd.DataFrame, maps: np.ndarray, layers: int, lo
         row = own[own["prior"] == kind].iloc[look]
         ax.images[0].set_data(values[look].astype(float))
         ax.set_title(f"{kind}: AUROC {row['AUROC']:.2f}", loc="left")
-    figure.suptitle(f"{layers} blocks, step {row['step']}", x=0.01, ha="left")
+    figure.suptitle(f"blocks: {layers}, step {row['step']}", x=0.01, ha="left")
 
 
 def bridge_slider(table: pd.DataFrame, maps: np.ndarray) -> str:
@@ -307,7 +307,7 @@ def bridge_slider(table: pd.DataFrame, maps: np.ndarray) -> str:
         figure.savefig(content, format="webp", dpi=90)
         source = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
         style = f"display:{'block' if at == last else 'none'};width:100%"
-        pictures.append(f'<img data-at="{at}" style="{style}" alt="{layers} blocks" src="{source}">')
+        pictures.append(f'<img data-at="{at}" style="{style}" alt="blocks: {layers}" src="{source}">')
     plt.close(figure)
     sliders = [
         f'<label>{name} <input type="range" max="{n - 1}" value="{n - 1}" autocomplete="off"></label>'
