@@ -183,6 +183,8 @@ class TrainConfig:
     noise: Annotated[Real, Field(ge=0, le=1e3)] = 0.0
     """Standard deviation of Gaussian noise on training features behind flow.normalise's map, in units of each
     channel's own deviation there."""
+    rows: Annotated[Real, Field(gt=0, le=1)] = 1.0
+    """Share of a grid's rows that a step sees, drawn anew for each; for positional flows alone."""
     average: Share = 0.0
     """Share of the epochs, the last ones, whose weights the trained model averages."""
     evaluate_every: Annotated[Whole, Field(ge=0, le=10**6)] = 8
@@ -266,7 +268,7 @@ _ADDED: dict[str, Any] = {
     "features.join": False, "features.neighbourhood": 1,
     "flow.coupling": "affine", "flow.keep": 1.0, "flow.subnet_init": "default", "flow.dropout": 0.0,
     "prior.covariance": "identity", "prior.shrinkage": 0.01, "prior.rank": 8,
-    "train.noise": 0.0, "train.average": 0.0,
+    "train.noise": 0.0, "train.rows": 1.0, "train.average": 0.0,
     "score.image": "maximum", "score.image_share": 0.01,
 }  # fmt: skip
 """Settings younger than some stored configuration, which does not name them, with what it computed by."""
@@ -367,6 +369,9 @@ class _Tree:
         if config.flow.keep < 1 and config.flow.normalise != "whiten":
             name = f"parameter flow.keep in {self._source('flow.keep')}"
             raise InputError(f"{name}: expected normalise: whiten beside it, found {config.flow.normalise}")
+        if config.train.rows < 1 and config.flow.kind != "positional":
+            name = f"parameter train.rows in {self._source('train.rows')}"
+            raise InputError(f"{name}: expected flow.kind positional beside it, found {config.flow.kind}")
         return config
 
     def _source(self, key: str) -> str:

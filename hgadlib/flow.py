@@ -443,13 +443,16 @@ class FeatureFlow(nn.Module):
         first = next(iter(self.inn), None)
         return first if isinstance(first, FixedAffine) else None
 
-    def forward(self, features: Tensor, *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, *, noise: float = 0.0, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map features to latents.
 
         Args:
-            features: (B, H*W, C), float32 or float64.
+            features: (B, H*W, C), float32 or float64; with rows (B, R*W, C).
             noise: Standard deviation of Gaussian noise behind the fixed map, in units of each channel's own
                 over the batch; of torch's global generator.
+            rows: Which rows of the grid the features are of, (R,) int64, for positional flows; None for all.
         Returns:
             Latents z, (B, H*W, C), and log |det dz/dx| in nats, (B, H*W). With directions left out z has
             fewer channels, and the determinant is of the kept ones' scales.
@@ -460,15 +463,19 @@ class FeatureFlow(nn.Module):
             log_det = log_det + constant
         if noise:
             x = x + noise * x.std((0, 1), correction=0) * torch.randn_like(x)
+        positions, grid = self.positions, self.grid
+        if rows is not None:
+            grid = (len(rows), self.grid[1])
+            positions = None if positions is None else positions.unflatten(0, self.grid)[rows].flatten(0, 1)
         blocks = [block for block in self.inn if isinstance(block, AffineCoupling)]
         fusible = [block for block in blocks if isinstance(block, PositionalCoupling)]
         if fusible and not (self.dropout and self.training):
             # What the sequence above defines, its coupling blocks as one fused function.
             weights = [block.weights for block in fusible]
-            z, of_blocks = couple(x, self.positions, self.grid, weights, fusible[0].clamp)
+            z, of_blocks = couple(x, positions, grid, weights, fusible[0].clamp)
             return z, of_blocks + log_det
         for block in blocks:
-            (x,), of_block = block((x,), [] if self.positions is None else [self.positions])
+            (x,), of_block = block((x,), [] if positions is None else [positions])
             log_det = of_block + log_det
         return x, log_det
 

@@ -181,6 +181,7 @@ class HGAD(nn.Module):
         intra: bool,
         precision: torch.dtype = torch.float32,
         noise: float = 0.0,
+        rows: float = 1.0,
         **weights: Any,
     ) -> list[dict[str, Tensor]]:
         """Compute each level's loss terms (paper Eq. 11).
@@ -191,14 +192,20 @@ class HGAD(nn.Module):
             intra: Second stage: with the intra-class terms.
             precision: bfloat16 runs the subnets under autocast.
             noise: On the features; see :meth:`FeatureFlow.forward`.
+            rows: Share of each grid's rows to take, drawn by torch's global generator.
             **weights: See :func:`hgadlib.losses.hgad_losses`.
         Returns:
             One dictionary of scalars a level, "total" among them.
         """
         terms = []
         for flow, prior, x in self._fitted(features):
+            some = None
+            if rows < 1:
+                height = flow.grid[0]
+                some = torch.randperm(height)[: max(1, round(rows * height))].sort().values.to(x.device)
+                x = x.unflatten(1, flow.grid)[:, some].flatten(1, 2)
             with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-                z, log_det = flow(x, noise=noise)
+                z, log_det = flow(x, noise=noise, rows=some)
             terms.append(hgad_losses(z, log_det, class_idx, prior, intra=intra, **weights))
         return terms
 

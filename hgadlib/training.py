@@ -221,8 +221,9 @@ def fit_epoch(
         for settings in optimiser.param_groups:
             settings["lr"] = lr
         terms = model.losses(
-            batch, own_labels[step], intra=intra, precision=precision, noise=train.noise, **weights
-        )
+            batch, own_labels[step], intra=intra, precision=precision,
+            noise=train.noise, rows=train.rows, **weights,
+        )  # fmt: skip
         total = torch.stack([t["total"] for t in terms]).sum().mul(scale * shares[step])
         if total.requires_grad:  # no flow and a single Gaussian: nothing is learnt
             optimiser.zero_grad(set_to_none=True)

@@ -234,6 +234,25 @@ def test_subnets_that_start_at_zero_start_as_a_rotation(kind: str, coupling: str
     assert last.grad is not None and last.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("position_dim", [0, 8])
+def test_rows_of_a_grid_are_mapped_as_in_the_whole(position_dim: int, dropout: float) -> None:
+    flow = FeatureFlow(6, (5, 3), layers=3, position_dim=position_dim, dropout=dropout, normalise=True)
+    flow.double().eval()
+    x, rows = torch.randn(2, 15, 6, dtype=torch.float64), torch.tensor([0, 3, 4])
+    ).double()
+    x, rows = torch.randn(2, 15, 6, dtype=torch.float64), torch.tensor([0, 3, 4])
+    if dropout:  # the plain path, without dropping
+        flow.train()
+        for layer in flow.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+    z, log_det = flow(x)
+    of_rows, log_det_of_rows = flow(x.unflatten(1, (5, 3))[:, rows].flatten(1, 2), rows=rows)
+    torch.testing.assert_close(of_rows, z.unflatten(1, (5, 3))[:, rows].flatten(1, 2))
+    torch.testing.assert_close(log_det_of_rows, log_det.unflatten(1, (5, 3))[:, rows].flatten(1, 2))
+
+
 def test_dropout_is_of_training_alone() -> None:
     for kind in ("positional", "convolutional"):
         flow, x = double_flow(6, 2, kind=kind, dropout=0.5), torch.randn(2, 6, 6, dtype=torch.float64)
