@@ -240,8 +240,6 @@ def test_rows_of_a_grid_are_mapped_as_in_the_whole(position_dim: int, dropout: f
     flow = FeatureFlow(6, (5, 3), layers=3, position_dim=position_dim, dropout=dropout, normalise=True)
     flow.double().eval()
     x, rows = torch.randn(2, 15, 6, dtype=torch.float64), torch.tensor([0, 3, 4])
-    ).double()
-    x, rows = torch.randn(2, 15, 6, dtype=torch.float64), torch.tensor([0, 3, 4])
     if dropout:  # the plain path, without dropping
         flow.train()
         for layer in flow.modules():
