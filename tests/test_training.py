@@ -246,7 +246,7 @@ def test_noise_and_dropout_are_of_the_seed_and_of_training_alone(more: dict[str,
 
 def test_a_step_sees_some_rows_of_the_grid_anew_each_time() -> None:
     made, seen = model(), []
-    full, grid = made.flows[0].forward, made.flows[0].grid
+    full, height = made.flows[0].forward, GRIDS[0][0]
 
     def forward(x: torch.Tensor, **more: Any) -> Any:
         seen.append(more.get("rows"))
@@ -256,8 +256,8 @@ def test_a_step_sees_some_rows_of_the_grid_anew_each_time() -> None:
         patch.setattr(made.flows[0], "forward", forward)
         run(config(epochs=2, rows=0.5, first_stage=0.0), into=made)
     steps = [rows.tolist() for rows in seen if rows is not None]
-    assert {len(rows) for rows in steps} == {round(grid[0] / 2)} and len({tuple(r) for r in steps}) > 1
-    assert all(rows == sorted(set(rows)) and max(rows) < grid[0] for rows in steps)
+    assert {len(rows) for rows in steps} == {round(height / 2)} and len({tuple(r) for r in steps}) > 1
+    assert all(rows == sorted(set(rows)) and max(rows) < height for rows in steps)
 
 
 def test_an_interrupted_epoch_leaves_a_model_that_drops_nothing() -> None:
