@@ -85,7 +85,7 @@ def main() -> None:
         seen: dict[int, dict[str, float]] = {}
 
         def look(epoch: int, current: HGAD, inputs: Inputs = inputs, score=config.score, seen=seen):  # type: ignore[no-untyped-def]
-            if epoch % args.every == 0 or epoch in (1, args.epochs):
+            if epoch and (epoch % args.every == 0 or epoch in (1, args.epochs)):
                 seen[epoch] = measure(current, inputs, score.sigma, score.map_size)
             return {}
 

@@ -81,6 +81,8 @@ def crash_once(project: Path, experiment: str, seed: int) -> Path:
 def assert_resumed(run: Path, crashed: Path) -> None:
     """Check that a run kept the epochs that it had when it crashed; seconds are no two times the same."""
     before, after = pd.read_csv(crashed), pd.read_csv(run / "history.csv")
+    # Only the end of a run says what its last epoch reached.
+    after.loc[after.index[-1], before.filter(like="test_").columns] = float("nan")
     pd.testing.assert_frame_equal(after[before.columns], before, check_exact=True)
 
 
