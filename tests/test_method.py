@@ -170,6 +170,8 @@ def test_what_is_shown_is_the_source_without_the_docstring(
 
 # A piece of each equation of the method, and the function that computes it.
 EQUATIONS = {
+    r"\log\mathcal N(z;\mu,\Sigma_y) = ": "mixture.class_log_probs",
+    r"u_k = \frac{m_k - v_k}{s_k}": "scoring.normal_statistics",
     r"\mathcal L_m = \mathbb E": "losses.gaussian_nll",
     r"z_2 = x_2 \odot e^{s(x_1)} + t(x_1)": "flow.AffineCoupling.forward",
     r"\mathcal L_g = \mathbb E": "losses.inter_class_nll",
