@@ -359,19 +359,23 @@ class _Tree:
             config = Config(**nested)
         except ValidationError as error:
             raise self._refusal(error.errors()[0]) from None
-        if config.flow.kind == "positional" and config.flow.position_dim % 4:
-            name = f"parameter flow.position_dim in {self._source('flow.position_dim')}"
-            why = "expected a multiple of 4 (sine and cosine of row and column)"
-            raise InputError(f"{name}: {why}, found {config.flow.position_dim}")
-        if config.features.neighbourhood % 2 == 0:
-            name = f"parameter features.neighbourhood in {self._source('features.neighbourhood')}"
-            raise InputError(f"{name}: expected an odd number, found {config.features.neighbourhood}")
-        if config.flow.keep < 1 and config.flow.normalise != "whiten":
-            name = f"parameter flow.keep in {self._source('flow.keep')}"
-            raise InputError(f"{name}: expected normalise: whiten beside it, found {config.flow.normalise}")
-        if config.train.rows < 1 and config.flow.kind != "positional":
-            name = f"parameter train.rows in {self._source('train.rows')}"
-            raise InputError(f"{name}: expected flow.kind positional beside it, found {config.flow.kind}")
+        flow, positional = config.flow, config.flow.kind == "positional"
+        size, area, norm = flow.position_dim, config.features.neighbourhood, flow.normalise
+        code = "a multiple of 4 (sine and cosine of row and column)"
+        for wrong, key, expected, found in (
+            (positional and size % 4, "flow.position_dim", code, size),
+            (area % 2 == 0, "features.neighbourhood", "an odd number", area),
+            (flow.keep < 1 and norm != "whiten", "flow.keep", "normalise: whiten beside it", norm),
+            (
+                config.train.rows < 1 and not positional,
+                "train.rows",
+                "flow.kind positional beside it",
+                flow.kind,
+            ),
+        ):
+            if wrong:
+                where = f"parameter {key} in {self._source(key)}"
+                raise InputError(f"{where}: expected {expected}, found {found}")
         return config
 
     def _source(self, key: str) -> str:
