@@ -1,8 +1,9 @@
 """A run's configuration: every setting, its constraint on the field; parameter files and overrides.
 
-Precedence, weakest first: the defaults of the fields below, ``params/<dataset>.yaml``, sections injected by
-``papermill -f``, ``params/experiments/<experiment>.yaml``, the shortcuts (``-p epochs 24``), and the dotted
-``overrides``. An unknown key or an ill-typed value is one error line that lists what is known.
+Precedence, weakest first: the defaults of the fields below, the experiment file that an experiment names as
+its ``base``, ``params/<dataset>.yaml``, sections injected by ``papermill -f``,
+``params/experiments/<experiment>.yaml``, the shortcuts (``-p epochs 24``), and the dotted ``overrides``. An
+unknown key or an ill-typed value is one error line that lists what is known.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class DataConfig:
     """False leaves bad images out and lists them in the run record."""
     bit_depth: Annotated[Whole, Field(ge=8, le=16)] | None = None
     """Bits in use of files that hold 16 a channel; None finds them over the training images."""
-    held_out: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
+    held_out: Annotated[Real, Field(ge=0, le=0.5)] = 0.5
     """Share of each class's training images kept out of training, to calibrate scores on."""
     num_workers: Annotated[Whole, Field(ge=1, le=1024)] | None = None
     """Decoding threads; None for one per core."""
@@ -81,13 +82,13 @@ class DataConfig:
 class FeaturesConfig:
     """The frozen backbone and which of its maps become levels."""
 
-    backbone: Path_ = "tf_efficientnet_lite0"
+    backbone: Path_ = "tf_efficientnet_lite2"
     weights: Path_ | None = None
     """A weights file; None for the bundled ones, or timm's own."""
-    out_indices: tuple[Annotated[Whole, Field(ge=0, le=64)], ...] = (4,)
+    out_indices: tuple[Annotated[Whole, Field(ge=0, le=64)], ...] = (3, 4)
     pyramid: tuple[Pixels, ...] | None = (512, 256)
     """Image sizes of a pyramid: then one stage, or all joined, at each size, is a level."""
-    join: Flag = False
+    join: Flag = True
     """Join the stages into one level, each resized to the finest one's grid."""
     neighbourhood: Annotated[Whole, Field(ge=1, le=31)] = 1
     """Positions a side over which each stage is averaged (odd); 1 for none."""
@@ -103,17 +104,19 @@ class FlowConfig:
     kind: Literal["positional", "convolutional"] = "positional"
     coupling: Literal["affine", "additive"] = "affine"
     """Additive couplings shift and do not scale: the volume that a block gives to a latent is constant."""
-    layers: Annotated[Whole, Field(ge=0, le=1024)] = 8
+    layers: Annotated[Whole, Field(ge=0, le=1024)] = 4
     """Coupling blocks; 0 leaves the fixed map in front alone: the prior stands on the features."""
     position_dim: Annotated[Whole, Field(ge=0, le=65536)] = 64
-    hidden_ratio: Annotated[Real, Field(ge=1e-3, le=1e3)] = 1.0
+    hidden_ratio: Annotated[Real, Field(ge=1e-3, le=1e3)] = 0.5
     """Hidden width of a subnet over its number of inputs (positions included)."""
     clamp: Annotated[Real, Field(ge=1e-6, le=1e3)] = 1.9
     normalise: Literal["none", "standardise", "whiten"] = "whiten"
     """A fixed affine map in front of the flow, set from the training features."""
+    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.03
+    """Variance added to every direction before normalise's map, as a share of their mean variance."""
     keep: Annotated[Real, Field(gt=0, le=1)] = 1.0
     """Share of the channels' directions kept in front of the flow, those of least variance; needs whiten."""
-    subnet_init: Literal["default", "zero"] = "default"
+    subnet_init: Literal["default", "zero"] = "zero"
     """zero starts every coupling as a rotation: the flow begins as the fixed map in front of it."""
     dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     """Share of the subnets' hidden values dropped in training."""
@@ -124,10 +127,11 @@ class PriorConfig:
     """The prior of the latents (paper Sec. 3.3)."""
 
     kind: Literal["mixture", "single"] = "mixture"
-    covariance: Literal["identity", "class", "learnt"] = "identity"
+    covariance: Literal["identity", "class", "learnt"] = "class"
     """Sigma_y of Eq. 5: I (as published), each class's own of the first latents, or learnt from that."""
-    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.01
-    """Least variance of a class's directions, as a share of its mean variance."""
+    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.03
+    """Isotropic variance of the features added to a class's covariance, as a share of the features' own: it
+    keeps directions that hardly vary from ruling the density."""
     rank: Annotated[Whole, Field(ge=0, le=65536)] = 8
     """Rank of what a learnt covariance adds to its diagonal."""
     n_centers: Annotated[Whole, Field(ge=1, le=65536)] = 10
@@ -145,7 +149,7 @@ class LossConfig:
     """Weights and switches of the training loss (paper Eq. 11)."""
 
     lambda1: Weight = 1.0
-    lambda2: Weight = 1.0
+    lambda2: Weight = 0.1
     lambda_e: Weight = 1.0
     lambda_in: Weight = 1.0
     lambda_z: Weight = 0.0
@@ -164,7 +168,7 @@ class TrainConfig:
     first_stage: Share = 0.08
     """Share of the epochs without intra-class terms; 0 for one-stage optimisation."""
     entropy_in_first_stage: Flag = False
-    lr: Annotated[Real, Field(ge=0, le=1e3)] = 1e-3
+    lr: Annotated[Real, Field(ge=0, le=1e3)] = 4e-3
     schedule: Literal["step", "cosine", "constant"] = "cosine"
     milestones: tuple[Share, ...] = (0.48, 0.57, 0.88)
     """Shares of the epochs at which a step schedule drops the rate tenfold."""
@@ -183,8 +187,8 @@ class TrainConfig:
     noise: Annotated[Real, Field(ge=0, le=1e3)] = 0.0
     """Standard deviation of Gaussian noise on training features behind flow.normalise's map, in units of each
     channel's own deviation there."""
-    rows: Annotated[Real, Field(gt=0, le=1)] = 1.0
-    """Share of a grid's rows that a step sees, drawn anew for each; for positional flows alone."""
+    rows: Annotated[Real, Field(gt=0, le=1)] = 0.25
+    """Share of a grid's rows that a step sees, drawn anew for each; a convolutional flow sees all."""
     average: Share = 0.0
     """Share of the epochs, the last ones, whose weights the trained model averages."""
     evaluate_every: Annotated[Whole, Field(ge=0, le=10**6)] = 8
@@ -196,7 +200,7 @@ class ScoreConfig:
     """From log-likelihood and entropy to maps and scores (paper Sec. 3.4)."""
 
     criterion: Literal["likelihood", "entropy", "both"] = "likelihood"
-    normalisation: Literal["calibrated", "inductive", "transductive"] = "inductive"
+    normalisation: Literal["calibrated", "inductive", "transductive"] = "calibrated"
     """calibrated standardises by normal images held out of training (data.held_out), else by the training
     images; the others are scoring.inductive and scoring.transductive."""
     image: Literal["maximum", "top", "quantile"] = "maximum"
@@ -205,7 +209,7 @@ class ScoreConfig:
     per_dimension: Flag = True
     """Divide log-likelihoods by D before the exponential, as the released code does."""
     map_size: Annotated[Whole, Field(ge=1, le=8192)] = 256
-    sigma: Annotated[Real, Field(ge=0, le=1e3)] | None = 4.0
+    sigma: Annotated[Real, Field(ge=0, le=1e3)] | None = None
     """Standard deviation of the Gaussian blur, in pixels of the map; None for half of each level's stride."""
 
 
@@ -266,7 +270,8 @@ _ADDED: dict[str, Any] = {
     "method": "hgad",
     "data.bit_depth": None, "data.held_out": 0.0,
     "features.join": False, "features.neighbourhood": 1,
-    "flow.coupling": "affine", "flow.keep": 1.0, "flow.subnet_init": "default", "flow.dropout": 0.0,
+    "flow.coupling": "affine", "flow.shrinkage": 1e-3, "flow.keep": 1.0, "flow.subnet_init": "default",
+    "flow.dropout": 0.0,
     "prior.covariance": "identity", "prior.shrinkage": 0.01, "prior.rank": 8,
     "train.noise": 0.0, "train.rows": 1.0, "train.average": 0.0,
     "score.image": "maximum", "score.image_share": 0.01,
@@ -285,7 +290,7 @@ SHORTCUTS: dict[str, str] = {
 """Notebook parameters that stand for one key of a section."""
 
 PLAIN: tuple[str, ...] = tuple(name for name in _HINTS if name not in SECTIONS)
-PARAMETERS: tuple[str, ...] = (*PLAIN, *SHORTCUTS, *SECTIONS, "overrides")
+PARAMETERS: tuple[str, ...] = (*PLAIN, *SHORTCUTS, *SECTIONS, "overrides", "base")
 """Every name that ``papermill -p``, ``-y`` or ``-f`` may set."""
 
 _KEYS: dict[str, Any] = {name: _HINTS[name] for name in PLAIN} | {
@@ -342,6 +347,11 @@ class _Tree:
             else:
                 raise unknown(str(name), PARAMETERS, f"parameter in {source}")
 
+    def update(self, other: _Tree) -> None:
+        """Merge settings that are stronger."""
+        self.values |= other.values
+        self.sources |= other.sources
+
     def scale_pyramid(self, pyramid: Sequence[int] | None) -> None:
         """Scale the sides of a pyramid along with the image size: all its levels are of the same image."""
         size = self.values["data.image_size"]
@@ -366,12 +376,6 @@ class _Tree:
             (positional and size % 4, "flow.position_dim", code, size),
             (area % 2 == 0, "features.neighbourhood", "an odd number", area),
             (flow.keep < 1 and norm != "whiten", "flow.keep", "normalise: whiten beside it", norm),
-            (
-                config.train.rows < 1 and not positional,
-                "train.rows",
-                "flow.kind positional beside it",
-                flow.kind,
-            ),
         ):
             if wrong:
                 where = f"parameter {key} in {self._source(key)}"
@@ -424,21 +428,24 @@ def load_config(parameters: Mapping[str, Any] | None = None, **more: Any) -> Con
             raise unknown(name, PARAMETERS, "parameter")
     folder, here = params_dir(), "the parameters"
     dataset = given.get("dataset", Config.dataset)
-    tree = _Tree()
-    tree.merge({"dataset": dataset}, here)
-    tree.merge(read_params(dataset, folder), f"params/{dataset}.yaml")
-    tree.merge({k: v for k, v in given.items() if k in SECTIONS}, "the parameter file")
-    experiment = given.get("experiment", tree.values.get("experiment", Config.experiment))
+    own = _Tree()
+    own.merge({"dataset": dataset}, here)
+    own.merge(read_params(dataset, folder), f"params/{dataset}.yaml")
+    own.merge({k: v for k, v in given.items() if k in SECTIONS}, "the parameter file")
+    experiment = given.get("experiment", own.values.get("experiment", Config.experiment))
     # The default experiment is the one whose settings are the dataset's own.
-    if experiment != Config.experiment:
-        tree.merge(read_params(experiment, folder / "experiments"), f"params/experiments/{experiment}.yaml")
+    default, tree = experiment == Config.experiment, _Tree()
+    values = {} if default else read_params(experiment, folder / "experiments")
+    if (base := values.pop("base", given.get("base"))) is not None:
+        tree.merge(read_params(base, folder / "experiments"), f"params/experiments/{base}.yaml")
+    tree.update(own)
+    tree.merge(values, f"params/experiments/{experiment}.yaml")
     direct = _Tree()
     direct.merge({k: v for k, v in given.items() if k in PLAIN or k in SHORTCUTS}, here)
     direct.merge(given.get("overrides", {}), here, "overrides")
     if "data.image_size" in direct.values and "features.pyramid" not in direct.values:
         direct.scale_pyramid(tree.values.get("features.pyramid", FeaturesConfig.pyramid))
-    tree.values |= direct.values
-    tree.sources |= direct.sources
+    tree.update(direct)
     return tree.config()
 
 

@@ -127,7 +127,7 @@ class FixedAffine(InvertibleModule):
             self.register_buffer("inverse_weight", torch.eye(channels))
         self.register_buffer("log_det", torch.zeros(()))
 
-    def fit(self, mean: Tensor, covariance: Tensor, *, whiten: bool, floor: float = 1e-3) -> None:
+    def fit(self, mean: Tensor, covariance: Tensor, *, whiten: bool, shrinkage: float = 1e-3) -> None:
         """Set the map from the features' moments.
 
         Args:
@@ -135,10 +135,11 @@ class FixedAffine(InvertibleModule):
             covariance: (C, C).
             whiten: Decorrelate the channels (symmetric whitening, or on the kept principal axes); otherwise
                 only scale each one, and keep all.
-            floor: Least variance, as a share of the mean variance; keeps dead channels finite.
+            shrinkage: Variance added to every direction, as a share of the mean variance; keeps dead channels
+                finite.
         """
         covariance = covariance.double()
-        least = floor * covariance.diagonal().mean()
+        least = shrinkage * covariance.diagonal().mean()
         if whiten:
             variance, axes = torch.linalg.eigh(covariance)
         else:
@@ -478,6 +479,26 @@ class FeatureFlow(nn.Module):
             (x,), of_block = block((x,), [] if positions is None else [positions])
             log_det = of_block + log_det
         return x, log_det
+
+    def noise_covariance(self, at: Tensor, variance: float) -> Tensor:
+        r"""Return the latents' covariance that isotropic noise on a feature makes: :math:`v\,J^\top J`.
+
+        The flow's slopes J are differences of the noise's size at the grid's first position: exact while the
+        flow is linear, as one that starts as a rotation is.
+
+        Args:
+            at: The feature, (C,) on the flow's device; its neighbours are the same.
+            variance: v, of every channel.
+        Returns:
+            (D, D) float64, on the host.
+        """
+        step = max(variance, 1e-12) ** 0.5
+        rows = torch.zeros(1, dtype=torch.int64, device=at.device) if self.kind == "positional" else None
+        width = self.grid[1] * (1 if rows is not None else self.grid[0])
+        points = torch.cat([at[None], at + step * torch.eye(len(at), device=at.device)])
+        z = torch.cat([self(x[:, None].expand(-1, width, -1), rows=rows)[0][:, 0] for x in points.split(16)])
+        slopes = (z[1:] - z[0]).double().cpu()
+        return slopes.T @ slopes
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map latents (B, H*W, C) back to features, with log |det dx/dz|, (B, H*W)."""

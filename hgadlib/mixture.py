@@ -247,16 +247,16 @@ class HierarchicalGaussianMixture(nn.Module):
         return Whitening(factor, log_det + self.factor_log_det)
 
     @torch.no_grad()
-    def set_covariance(self, k: int, covariance: Tensor, shrinkage: float) -> None:
+    def set_covariance(self, k: int, covariance: Tensor, floor: float = 1e-6) -> None:
         """Take a class's covariance as that of the prior.
 
         Args:
             k: The class.
             covariance: (D, D). All 0, as of a single latent, says nothing and leaves I.
-            shrinkage: Variance added to every direction, as a share of the mean variance.
+            floor: Variance added to every direction, as a share of the mean variance.
         """
         variance, axes = torch.linalg.eigh(covariance.double().cpu())
-        deviation = (variance.clamp_min(0) + shrinkage * variance.mean()).sqrt()
+        deviation = (variance.clamp_min(0) + floor * variance.mean()).sqrt()
         if deviation.min() > 0:
             # Rows are the principal axes: there a learnt diagonal rescales the principal variances.
             self.factor[k] = (axes / deviation).T

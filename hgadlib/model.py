@@ -26,6 +26,33 @@ Prior = HierarchicalGaussianMixture | GaussianPrior
 _POSITIONS = 64
 
 
+class _Size:
+    """Mean of rows that arrive batch by batch, and their mean variance over the channels."""
+
+    def __init__(self) -> None:
+        self.count, self.squares, self.shift, self.sums = 0, 0.0, torch.zeros(0), torch.zeros(0)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, (N, C). Squares are taken about the first batch's mean, so none is large."""
+        if not self.count:
+            self.shift, self.sums = rows.mean(0), torch.zeros(rows.shape[1], dtype=torch.float64)
+        centred = rows - self.shift
+        self.count += len(rows)
+        self.sums += centred.sum(0).cpu().double()
+        self.squares += centred.square().sum().item()
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,) float64, on the host."""
+        return self.shift.cpu().double() + self.sums / self.count
+
+    @property
+    def variance(self) -> float:
+        """Mean of the channels' variances."""
+        squares = self.squares / self.count - float((self.sums / self.count).square().sum())
+        return max(squares, 0.0) / len(self.sums)
+
+
 class HGAD(nn.Module):
     """Flows and priors of all levels, trained and scored together.
 
@@ -121,7 +148,8 @@ class HGAD(nn.Module):
                     moment.add(x.flatten(0, 1))
             for (flow, _), moment in zip(self.levels, moments, strict=True):
                 normaliser = cast(FixedAffine, flow.normaliser)
-                normaliser.fit(moment.mean, moment.covariance, whiten=self.flow_config.normalise == "whiten")
+                whiten, shrinkage = self.flow_config.normalise == "whiten", self.flow_config.shrinkage
+                normaliser.fit(moment.mean, moment.covariance, whiten=whiten, shrinkage=shrinkage)
         start = self.prior_config
         mixtures = [prior for prior in self.priors if isinstance(prior, HierarchicalGaussianMixture)]
         means, covariances = start.init == "class_means", start.covariance != "identity"
@@ -130,21 +158,27 @@ class HGAD(nn.Module):
             counts = torch.zeros(len(self.classes), device=self.device)
             classes = self.classes if covariances else ()
             spreads = [[Moments(mixture.centers.shape[1]) for _ in classes] for mixture in mixtures]
+            sizes = [[_Size() for _ in classes] for _ in mixtures]
             for features, class_idx in batches():
                 counts += torch.bincount(class_idx, minlength=len(self.classes))
-                for (flow, _), x, total, spread in zip(self.levels, features, sums, spreads, strict=True):
+                for level, ((flow, _), x) in enumerate(zip(self.levels, features, strict=True)):
                     z = flow(x)[0]
-                    total.index_add_(0, class_idx, z.mean(1))
+                    sums[level].index_add_(0, class_idx, z.mean(1))
                     for k in class_idx.unique().tolist() if covariances else ():
-                        spread[k].add(z[class_idx == k].flatten(0, 1))
+                        own = class_idx == k
+                        spreads[level][k].add(z[own].flatten(0, 1))
+                        sizes[level][k].add(x[own].flatten(0, 1))
             found = counts > 0
-            for mixture, total, spread in zip(mixtures, sums, spreads, strict=True):
+            for (flow, _), mixture, total, spread, size in zip(
+                self.levels, mixtures, sums, spreads, sizes, strict=True
+            ):
                 mean = total / counts.clamp_min(1)[:, None]
                 if means:
                     mixture.set_centers(torch.where(found[:, None], mean, mixture.centers))
                 for k, own in enumerate(spread):
                     if own.count:
-                        mixture.set_covariance(k, own.covariance, start.shrinkage)
+                        at, added = size[k].mean.to(mixture.centers), start.shrinkage * size[k].variance
+                        mixture.set_covariance(k, own.covariance + flow.noise_covariance(at, added))
 
     @torch.no_grad()
     def split_centers(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], *, seed: int = 0) -> None:
@@ -192,7 +226,7 @@ class HGAD(nn.Module):
             intra: Second stage: with the intra-class terms.
             precision: bfloat16 runs the subnets under autocast.
             noise: On the features; see :meth:`FeatureFlow.forward`.
-            rows: Share of each grid's rows to take, drawn by torch's global generator.
+            rows: Share of each grid's rows that a positional flow takes, drawn by torch's global generator.
             **weights: See :func:`hgadlib.losses.hgad_losses`.
         Returns:
             One dictionary of scalars a level, "total" among them.
@@ -200,7 +234,7 @@ class HGAD(nn.Module):
         terms = []
         for flow, prior, x in self._fitted(features):
             some = None
-            if rows < 1:
+            if rows < 1 and flow.kind == "positional":
                 height = flow.grid[0]
                 some = torch.randperm(height)[: max(1, round(rows * height))].sort().values.to(x.device)
                 x = x.unflatten(1, flow.grid)[:, some].flatten(1, 2)

@@ -49,7 +49,7 @@ ImageScore = Literal["maximum", "top", "quantile"]
 _LEAST = 1e-290
 # Images that a class's figures over all positions count for beside a position's own. Of 20 images a deviation
 # is known to 1 / sqrt(40) = 16 %; of fewer, or where products lie at any angle, the class knows better.
-_KAPPA = 20
+_KAPPA = 5
 # Least deviation of a calibrated value, in nats; of entropies also as a share of the largest, log K.
 _LEAST_STD, _LEAST_ENTROPY_STD = 1e-3, 0.02
 
@@ -144,11 +144,13 @@ class Calibration:
 Constants = Normalisation | Calibration
 
 
-def normal_statistics(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def normal_statistics(
+    count: Tensor, total: Tensor, squares: Tensor, kappa: float = _KAPPA
+) -> tuple[Tensor, Tensor]:
     r"""Estimate normal values' mean and deviation by position, shrunk towards all of the class's positions.
 
     .. math:: m_p = \frac{n\,\bar v_p + \kappa\,\bar v}{n + \kappa},\qquad
-              s_p^2 = \frac{n\,\sigma_p^2 + \kappa\,\sigma^2}{n + \kappa},\qquad \kappa = 20
+              s_p^2 = \frac{n\,\sigma_p^2 + \kappa\,\sigma^2}{n + \kappa}
 
     Where all normal features agree, s would be 0 and any change infinite: it is at least 0.001 nats, and for
     entropies 2 % of the largest there is, so none is more than 50 deviations off.
@@ -158,6 +160,7 @@ def normal_statistics(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Te
         total: Sum of the values over the images, (K, 1 or 2, h, w) float64: log-likelihood and, where there
             is one, negative entropy.
         squares: Sum of their squares, likewise.
+        kappa: Images that the class's figures over all positions count for beside a position's own.
     Returns:
         Means and deviations, (K, 1 or 2, h, w) float64 each.
     """
@@ -165,11 +168,11 @@ def normal_statistics(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Te
     mean, square = total / n, squares / n
     mean_all, square_all = (x.mean((2, 3), keepdim=True) for x in (mean, square))
     variance, variance_all = square - mean.square(), square_all - mean_all.square()
-    shrunk = (n * variance + _KAPPA * variance_all) / (n + _KAPPA)
+    shrunk = (n * variance + kappa * variance_all) / (n + kappa)
     floors = [_LEAST_STD, max(_LEAST_STD, _LEAST_ENTROPY_STD * math.log(len(count)))]
     least = torch.tensor(floors[: mean.shape[1]]).to(mean)[:, None, None]
     # Rounding may leave less than nothing of a variance.
-    return (n * mean + _KAPPA * mean_all) / (n + _KAPPA), torch.maximum(shrunk.clamp_min(0).sqrt(), least)
+    return (n * mean + kappa * mean_all) / (n + kappa), torch.maximum(shrunk.clamp_min(0).sqrt(), least)
 
 
 @lru_cache(maxsize=64)

@@ -276,7 +276,7 @@ def test_noise_is_in_units_of_each_channel_behind_the_fixed_map(normalise: bool)
     root = torch.tensor([[1.0, 0.0], [90.0, 10.0]])
     x = torch.randn(4, 2500, 2) @ root.T
     if flow.normaliser is not None:
-        flow.normaliser.fit(torch.zeros(2), root @ root.T, whiten=True, floor=0.0)
+        flow.normaliser.fit(torch.zeros(2), root @ root.T, whiten=True, shrinkage=0.0)
     z, log_det = flow(x)
     noisy, same = flow(x, noise=0.2)
     noise = (noisy - z).flatten(0, 1)
@@ -321,7 +321,7 @@ def test_whitening_normaliser() -> None:
     torch.manual_seed(0)
     x = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
     affine = FixedAffine([(6,)]).double()
-    affine.fit(x.mean(0), torch.cov(x.T), whiten=True, floor=0.0)
+    affine.fit(x.mean(0), torch.cov(x.T), whiten=True, shrinkage=0.0)
     (z,), log_det = affine((x[None],))
     torch.testing.assert_close(torch.cov(z[0].T), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(log_det, torch.linalg.slogdet(affine.weight)[1])
@@ -335,7 +335,7 @@ def test_kept_directions_are_the_last_principal_axes() -> None:
     flow = FeatureFlow(7, (20, 20), layers=0, normalise=True, keep=0.45).double()
     normaliser = flow.normaliser
     assert normaliser is not None
-    normaliser.fit(torch.from_numpy(mean), torch.from_numpy(covariance), whiten=True, floor=0.0)
+    normaliser.fit(torch.from_numpy(mean), torch.from_numpy(covariance), whiten=True, shrinkage=0.0)
     z, log_det = flow(torch.from_numpy(x)[None])
     # By the singular values: the last three of seven directions, each to a variance of 1.
     _, singular, axes = np.linalg.svd(x - mean)

@@ -188,8 +188,8 @@ def test_a_covariance_is_floored_and_kept_by_its_factor() -> None:
     prior = HierarchicalGaussianMixture(3, 1, 4, covariance="class").double()
     low_rank = torch.zeros(4, 4).double()
     low_rank[:2, :2] = covariances(1, 2)[0]
-    prior.set_covariance(1, low_rank, 0.1)
-    prior.set_covariance(2, torch.zeros(4, 4), 0.1)  # of one latent
+    prior.set_covariance(1, low_rank, floor=0.1)
+    prior.set_covariance(2, torch.zeros(4, 4), floor=0.1)  # of one latent
     assert prior.factor[0].equal(torch.eye(4).double())
     assert prior.factor[2].equal(torch.eye(4).double())
     sigma = torch.linalg.inv(prior.factor[1].T @ prior.factor[1])

@@ -7,6 +7,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,12 +160,12 @@ def test_a_file_without_younger_settings_computes_as_it_did(
 
 
 def with_covariances(
-    covariance: str, *, init: str = "class_means", layers: int = 0, n_centers: int = 1
+    covariance: str, *, init: str = "class_means", layers: int = 0, n_centers: int = 1, **flow: Any
 ) -> HGAD:
     """A model of a fixed map and a prior, initialised from features of classes of unlike shapes."""
     torch.manual_seed(0)
     made = HGAD(
-        ["a", "b", "absent"], CHANNELS, GRIDS, flow=FlowConfig(layers=layers, position_dim=4),
+        ["a", "b", "absent"], CHANNELS, GRIDS, flow=FlowConfig(layers=layers, position_dim=4, **flow),
         prior=PriorConfig(covariance=covariance, init=init, n_centers=n_centers, shrinkage=0.02),  # type: ignore[arg-type]
     )  # fmt: skip
     data, class_idx = shaped_features()
@@ -181,22 +182,29 @@ def shaped_features() -> tuple[Features, np.ndarray]:
     return dataclasses.replace(data, levels=levels), class_idx
 
 
-@pytest.mark.parametrize("covariance", ["class", "learnt"])
-def test_without_blocks_the_model_is_a_gaussian_per_class(covariance: str) -> None:
-    made, (data, class_idx) = with_covariances(covariance), shaped_features()
+@pytest.mark.parametrize(
+    ("covariance", "flow"),
+    [
+        ("class", {}),
+        ("learnt", {}),
+        # Whatever invertible map stands in front, if the flow starts as a rotation of it.
+        ("class", {"normalise": "none"}),
+        ("class", {"normalise": "standardise", "shrinkage": 0.5}),
+        ("class", {"layers": 2, "subnet_init": "zero"}),
+        ("class", {"layers": 2, "subnet_init": "zero", "kind": "convolutional"}),
+    ],
+)
+def test_without_training_the_model_is_a_gaussian_per_class(covariance: str, flow: dict[str, Any]) -> None:
+    made, (data, class_idx) = with_covariances(covariance, **flow), shaped_features()
     if covariance == "learnt":  # it starts there, but for its small random part
         for _, prior in made.levels:
             torch.nn.init.zeros_(prior.low_rank)  # type: ignore[arg-type]
     found = made.log_prob(data.levels, torch.from_numpy(class_idx))
     for level, x in enumerate(data.levels):
-        fixed = made.levels[level][0].normaliser
-        assert fixed is not None
-        rows = (x.double() - fixed.mean) @ fixed.weight.double().T
         for k in (0, 1):
-            own = rows[class_idx == k].flatten(0, 1).numpy()
-            sigma = np.cov(own.T)
-            sigma += 0.02 * sigma.diagonal().mean() * np.eye(len(sigma))
-            expected = multivariate_normal(own.mean(0), sigma).logpdf(own) + fixed.log_det.item()
+            own = x[class_idx == k].flatten(0, 1).double().numpy()
+            sigma = np.cov(own.T) + 0.02 * own.var(0).mean() * np.eye(own.shape[1])
+            expected = multivariate_normal(own.mean(0), sigma).logpdf(own)
             np.testing.assert_allclose(found[level][class_idx == k].detach().flatten(), expected, atol=2e-3)
         state = made.levels[level][1].state_dict()
         assert state["factor"][2].equal(torch.eye(CHANNELS[level]))  # no image told of this class

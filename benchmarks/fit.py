@@ -1,0 +1,122 @@
+"""What does training a flow add to Gaussians per class, and which settings of the fit help?
+
+Run it as ``python benchmarks/fit.py --dataset demo``; it prints JSON lines. Of each class a share of the
+training images is held out and defects are drawn on it (``hgad data validation``); half of what is left
+trains, half calibrates the scores. One part of the fit is changed at a time, from the default on its features
+at one image size; by epoch, 0 being the untrained model: the log-likelihood of trained and of
+held-out normal features, and the image AUROC on the drawn defects, which may choose, and on the test set,
+which may not. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+from harness import emit, environment
+
+from hgadlib.config import load_config
+from hgadlib.datasets import load_dataset
+from hgadlib.datasets.validation import make_validation
+from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
+from hgadlib.features.extract import dataset_features
+from hgadlib.model import HGAD
+from hgadlib.runs.experiment import build_model
+from hgadlib.runs.inputs import Inputs, prepare
+from hgadlib.training import calibrate, fit
+
+NAME = "fit"
+CHANGES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "rate 0.001": {"train.lr": 1e-3},
+    "rate 0.01": {"train.lr": 1e-2},
+    "2 blocks": {"flow.layers": 2},
+    "8 blocks": {"flow.layers": 8},
+    "12 wide blocks": {"flow.layers": 12, "flow.hidden_ratio": 2.0},
+    "additive": {"flow.coupling": "additive"},
+    "all rows": {"train.rows": 1.0},
+    "lambda2 = 1": {"loss.lambda2": 1.0},
+    "lambda2 = 0": {"loss.lambda2": 0.0},
+    "dropout 0.1": {"flow.dropout": 0.1},
+    "noise 0.1": {"train.noise": 0.1},
+    "averaged weights": {"train.average": 0.5},
+    "learnt covariances": {"prior.covariance": "learnt"},
+    "covariance I": {"prior.covariance": "identity"},
+    "one Gaussian": {"prior.kind": "single"},
+}
+
+
+def main() -> None:
+    """Train with every change and look at it by epoch."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="demo")
+    parser.add_argument("--data-root", help="the dataset's folder, where it is not the usual one")
+    parser.add_argument("--name", help="what to call it; the dataset's name unless given")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--every", type=int, default=4, help="epochs between looks")
+    parser.add_argument("--image-size", type=int, default=256, help="height and width in pixels")
+    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    harness.add_device(parser)
+    harness.add_arguments(parser)
+    args = parser.parse_args()
+    harness.apply_arguments(args)
+    name = args.name or args.dataset
+    dataset = load_dataset(args.dataset, root=args.data_root)
+    emit(NAME, "environment", **environment(clock=args.clock), dataset=name)
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_validation(dataset, Path(folder) / "drawn")
+        given = {"dataset": "folder", "data_root": str(made), "device": args.device, "epochs": args.epochs}
+        shared = {"data.image_size": args.image_size, "features.pyramid": None, "train.evaluate_every": 1}
+        drawn = prepare(load_config(**given, overrides=shared), progress=False)
+        # Classes named A/B became folders A_B; their order is the same.
+        flat = dict(zip(dataset.classes, drawn.dataset.classes, strict=True))
+        records = tuple(replace(r, class_name=flat[r.class_name]) for r in dataset.test if r.is_labelled)
+        features = dataset_features(records, drawn.backbone, image_size=args.image_size, progress=False)
+        train = (*drawn.dataset.train, *drawn.dataset.held_out)
+        real = replace(drawn, dataset=replace(drawn.dataset, records=(*train, *records)), test=features)
+        for change in args.changes:
+            config = load_config(**given, overrides={**shared, **CHANGES[change]})
+
+            def look(epoch: int, model: HGAD, config=config, change=change) -> dict[str, float]:  # type: ignore[no-untyped-def]
+                if epoch % args.every and epoch != args.epochs:
+                    return {}
+                calibrate(model, drawn.train, drawn.train_classes, drawn.calibration)
+                found = {
+                    f"{key}_auroc": auroc(model, of, config.score)
+                    for key, of in (("drawn", drawn), ("real", real))
+                }
+                held, held_classes = drawn.calibration or (drawn.train, drawn.train_classes)
+                for key, part, classes in (
+                    ("trained", drawn.train, drawn.train_classes), ("held_out", held, held_classes)
+                ):  # fmt: skip
+                    values = level_values(model, part, classes)
+                    found[f"{key}_log_prob"] = float(np.mean([v.mean().item() for v in values.log_prob]))
+                emit(NAME, "epoch", dataset=name, change=change, epoch=epoch, **found)
+                return found
+
+            fit(
+                build_model(config, drawn), drawn.train, drawn.train_classes, drawn.calibration,
+                train=config.train, loss=config.loss, seed=config.seed, on_epoch=look, progress=False,
+            )  # fmt: skip
+
+
+def auroc(model: HGAD, inputs: Inputs, score: Any) -> float:
+    """Image AUROC, mean over classes."""
+    values = level_values(model, inputs.test, inputs.test_classes)
+    protocol = Protocol("calibrated", "likelihood")
+    found = evaluate(
+        model, values, inputs.test_classes, inputs.test_labels, None, score=score, protocol=protocol
+    )
+    mean = found.mean["image_auroc"]
+    return np.nan if mean is None else mean
+
+
+if __name__ == "__main__":
+    main()
