@@ -112,7 +112,7 @@ class FlowConfig:
     clamp: Annotated[Real, Field(ge=1e-6, le=1e3)] = 1.9
     normalise: Literal["none", "standardise", "whiten"] = "whiten"
     """A fixed affine map in front of the flow, set from the training features."""
-    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.03
+    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.01
     """Variance added to every direction before normalise's map, as a share of their mean variance."""
     keep: Annotated[Real, Field(gt=0, le=1)] = 1.0
     """Share of the channels' directions kept in front of the flow, those of least variance; needs whiten."""
@@ -129,7 +129,7 @@ class PriorConfig:
     kind: Literal["mixture", "single"] = "mixture"
     covariance: Literal["identity", "class", "learnt"] = "class"
     """Sigma_y of Eq. 5: I (as published), each class's own of the first latents, or learnt from that."""
-    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.03
+    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.01
     """Isotropic variance of the features added to a class's covariance, as a share of the features' own: it
     keeps directions that hardly vary from ruling the density."""
     rank: Annotated[Whole, Field(ge=0, le=65536)] = 8
