@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import harness
 import numpy as np
+import torch
 from harness import emit, environment
 
 from hgadlib.config import load_config
 from hgadlib.datasets import load_dataset
+from hgadlib.datasets.records import ImageRecord
 from hgadlib.datasets.validation import make_validation
 from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
 from hgadlib.features.extract import dataset_features
+from hgadlib.features.store import Features
 from hgadlib.model import HGAD
 from hgadlib.runs.experiment import build_model
 from hgadlib.runs.inputs import Inputs, prepare
@@ -62,7 +66,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--every", type=int, default=4, help="epochs between looks")
     parser.add_argument("--image-size", type=int, default=256, help="height and width in pixels")
-    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument("--changes", nargs="*", choices=CHANGES, default=list(CHANGES))
+    parser.add_argument(
+        "--together", type=int, nargs="*", default=[], metavar="K",
+        help="instead: train models of K classes each, by the last epoch's figures; 0 for all in one",
+    )  # fmt: skip
     harness.add_device(parser)
     harness.add_arguments(parser)
     args = parser.parse_args()
@@ -81,7 +89,9 @@ def main() -> None:
         features = dataset_features(records, drawn.backbone, image_size=args.image_size, progress=False)
         train = (*drawn.dataset.train, *drawn.dataset.held_out)
         real = replace(drawn, dataset=replace(drawn.dataset, records=(*train, *records)), test=features)
-        for change in args.changes:
+        for together in args.together:
+            by_number_of_classes(name, given, shared, together or len(dataset.classes), real)
+        for change in args.changes if not args.together else ():
             config = load_config(**given, overrides={**shared, **CHANGES[change]})
 
             def look(epoch: int, model: HGAD, config=config, change=change) -> dict[str, float]:  # type: ignore[no-untyped-def]
@@ -105,6 +115,48 @@ def main() -> None:
                 build_model(config, drawn), drawn.train, drawn.train_classes, drawn.calibration,
                 train=config.train, loss=config.loss, seed=config.seed, on_epoch=look, progress=False,
             )  # fmt: skip
+
+
+def by_number_of_classes(
+    name: str, given: dict[str, Any], shared: dict[str, Any], together: int, inputs: Inputs
+) -> None:
+    """Train a model for each group of so many classes, under each prior; mean over all classes."""
+    names = inputs.dataset.classes
+    for change in ("one Gaussian", "covariance I", "default"):
+        config, found = load_config(**given, overrides={**shared, **CHANGES[change]}), []
+        for start in range(0, len(names), together):
+            group = of_classes(inputs, names[start : start + together])
+            model = build_model(config, group)
+            fit(
+                model, group.train, group.train_classes, group.calibration,
+                train=config.train, loss=config.loss, seed=config.seed, progress=False,
+            )  # fmt: skip
+            found += [auroc(model, group, config.score)] * len(group.dataset.classes)
+        emit(
+            NAME, "classes", dataset=name, change=change, together=together, real_auroc=float(np.mean(found))
+        )
+
+
+def of_classes(inputs: Inputs, names: Sequence[str]) -> Inputs:
+    """Keep what is of some classes."""
+
+    def kept(features: Features, records: Sequence[ImageRecord]) -> Features:
+        own = torch.tensor([i for i, record in enumerate(records) if record.class_name in names])
+        return replace(features, levels=tuple(level[own] for level in features.levels))
+
+    dataset = inputs.dataset
+    held_out = None if inputs.held_out is None else kept(inputs.held_out, dataset.held_out)
+    return replace(
+        inputs,
+        dataset=replace(
+            dataset,
+            records=tuple(record for record in dataset.records if record.class_name in names),
+            classes=tuple(names),
+        ),
+        train=kept(inputs.train, dataset.train),
+        test=kept(inputs.test, dataset.test),
+        held_out=held_out,
+    )
 
 
 def auroc(model: HGAD, inputs: Inputs, score: Any) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from hgadbook.results import prior_lead, prior_runs, prior_table, prior_verdicts
+from hgadbook.results import candidate_gains, prior_lead, prior_runs, prior_table, prior_verdicts
 from hgadlib.runs.grid import load_grid
 
 GRID = load_grid("prior")
@@ -90,3 +90,33 @@ def test_verdicts_follow_from_the_intervals_also_over_sets() -> None:
     worse = [record("prior_identity_affine", 0, 0.1), record("baseline_neighbours", 0, 2.0)]
     assert [line.split(", ")[-1] for line in prior_verdicts(prior_runs(worse))] == ["worse"]
     assert prior_verdicts({}) == []
+
+
+def test_other_ways_to_evaluate_are_set_beside_the_headline() -> None:
+    mean = {"image_auroc": 0.5, "pixel_auroc": None}
+    whole: dict[str, Any] = {
+        "mean": mean, "best_epoch": {"image_auroc": {"epoch": 2, "value": 0.625}},
+        "other_protocols": {"transductive/likelihood": {"image_auroc": 0.25}},
+        "inferred": {"accuracy": 0.9, "mean": {"image_auroc": 0.4375}},
+    }  # fmt: skip
+    made = [
+        record("prior_covariance_affine", 0, 1.0, **whole),
+        record("prior_single_affine", 0, 1.0, mean=mean, best_epoch={}, other_protocols={}),
+    ]
+    table = candidate_gains(prior_runs(made))
+    assert table["demo"].to_dict() == {
+        ("scores normalised over the test set", "mixture, Sigma_y; affine"): -25.0,
+        ("the class inferred, not known", "mixture, Sigma_y; affine"): -6.25,
+        ("the epoch best on the test set", "mixture, Sigma_y; affine"): 12.5,
+    }
+    assert candidate_gains({}).empty
+
+
+def test_the_default_has_a_grid_of_its_own() -> None:
+    own = load_grid("default").config("demo", "hgad", 0)
+    made = record("hgad", 0, 1.0) | {"config": own.identity()}
+    found = prior_runs([made], "default")
+    assert found == {"demo": {"hgad": {0: made}}} and prior_runs([made]) == {}
+    rows = prior_table("demo", found["demo"], "default").data  # type: ignore[attr-defined]
+    assert rows.index[0] == "HGAD, the default" and len(rows) == 4
+    assert prior_verdicts(found) == []

@@ -160,18 +160,18 @@ def claims_table(claims: pd.DataFrame, *, caption: str, name: str) -> Styler:
 
 
 PriorRuns = dict[str, dict[int, dict[str, Any]]]
-"""Records of the grid "prior" on one set of images: by experiment, then seed."""
+"""Records of the grid "prior", or "default", on one set of images: by experiment, then seed."""
 
 _PRIORS = {"single": "single Gaussian", "identity": "mixture, I", "covariance": "mixture, Sigma_y"}
 _FLOWS = {"affine": "affine", "additive": "additive", "none": "no flow"}
 _ROWS = {f"prior_{p}_{f}": f"{prior}; {flow}" for p, prior in _PRIORS.items() for f, flow in _FLOWS.items()}
-_ROWS |= {"baseline_neighbours": "nearest neighbours"}
+_ROWS |= {"hgad": "HGAD, the default", "baseline_neighbours": "nearest neighbours"}
 
 
-def prior_runs(records: Iterable[Mapping[str, Any]]) -> dict[str, PriorRuns]:
-    """Find the runs of params/grids/prior.yaml under the settings of today, by set of images."""
+def prior_runs(records: Iterable[Mapping[str, Any]], name: str = "prior") -> dict[str, PriorRuns]:
+    """Find the runs of params/grids/prior.yaml, or default.yaml, under the settings of today, by images."""
     records = list(records)
-    grid, groups, titles = load_grid("prior"), group_records(records), image_titles(records)
+    grid, groups, titles = load_grid(name), group_records(records), image_titles(records)
     found: dict[str, PriorRuns] = {}
     for dataset in dict.fromkeys([*grid.datasets, *(str(record["dataset"]) for record in records)]):
         for experiment in grid.experiments:
@@ -214,11 +214,11 @@ def _lead_text(lead: tuple[float, np.ndarray] | None) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(lead[0], *interval(lead[1]))
 
 
-def prior_table(images: str, runs: PriorRuns) -> Styler:
-    """Set out prior x flow x class known or inferred on one set of images, in percent, with paired leads."""
+def prior_table(images: str, runs: PriorRuns, name: str = "prior") -> Styler:
+    """Set out a grid's rows, class known or inferred, on one set of images, in percent, with paired leads."""
     lines: dict[str, dict[str, str]] = {}
-    for experiment, row in _ROWS.items():
-        of = runs.get(experiment, {})
+    for experiment in load_grid(name).experiments:
+        of, row = runs.get(experiment, {}), _ROWS[experiment]
         line = lines[row] = {}
         for metric in ("image_auroc", "pixel_auroc"):
             for way, of_means in (
@@ -228,19 +228,19 @@ def prior_table(images: str, runs: PriorRuns) -> Styler:
                 values = [percent(mean.get(metric)) for mean in of_means]
                 mean = float(np.mean(values)) if values else np.nan
                 line[metric.split("_")[0] + way] = number_text(mean, half_width(values))
-        flow = experiment.split("_")[-1]
+        flow = "affine" if experiment == "hgad" else experiment.split("_")[-1]
         for title, other in (("single", f"prior_single_{flow}"), ("neighbours", "baseline_neighbours")):
-            compared = other in _ROWS and other != experiment
+            compared = other in load_grid(name).experiments and other != experiment
             line[f"image, to {title}"] = _lead_text(prior_lead(runs, experiment, other)) if compared else "–"
         line["runs"] = records_cell([record["record"] for record in of.values()])
     table = pd.DataFrame.from_dict(lines, orient="index")
-    return styled(table, name=f"prior-{images}", caption=f"<b>{html.escape(images)}</b>", markup=["runs"])
+    return styled(table, name=f"{name}-{images}", caption=f"<b>{html.escape(images)}</b>", markup=["runs"])
 
 
 def prior_verdicts(found: Mapping[str, PriorRuns]) -> list[str]:
     """Say whether each mixture on affine couplings beats what it must, by paired 95 % intervals."""
     said = []
-    for ours in ("prior_covariance_affine", "prior_identity_affine"):
+    for ours in ("hgad", "prior_covariance_affine", "prior_identity_affine"):
         for theirs in ("prior_single_affine", "prior_covariance_none", "baseline_neighbours"):
             # Sets of images are independent, and so are their draws.
             leads = {name: prior_lead(of, ours, theirs, draw=i) for i, (name, of) in enumerate(found.items())}
@@ -253,3 +253,43 @@ def prior_verdicts(found: Mapping[str, PriorRuns]) -> list[str]:
                 word = "better" if low > 0 else "worse" if high < 0 else "not told apart"
                 said.append(f"{images}: {_ROWS[ours]} beside {_ROWS[theirs]}: {_lead_text(lead)}, {word}")
     return said
+
+
+_CANDIDATES = {
+    "scores normalised over the test set": "transductive",
+    "the class inferred, not known": "inferred",
+    "the epoch best on the test set": "best",
+}
+
+
+def candidate_gains(found: Mapping[str, PriorRuns]) -> pd.DataFrame:
+    """Subtract each method's own headline from what other ways to evaluate give it: points of image AUROC.
+
+    What else could make a lead: a row per candidate and method, a column per set of images, means over the
+    seeds that have it; NaN where no record has.
+    """
+    lines = []
+    for title, candidate in _CANDIDATES.items():
+        for experiment, method in _ROWS.items():
+            gains = {
+                images: [gain for r in runs.get(experiment, {}).values() if (gain := _gain(r, candidate))]
+                for images, runs in found.items()
+            }
+            if any(gains.values()):
+                means = {k: 100 * float(np.mean(v)) if v else np.nan for k, v in gains.items()}
+                lines.append({"candidate": title, "method": method, **means})
+    return pd.DataFrame(lines, columns=["candidate", "method", *found]).set_index(["candidate", "method"])
+
+
+def _gain(record: Mapping[str, Any], candidate: str) -> float | None:
+    """Return what a way to evaluate adds to a record's image AUROC; None where it was not measured."""
+    if candidate == "transductive":
+        means = record["other_protocols"].get(f"transductive/{record['protocol']['criterion']}")
+    elif candidate == "inferred":
+        means = record.get("inferred", {}).get("mean")
+    else:
+        best = record["best_epoch"].get("image_auroc")
+        means = best and {"image_auroc": best["value"]}
+    if not means or means.get("image_auroc") is None:
+        return None
+    return means["image_auroc"] - record["mean"]["image_auroc"]
