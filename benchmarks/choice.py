@@ -75,10 +75,10 @@ VARIANTS = (
 VARIED: tuple[tuple[str, ...], ...] = (("512:16+32", "256:16+32"),)
 
 
-def all_levels(records: tuple[ImageRecord, ...], backbone: str) -> Features:
-    """Compute every level of :data:`LEVELS`, joined as the library's backbone joins stages."""
+def all_levels(records: tuple[ImageRecord, ...], backbone: str, sizes: Sequence[int]) -> Features:
+    """Compute every level of :data:`LEVELS` at these sizes, joined as the library's backbone joins stages."""
     levels, grids = [], []
-    for size in SIZES:
+    for size in sizes:
         network = build_backbone(backbone, out_indices=STAGES)
         found = dataset_features(records, network, image_size=size, progress=False)
         fine, coarse = found.levels
@@ -91,14 +91,14 @@ def all_levels(records: tuple[ImageRecord, ...], backbone: str) -> Features:
 
 
 def values_by_set(
-    dataset: Dataset, tests: Mapping[str, tuple[ImageRecord, ...]], backbone: str
+    dataset: Dataset, tests: Mapping[str, tuple[ImageRecord, ...]], backbone: str, sizes: Sequence[int]
 ) -> Iterator[tuple[float, LevelValues, dict[str, LevelValues]]]:
     """Fit a Gaussian per class and level with each shrinkage; values of held-out normal images, and of tests.
 
     A part is read once, for what all levels of a thousand images take is as much as there is room for.
     """
     names, parts = dataset.classes, {"normal": dataset.held_out, **tests}
-    features, class_idx = all_levels(dataset.train, backbone), dataset.class_idx(dataset.train)
+    features, class_idx = all_levels(dataset.train, backbone, sizes), dataset.class_idx(dataset.train)
     sample, labels = spread_sample(class_idx, len(names), 64), torch.from_numpy(class_idx)
     varied = sorted({LEVELS.index(level) for pyramid in VARIED for level in pyramid})
     models, chosen = [], [range(len(LEVELS)), *[varied] * (len(SHRINKAGES) - 1)]
@@ -111,7 +111,7 @@ def values_by_set(
         models.append(model)
     found: list[dict[str, LevelValues]] = [{} for _ in models]
     for name, records in parts.items():
-        features = all_levels(records, backbone)
+        features = all_levels(records, backbone, sizes)
         for model, levels, values in zip(models, chosen, found, strict=True):
             values[name] = _at(
                 level_values(model, _levels(features, levels), dataset.class_idx(records)), levels
@@ -193,6 +193,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="tf_efficientnet_lite2")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--least", type=int, default=30, help="drawn defects of each class, at least")
+    parser.add_argument(
+        "--sizes", type=int, nargs=len(SIZES), default=SIZES, help="image sizes in place of these, to try it"
+    )
     harness.add_arguments(parser)
     args = parser.parse_args()
     harness.apply_arguments(args)
@@ -200,6 +203,7 @@ def main() -> None:
     dataset = load_dataset(args.dataset, root=args.data_root)
     fewest = min(sum(r.class_name == c for r in dataset.train) for c in dataset.classes)
     held_out = min(0.5, max(0.15, (args.least / 2 + 0.5) / fewest))
+    shown = dict(zip(LEVELS, (f"{size}:{kind}" for size in args.sizes for kind in KINDS), strict=True))
     emit(NAME, "environment", **environment(clock=args.clock), dataset=name, backbone=args.backbone)
     for draw in range(args.draws):
         with tempfile.TemporaryDirectory() as folder:
@@ -211,7 +215,7 @@ def main() -> None:
             tests = {"drawn": validation.test, "real": real}
             masks = {key: load_masks(of, size=256, resize="stretch") for key, of in tests.items()}
             normal_idx = validation.class_idx(validation.held_out)
-            for shrinkage, normal, values in values_by_set(validation, tests, args.backbone):
+            for shrinkage, normal, values in values_by_set(validation, tests, args.backbone, args.sizes):
                 for pyramid, scoring in settings(shrinkage):
                     chosen = [LEVELS.index(level) for level in pyramid]
                     metrics = {
@@ -222,8 +226,8 @@ def main() -> None:
                         for key, records in tests.items()
                     }  # fmt: skip
                     emit(
-                        NAME, "setting", dataset=name, draw=draw, levels=list(pyramid), shrinkage=shrinkage,
-                        **vars(scoring), **metrics,
+                        NAME, "setting", dataset=name, draw=draw, levels=[shown[level] for level in pyramid],
+                        shrinkage=shrinkage, **vars(scoring), **metrics,
                     )  # fmt: skip
 
 

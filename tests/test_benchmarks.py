@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from small import image_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,3 +96,25 @@ def test_saturation_benchmark_prints_json_lines(tmp_path: Path) -> None:
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     lines = lines_of("flow.py", "--cases", "4x2", "--settings", "default", "--batch", "1", "--repeats", "1")
     check_memory(lines, 4)
+
+
+@pytest.mark.slow
+def test_choice_benchmark_prints_json_lines(tmp_path: Path) -> None:
+    root = image_folder(tmp_path)
+    for folder in root.glob("*/train/good"):
+        for i in range(6, 16):  # so many are needed to hold some out
+            pixels = np.random.default_rng([i, len(folder.parts[-3])]).integers(90, 120, (32, 32, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:03d}.png")
+    small = ["--dataset", "folder", "--data-root", str(root), "--name", "small", "--draws", "1"]
+    lines = lines_of("choice.py", *small, "--sizes", "96", "64", "32", "--backbone", "tf_efficientnet_lite0")
+    found = of(lines, "setting")
+    assert [lines[0][key] for key in ("dataset", "backbone")] == ["small", "tf_efficientnet_lite0"]
+    # No setting is tried twice, and the sizes are those asked for.
+    assert (
+        len({json.dumps([v for k, v in line.items() if k not in ("drawn", "real")]) for line in found}) == 40
+    )
+    assert {level.split(":")[0] for line in found for level in line["levels"]} == {"96", "64", "32"}
+    for line in found:
+        wanted = {"image_auroc", "pixel_auroc", "aupro"} if line["image"] == "maximum" else {"image_auroc"}
+        for part in ("drawn", "real"):
+            assert set(line[part]) == wanted and all(0 <= value <= 1 for value in line[part].values())
