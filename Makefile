@@ -6,8 +6,9 @@ BOOK ?=
 TESTS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Options for snakemake, for instance GRID="--config seeds=[0]" or GRID=-n.
 GRID ?=
-# Settings of `make prior`, for instance CONFIG="seeds=[0]".
+# Settings of `make prior`, for instance CONFIG="seeds=[0]"; GRID_NAME=default for the grid of the default.
 CONFIG ?=
+GRID_NAME ?= prior
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,7 @@ help:
 	@echo "make lint   the checks alone, without the tests"
 	@echo "make lab    open the chapters in JupyterLab"
 	@echo "make ablations  run what is missing of the grid for Tab. 3 (hours)"
-	@echo "make prior  run what is missing of the comparison of priors (a day)"
+	@echo "make prior  run what is missing of the comparison of priors (hours)"
 	@echo "make clean  remove the built book and caches (keeps .venv, data, runs)"
 	@echo "make distclean  the same, and .venv"
 	@echo "Each first installs the pinned requirements into .venv, once."
@@ -68,7 +69,7 @@ ablations: $(READY)
 	@$(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID)
 
 prior: $(READY)
-	@$(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID) --config grid=prior $(CONFIG)
+	@$(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID) --config grid=$(GRID_NAME) $(CONFIG)
 
 clean:
 	rm -rf book/_executed book/_build .pytest_cache .mypy_cache .ruff_cache
