@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hgadbook import choice
 from hgadbook.choice import (
     NOT_MEASURED,
     PARTS,
@@ -191,3 +192,42 @@ def test_nothing_measured(tmp_path: Path) -> None:
     one_step_table(found).to_html()
     [ax] = scatter(found).axes
     assert ax.texts[0].get_text().replace("\n", " ") == NOT_MEASURED
+
+
+def fit_lines(tmp_path: Path) -> Path:
+    lines = [
+        {
+            "what": "epoch", "dataset": name, "change": change, "epoch": epoch, "drawn_auroc": 0.5,
+            "real_auroc": 0.5 + (0.25 if change == "noise" else 0.125) * epoch,
+            "trained_log_prob": 0.0, "held_out_log_prob": -1.0 * epoch,
+        }
+        for name in ("demo", "elpv", "x") for change in ("default", "noise")[: 1 + (name != "x")]
+        for epoch in (0, 1)
+    ]  # fmt: skip
+    lines += [
+        {"what": "classes", "dataset": "demo", "change": "default", "together": k, "real_auroc": k / 8}
+        for k in (1, 2)
+    ]
+    file = tmp_path / "fit.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_the_fit_is_set_out_by_its_last_epoch_over_whole_sets(tmp_path: Path) -> None:
+    found = choice.read_fit("epoch", fit_lines(tmp_path))
+    table = choice.fit_table(found).data  # type: ignore[attr-defined]
+    assert table["real image (%)"].to_dict() == {"untrained": 50.0, "default": 62.5, "noise": 75.0}
+    assert table["log-likelihood, held out"].to_dict() == {"untrained": 0.0, "default": -1.0, "noise": -1.0}
+    titles = [ax.get_title(loc="left") for ax in choice.fit_curves(found).axes if ax.lines]
+    assert titles == ["demo", "elpv", "x"]
+
+
+def test_models_of_some_classes_stand_side_by_side(tmp_path: Path) -> None:
+    table = choice.classes_table(choice.read_fit("classes", fit_lines(tmp_path))).data  # type: ignore[attr-defined]
+    assert table.loc[("demo", "default")].tolist() == [12.5, 25.0]
+
+
+def test_a_fit_that_was_not_measured_is_said(tmp_path: Path) -> None:
+    found = choice.read_fit("epoch", tmp_path / "none.jsonl")
+    assert found.empty and choice.read_fit("classes", tmp_path / "none.jsonl").empty
+    assert "not measured" in choice.fit_curves(found).axes[0].texts[0].get_text()

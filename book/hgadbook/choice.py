@@ -1,4 +1,4 @@
-"""How well defects drawn on held-out normal images choose settings: what benchmarks/choice.py measured.
+"""How settings were chosen on drawn defects: what benchmarks/choice.py and fit.py measured.
 
 A setting is an image size and stages for each level, how covariances and positions are shrunk, and how values
 become scores. Each was tested twice: on drawn defects, which choose, and on the test set, which only says how
@@ -321,3 +321,83 @@ def scatter(found: pd.DataFrame) -> Figure:
     legend = [Line2D([], [], linestyle="none", label=label, **look) for label, look in marks.items()]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend))
     return figure
+
+
+FIT_NOT_MEASURED = "not measured yet: run benchmarks/fit.py"
+_FIT_METRICS = {
+    "trained_log_prob": "log-likelihood, trained on",
+    "held_out_log_prob": "log-likelihood, held out",
+    "drawn_auroc": "drawn image (%)",
+    "real_auroc": "real image (%)",
+}
+
+
+def read_fit(what: str, file: Path | None = None) -> pd.DataFrame:
+    """Read what benchmarks/fit.py printed: its lines of one kind, "epoch" or "classes".
+
+    Args:
+        what: The kind.
+        file: JSON lines; None for results/benchmarks/fit-cpu.jsonl.
+
+    Returns:
+        A row per line, AUROC in percent: dataset, change and, of "epoch", epoch and both log-likelihoods
+        (nats per dimension); of "classes", together (classes a model). No row without the file.
+    """
+    file = project_dir() / "results" / "benchmarks" / "fit-cpu.jsonl" if file is None else file
+    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
+    keys = ["dataset", "change", "epoch" if what == "epoch" else "together"]
+    metrics = list(_FIT_METRICS) if what == "epoch" else ["real_auroc"]
+    found = pd.DataFrame([line for line in lines if line["what"] == what], columns=[*keys, *metrics])
+    aurocs = [name for name in metrics if name.endswith("auroc")]
+    found[aurocs] = 100 * found[aurocs].astype(float)
+    return found.drop_duplicates(keys, keep="last", ignore_index=True)
+
+
+def fit_table(found: pd.DataFrame) -> Styler:
+    """Set out the last epoch by what was changed of the fit, and the untrained default: means over the sets.
+
+    Only sets that have every change count.
+
+    Args:
+        found: From :func:`read_fit`, "epoch", not empty.
+    """
+    last = found[found["epoch"] == found.groupby(["dataset", "change"])["epoch"].transform("max")]
+    untrained = found[(found["epoch"] == 0) & (found["change"] == "default")].assign(change="untrained")
+    rows = pd.concat([untrained, last])
+    whole = rows.groupby("dataset")["change"].nunique()
+    rows = rows[rows["dataset"].isin(whole.index[whole == whole.max()])]
+    table = rows.groupby("change", sort=False)[list(_FIT_METRICS)].mean().rename(columns=_FIT_METRICS)
+    styler = styled(table, name="fit", emphasise=["default"])
+    return styler.format({c: "{:.1f}" if c.endswith("(%)") else "{:.3f}" for c in table.columns})
+
+
+def fit_curves(found: pd.DataFrame) -> Figure:
+    """Draw, a panel a data set, log-likelihood by epoch of the images trained on and of those held out.
+
+    Args:
+        found: From :func:`read_fit`, "epoch".
+    """
+    of = found[found["change"] == "default"]
+    figure, panels = panel_grid(max(1, of["dataset"].nunique()), 4, 2.6, 2.4)
+    for ax, (name, part) in zip(panels, of.groupby("dataset", sort=False), strict=False):
+        for column, color in zip(list(_FIT_METRICS)[:2], PALETTE[1:], strict=False):
+            ax.plot(part["epoch"], part[column], "o-", color=color, label=_FIT_METRICS[column])
+        ax.set_title(literal(str(name)), loc="left")
+        ax.set(xlabel="epoch", ylabel="nats per dimension")
+    if of.empty:
+        panels[0].text(0.5, 0.5, FIT_NOT_MEASURED.replace(": ", ":\n"), ha="center", va="center")
+        panels[0].set_axis_off()
+    else:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def classes_table(found: pd.DataFrame) -> Styler:
+    """Set out image AUROC by how many classes share a model, and by prior.
+
+    Args:
+        found: From :func:`read_fit`, "classes", not empty.
+    """
+    table = found.pivot(index=["dataset", "change"], columns="together", values="real_auroc")
+    table.columns = [f"{count} together (%)" for count in table.columns]
+    return styled(table, name="classes", precision=1, na_rep="–")
