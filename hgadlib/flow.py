@@ -481,10 +481,10 @@ class FeatureFlow(nn.Module):
         return x, log_det
 
     def noise_covariance(self, at: Tensor, variance: float) -> Tensor:
-        r"""Return the latents' covariance that isotropic noise on a feature makes: :math:`v\,J^\top J`.
+        r"""Return the latents' covariance that isotropic noise on a feature makes: :math:`v\,J J^\top`.
 
-        The flow's slopes J are differences of the noise's size at the grid's first position: exact while the
-        flow is linear, as one that starts as a rotation is.
+        The flow's slopes J = dz/dx are differences of the noise's size at the grid's first position: exact
+        while the flow is linear, as one that starts as a rotation is.
 
         Args:
             at: The feature, (C,) on the flow's device; its neighbours are the same.

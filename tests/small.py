@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,24 @@ def features(n: int, *, n_classes: int = 2, seed: int = 0, shift: float = 0.0) -
     return Features(tuple(levels), GRIDS, "key", "host", True, 0.0), class_idx.numpy()
 
 
+# Whatever the defaults are: a flow that is no rotation before it is trained, the published prior.
+FLOW = FlowConfig(layers=2, position_dim=4, hidden_ratio=1.0, subnet_init="default", shrinkage=1e-3)
+PRIOR = PriorConfig(covariance="identity", n_centers=3, init="normal")
+
+
 def model(
-    *, n_classes: int = 2, seed: int = 0, kind: str = "mixture", flow: FlowConfig | None = None
+    *,
+    n_classes: int = 2,
+    seed: int = 0,
+    kind: str = "mixture",
+    flow: FlowConfig | None = None,
+    prior: PriorConfig = PRIOR,
 ) -> HGAD:
     """Make a small model of its own seed."""
     torch.manual_seed(seed)
-    prior = PriorConfig(kind="single" if kind == "single" else "mixture", n_centers=3, init="normal")
+    prior = replace(prior, kind="single" if kind == "single" else "mixture")
     names = [f"class{k}" for k in range(n_classes)]
-    return HGAD(names, CHANNELS, GRIDS, flow=flow or FlowConfig(layers=2, position_dim=4), prior=prior)
+    return HGAD(names, CHANNELS, GRIDS, flow=flow or FLOW, prior=prior)
 
 
 def image_folder(root: Path, *, classes: tuple[str, ...] = ("disc", "square"), masks: bool = True) -> Path:

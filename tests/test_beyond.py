@@ -95,11 +95,12 @@ def test_one_gaussian_cannot_tell_classes_apart() -> None:
         class_log_probs(small.model(kind="single"), features)
 
 
-def test_scores_are_those_of_the_evaluation_and_of_the_image_alone() -> None:
-    data = inputs()
+@pytest.mark.parametrize("normalisation", ["calibrated", "inductive"])
+def test_scores_are_those_of_the_evaluation_and_of_the_image_alone(normalisation: Any) -> None:
+    data, score = inputs(), replace(SCORE, normalisation=normalisation)
     model = small.model(n_classes=3)
     calibrate(model, data.train, data.train_classes)
-    scores = score_as(model, data.test, data.test_classes, SCORE)
+    scores = score_as(model, data.test, data.test_classes, score)
     values = level_values(model, data.test, data.test_classes)
     expected = evaluate(
         model,
@@ -107,15 +108,15 @@ def test_scores_are_those_of_the_evaluation_and_of_the_image_alone() -> None:
         data.test_classes,
         data.test_labels,
         None,
-        score=SCORE,
-        protocol=Protocol("inductive", "likelihood"),
+        score=score,
+        protocol=Protocol(normalisation, "likelihood"),
     )
     np.testing.assert_allclose(scores, expected.scores, rtol=1e-5, atol=1e-6)
     last = np.arange(len(data.test)) == len(data.test) - 1
-    alone = score_as(model, select_features(data.test, last), data.test_classes[last], SCORE)
+    alone = score_as(model, select_features(data.test, last), data.test_classes[last], score)
     np.testing.assert_allclose(alone, scores[last], rtol=1e-5, atol=1e-6)
     # As another class it is another score.
-    other = score_as(model, data.test, (data.test_classes + 1) % 3, SCORE)
+    other = score_as(model, data.test, (data.test_classes + 1) % 3, score)
     assert (np.abs(other - scores) > 1e-3).mean() > 0.8
 
 

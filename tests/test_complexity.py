@@ -71,7 +71,7 @@ def config(**more: object) -> object:
         {
             "dataset": "demo",
             "data": {"image_size": 64},
-            "features": {"out_indices": [1, 2], "pyramid": None},
+            "features": {"backbone": "tf_efficientnet_lite0", "out_indices": [1, 2], "pyramid": None},
             "flow": {"layers": 2, "position_dim": 8, "normalise": "none", "hidden_ratio": 2.0},
             "prior": {"n_centers": 3},
             "train": {"epochs": 5, "batch_size": 4},
@@ -104,7 +104,7 @@ def test_parts_and_parameters(measured: Complexity) -> None:
         [24, 40],
         [(16, 16), (8, 8)],
         flow=FlowConfig(layers=2, position_dim=8, normalise="none", hidden_ratio=2.0),
-        prior=PriorConfig(n_centers=3),
+        prior=PriorConfig(covariance="identity", n_centers=3),
     )
     assert measured.flow + measured.prior == sum(p.numel() for p in model.parameters())
     assert measured.total == sum(measured.multiply_adds.values())

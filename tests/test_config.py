@@ -68,6 +68,49 @@ def test_each_source_wins_over_the_one_before(project: Path) -> None:
     assert (found.dataset, found.experiment) == ("demo", "paper")
 
 
+def test_a_base_is_weaker_than_the_dataset_s_file(project: Path) -> None:
+    base = {"train": {"lr": 0.0623, "epochs": 20}, "loss": {"lambda1": 3, "lambda2": 5, "lambda_e": 6}}
+    write(project, "experiments/tables", base)
+    write(project, "experiments/row", {"base": "tables", "loss": {"lambda1": 2}})
+    plain = load_config(dataset="demo")
+    assert 6 not in (plain.loss.lambda_e, load_config(dataset="demo", experiment="paper").loss.lambda_e)
+    for given in ({"experiment": "row"}, {"base": "tables", "loss": {"lambda1": 2}}):
+        found = load_config(given, dataset="demo")
+        assert (found.loss.lambda1, found.loss.lambda_e) == (2, 6)  # the row's, the base's
+        # The dataset's file.
+        assert (found.train.lr, found.train.epochs, found.loss.lambda2) == (0.0123, 10, 7)
+        assert load_config(given, dataset="elpv").train.epochs == 20
+        # What none of them says is the default.
+        assert found.flow == Config().flow
+    # A base is no experiment: nothing but its settings shows.
+    found = load_config(dataset="demo", base="tables")
+    assert (found.experiment, found.loss.lambda1) == ("hgad", 3)
+    assert "base" not in found.to_dict()
+    # An experiment's own base is the one it is defined on.
+    write(project, "experiments/other", {"loss": {"lambda_e": 9}})
+    assert load_config(dataset="demo", experiment="row", base="other").loss.lambda_e == 6
+    assert load_config(dataset="demo", experiment="paper", base="other").loss.lambda_e == 9
+    # A pyramid of a base scales with the image size as a dataset's does.
+    write(project, "experiments/tables", {"features": {"pyramid": [400, 100]}})
+    assert load_config(dataset="demo", experiment="row", image_size=200).features.pyramid == (200, 50)
+
+
+def test_an_unknown_base_is_refused_with_the_known_names(project: Path) -> None:
+    write(project, "experiments/row", {"base": "papr"})
+    for said in (message(base="papr"), message(experiment="row")):
+        assert "'papr'" in said and said.endswith("(did you mean paper?); expected one of: paper, row")
+    write(project, "experiments/row", {"base": "paper", "train": {"lr": "x"}})
+    assert "train.lr in params/experiments/row.yaml" in message(experiment="row")
+    write(project, "experiments/paper", {"train": {"lr": "x"}})
+    write(project, "experiments/row", {"base": "paper"})
+    write(project, "other", {"train": {"epochs": 3}})
+    assert "train.lr in params/experiments/paper.yaml" in message(dataset="other", experiment="row")
+    # Only an experiment, or a parameter, names one.
+    for parameters in ({"overrides": {"base": "paper"}}, {"experiment": "row", "dataset": "elpv"}):
+        write(project, "elpv", {"base": "paper"})
+        assert "unknown parameter" in message(**parameters)
+
+
 def test_a_file_by_f_and_a_dataset_by_p_are_the_same_run(project: Path) -> None:
     injected = yaml.safe_load((project / "params" / "demo.yaml").read_text())
     assert load_config(injected) == load_config(dataset="demo")

@@ -108,10 +108,18 @@ def test_a_view_holds_together(done: Done) -> None:
     assert done.explorer.view(replace(state, threshold=view.score)).flagged.any()
 
 
-def test_the_product_is_the_product_of_both_maps(done: Done) -> None:
-    # Of the shares of normality that are missing, which the scores are a function of.
-    maps = {c: np.exp(-np.exp(-every_view(done.explorer, c)[3].anomaly_map)) for c in done.explorer.criteria}
-    np.testing.assert_allclose(maps["both"], maps["likelihood"] * maps["entropy"], rtol=1e-4)
+@pytest.mark.parametrize("normalisation", ["calibrated", "inductive"])
+def test_both_criteria_s_map_is_of_both_maps(done: Done, normalisation: Any) -> None:
+    own, config = done.explorer, done.config
+    config = replace(config, score=replace(config.score, normalisation=normalisation))
+    explorer = Explorer(config, own.inputs, own.model, own.values, source=own.source)
+    maps = {c: every_view(explorer, c)[3].anomaly_map for c in explorer.criteria}
+    if normalisation == "calibrated":  # deviations, and their mean
+        mean = (maps["likelihood"] + maps["entropy"]) / 2
+        np.testing.assert_allclose(maps["both"], mean, rtol=1e-4, atol=1e-4)
+    else:  # the product of the shares of normality that are missing, which the scores are a function of
+        missing = {c: np.exp(-np.exp(-found)) for c, found in maps.items()}
+        np.testing.assert_allclose(missing["both"], missing["likelihood"] * missing["entropy"], rtol=1e-4)
 
 
 def test_a_mask_that_nobody_drew_is_none(done: Done) -> None:

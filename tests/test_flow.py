@@ -286,6 +286,35 @@ def test_noise_is_in_units_of_each_channel_behind_the_fixed_map(normalise: bool)
 
 
 @pytest.mark.parametrize("kind", ["positional", "convolutional"])
+@pytest.mark.parametrize(("coupling", "keep"), [("affine", 1.0), ("additive", 0.5)])
+@pytest.mark.parametrize("variance", [0.3, 1e-4])
+def test_noise_on_a_feature_makes_the_latents_covariance_of_the_jacobian(
+    kind: str, coupling: str, keep: float, variance: float
+) -> None:
+    torch.manual_seed(0)
+    flow = FeatureFlow(
+        20, (2, 3), kind=kind, layers=3, position_dim=8, normalise=True, keep=keep, coupling=coupling,
+        subnet_init="zero",
+    ).double()  # fmt: skip
+    assert flow.normaliser is not None
+    root = torch.randn(20, 20, dtype=torch.float64)
+    flow.normaliser.fit(root[0], root @ root.T, whiten=True, shrinkage=0.1)
+    for block in flow.inn[1:]:  # linear whatever these are
+        with torch.no_grad():
+            block.global_scale.add_(torch.randn_like(block.global_scale))
+            block.global_offset.add_(torch.randn_like(block.global_offset))
+    at = torch.randn(20, dtype=torch.float64)
+
+    def latent(x: Tensor) -> Tensor:
+        return flow(torch.cat([x[None], at.expand(5, -1)])[None])[0][0, 0]
+
+    jacobian = torch.autograd.functional.jacobian(latent, at)  # (D, 20)
+    found = flow.noise_covariance(at, variance)
+    assert found.shape == (round(keep * 20),) * 2 and found.dtype == torch.float64
+    torch.testing.assert_close(found, variance * jacobian @ jacobian.T, rtol=1e-6, atol=1e-6 * variance)
+
+
+@pytest.mark.parametrize("kind", ["positional", "convolutional"])
 @pytest.mark.parametrize("coupling", ["affine", "additive"])
 def test_every_parameter_has_a_gradient(kind: str, coupling: str) -> None:
     flow = double_flow(6, 3, kind=kind, coupling=coupling)

@@ -29,7 +29,8 @@ def one_level(channels: int, grid: tuple[int, int], n_classes: int, n_centers: i
     try:
         made = HGAD(
             [f"class{k}" for k in range(n_classes)], [channels], [grid],
-            flow=FlowConfig(layers=3, position_dim=4), prior=PriorConfig(kind=kind, n_centers=n_centers),  # type: ignore[arg-type]
+            flow=FlowConfig(layers=3, position_dim=4),
+            prior=PriorConfig(kind=kind, covariance="identity", n_centers=n_centers),  # type: ignore[arg-type]
         )  # fmt: skip
     finally:
         torch.set_default_dtype(torch.float32)
@@ -143,14 +144,19 @@ def test_a_file_without_younger_settings_computes_as_it_did(
 ) -> None:
     made = model()
     spec = made.architecture()
-    for section, young in (("prior", ("covariance", "shrinkage", "rank")), ("flow", ("coupling", "keep"))):
-        for name in young:
+    younger = {
+        "prior": ("covariance", "shrinkage", "rank"),
+        "flow": ("coupling", "shrinkage", "keep", "subnet_init", "dropout"),
+    }
+    for section, names in younger.items():
+        for name in names:
             del spec[section][name]
     # whatever the defaults are by then
     monkeypatch.setattr("hgadlib.model.PriorConfig", partial(PriorConfig, covariance="class", rank=3))
+    monkeypatch.setattr("hgadlib.model.FlowConfig", partial(FlowConfig, shrinkage=0.5, dropout=0.1))
     write_tensors(tmp_path / "old.safetensors", dict(made.state_dict()), {"hgad": json.dumps(spec)})
     loaded = HGAD.load(tmp_path / "old.safetensors")
-    assert loaded.prior_config == made.prior_config
+    assert (loaded.flow_config, loaded.prior_config) == (made.flow_config, made.prior_config)
     data, class_idx = features(3)
     labels = torch.from_numpy(class_idx)
     for old, new in zip(

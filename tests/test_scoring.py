@@ -306,11 +306,11 @@ def test_normal_statistics_by_hand() -> None:
     squares = torch.stack(
         [x.square().sum(0), many * (one.square() + torch.tensor([4.0, 1e-12]).view(2, 1, 1))]
     )
-    mean, std = normal_statistics(count, total, squares)
+    mean, std = normal_statistics(count, total, squares, kappa=7)
     for c in range(2):
         flat = x[:, c].reshape(few, 2)
-        expected = (few * flat.mean(0) + 20 * flat.mean()) / (few + 20)
-        variance = (few * flat.var(0, correction=0) + 20 * flat.var(correction=0)) / (few + 20)
+        expected = (few * flat.mean(0) + 7 * flat.mean()) / (few + 7)
+        variance = (few * flat.var(0, correction=0) + 7 * flat.var(correction=0)) / (few + 7)
         torch.testing.assert_close(mean[0, c, 0], expected)
         torch.testing.assert_close(std[0, c, 0], variance.sqrt())
     # Of many images a position speaks for itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import CHANNELS, GRIDS, features, model
+from small import CHANNELS, FLOW, GRIDS, features, model
 
 from hgadlib import training
 from hgadlib.config import FlowConfig, LossConfig, PriorConfig, TrainConfig
@@ -35,6 +36,7 @@ LOSS = LossConfig(lambda2=1.0)
 def config(**more: object) -> TrainConfig:
     settings: dict[str, object] = {
         "epochs": 6, "batch_size": 5, "first_stage": 0.34, "lr": 1e-2, "schedule": "constant", "warmup": 0.0,
+        "rows": 1.0,
     }  # fmt: skip
     return TrainConfig(**{**settings, **more})  # type: ignore[arg-type]
 
@@ -191,7 +193,7 @@ def test_weights_that_broke_in_the_last_step_do_not_pass() -> None:
 
 
 DROPPING = FlowConfig(layers=2, position_dim=4, coupling="additive", subnet_init="zero", dropout=0.3)
-REST: dict[str, object] = {"noise": 0.1, "average": 0.6}
+REST: dict[str, object] = {"noise": 0.1, "rows": 0.5, "average": 0.6}
 
 
 @pytest.mark.parametrize("killed_in", [1, 2, 3, 4, 5, 6])
@@ -225,7 +227,7 @@ def test_a_killed_fit_resumes_to_the_same_bits(
 @pytest.mark.parametrize("more", [{"noise": 0.1}, {"dropout": 0.3}])
 def test_noise_and_dropout_are_of_the_seed_and_of_training_alone(more: dict[str, float]) -> None:
     dropout, noise = more.get("dropout", 0.0), more.get("noise", 0.0)
-    flow, train = FlowConfig(layers=2, position_dim=4, dropout=dropout), config(epochs=2, noise=noise)
+    flow, train = replace(FLOW, dropout=dropout), config(epochs=2, noise=noise)
     _, plain = run(config(epochs=2))
     _, one = run(train, into=model(flow=flow))
     made = model(flow=flow)
@@ -258,6 +260,16 @@ def test_a_step_sees_some_rows_of_the_grid_anew_each_time() -> None:
     steps = [rows.tolist() for rows in seen if rows is not None]
     assert {len(rows) for rows in steps} == {round(height / 2)} and len({tuple(r) for r in steps}) > 1
     assert all(rows == sorted(set(rows)) and max(rows) < height for rows in steps)
+
+
+def test_a_convolutional_flow_sees_all_rows() -> None:
+    # Its convolutions need a row's neighbours.
+    flow = replace(FLOW, kind="convolutional")
+    (few, some), (whole, every) = (run(config(rows=rows), into=model(flow=flow)) for rows in (0.25, 1.0))
+    assert some["total"].tolist() == every["total"].tolist()
+    assert all(torch.equal(a, b) for a, b in zip(few.parameters(), whole.parameters(), strict=True))
+    # A positional flow, which does without, differs.
+    assert run(config(rows=0.25))[1]["total"].tolist() != run(config())[1]["total"].tolist()
 
 
 def test_an_interrupted_epoch_leaves_a_model_that_drops_nothing() -> None:
@@ -410,7 +422,7 @@ def test_data_sets_normalisers_and_centres_batch_by_batch() -> None:
     torch.manual_seed(0)
     fresh = HGAD(
         ["a", "b", "no image"], CHANNELS, GRIDS,
-        flow=FlowConfig(layers=2, position_dim=4, normalise="whiten"), prior=PriorConfig(init="class_means"),
+        flow=replace(FLOW, normalise="whiten"), prior=PriorConfig(init="class_means"),
     )  # fmt: skip
     untouched = fresh.priors[0].state_dict()["centers"][2].clone()
     fresh.initialise(lambda: ((x, labels[i]) for i, x in data.batches(torch.arange(12).split(5))))
