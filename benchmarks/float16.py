@@ -1,7 +1,8 @@
 """What features in float16 do to the metrics: the same small run on float32 and on float16 features.
 
 Run it as ``python benchmarks/float16.py``; it prints JSON lines. Data, seed, weights and batches are the
-same; settings are those of params/grids/ablations.yaml with fewer epochs. Nothing is timed.
+same; settings are those of params/grids/ablations.yaml on the base of its rows, with fewer epochs. Nothing is
+timed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ def run(args: argparse.Namespace, seed: int, dtype: str) -> dict[str, float | No
     grid: dict[str, Any] = yaml.safe_load((project_dir() / "params/grids/ablations.yaml").read_text())
     overrides = {**grid["overrides"], "train.epochs": args.epochs, "features.dtype": dtype}
     config = load_config(
-        dataset=args.dataset, data_root=args.data_root, seed=seed, device="cpu", overrides=overrides
+        dataset=args.dataset,
+        data_root=args.data_root,
+        seed=seed,
+        device="cpu",
+        base="tables",
+        overrides=overrides,
     )
     inputs = prepare(config, progress=False)
     model = build_model(config, inputs)

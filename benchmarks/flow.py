@@ -32,7 +32,7 @@ from hgadlib.runs.hardware import matmul_rate
 NAME = "flow"
 # (C, side of the grid): Lite0's stages 2 to 4 at 256 pixels, and the same channels on other grids.
 CASES = ((40, 32), (40, 16), (112, 32), (112, 16), (320, 8))
-# The published subnets, and the library's default ones.
+# The published subnets, and those of params/experiments/tables.yaml, once the library's default.
 SETTINGS = {
     "published": {"layers": 12, "position_dim": 256, "ratio": 2},
     "default": {"layers": 8, "position_dim": 64, "ratio": 1},

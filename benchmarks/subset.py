@@ -17,7 +17,8 @@ from hgadlib.features.extract import dataset_features
 from hgadlib.features.store import Features
 
 # Both take the published training (params/experiments/released.yaml) and start flows from the bare features.
-# "published" has the paper's three stages and the published subnets, "default" the library's levels and flow.
+# "published" has the paper's three stages and the published subnets, "default" the levels and the flow of
+# params/experiments/tables.yaml, once the library's default.
 SETTINGS: dict[str, dict[str, Any]] = {
     "published": {"features.out_indices": [2, 3, 4], "features.pyramid": None},
     "default": {

@@ -40,7 +40,7 @@ def prior_with_covariances(
     """A float64 prior with nothing at its initial value, and its covariances, (K, D, D)."""
     prior = HierarchicalGaussianMixture(n_classes, n_centers, dim, covariance=covariance, rank=2).double()
     for k, own in enumerate(covariances(n_classes, dim)):
-        prior.set_covariance(k, own, 0.01)
+        prior.set_covariance(k, own, floor=0.01)
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import GRIDS, features, folder_config, image_folder, model
+from small import FLOW, GRIDS, features, folder_config, image_folder, model
 from torch import nn
 
 from hgadbook.homogeneous_mapping import block_outputs, coupling_table, train_flow
 from hgadlib import training
-from hgadlib.config import Config, FlowConfig
+from hgadlib.config import Config
 from hgadlib.errors import InputError
 from hgadlib.evaluation.likelihoods import anomalous_positions
 from hgadlib.flow import FeatureFlow, PositionalCoupling
@@ -50,7 +50,7 @@ def rows(own: HGAD, n: int = 10) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def test_constants_are_seen_as_constants() -> None:
-    own = model(flow=FlowConfig(layers=2, position_dim=4, clamp=2.0, normalise="none"))
+    own = model(flow=replace(FLOW, clamp=2.0, normalise="none"))
     last = cast(nn.Linear, cast(PositionalCoupling, own.levels[0][0].inn[1]).subnet[2])
     with torch.no_grad():
         last.weight.zero_()
@@ -69,7 +69,7 @@ def test_constants_are_seen_as_constants() -> None:
 
 
 def test_shares_are_those_of_the_variance() -> None:
-    own = model(flow=FlowConfig(layers=2, position_dim=4, normalise="none"))
+    own = model(flow=replace(FLOW, normalise="none"))
     found = rows(own)[1, 1]
     x, class_idx = features(10)
     with torch.no_grad():

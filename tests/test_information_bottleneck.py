@@ -31,7 +31,7 @@ from hgadbook.information_bottleneck import (
     train_toy,
 )
 from hgadbook.method import fit_flow, toy_features
-from hgadlib.config import FlowConfig, PriorConfig
+from hgadlib.config import PriorConfig
 from hgadlib.errors import InputError
 from hgadlib.losses import hgad_losses
 from hgadlib.mixture import HierarchicalGaussianMixture
@@ -239,9 +239,9 @@ def test_figures() -> None:
 @pytest.mark.parametrize("covariance", ["class", "learnt"])
 def test_a_level_brings_its_covariances(covariance: str) -> None:
     torch.manual_seed(0)
-    (data, class_idx), flow = small.features(20), FlowConfig(layers=2, position_dim=4)
+    data, class_idx = small.features(20)
     prior = PriorConfig(covariance=covariance, n_centers=3)  # type: ignore[arg-type]
-    made = HGAD(["a", "b"], small.CHANNELS, small.GRIDS, flow=flow, prior=prior)
+    made = HGAD(["a", "b"], small.CHANNELS, small.GRIDS, flow=small.FLOW, prior=prior)
     labels = torch.from_numpy(class_idx)
     made.initialise(lambda: [(list(data.levels), labels)])
     density, own = level_density(made, data, class_idx, level=0), made.levels[0][1]

@@ -233,11 +233,12 @@ def test_extreme_features_give_finite_losses_and_gradients(scale: float, precisi
     torch.manual_seed(0)
     model = HGAD(
         [f"class{k}" for k in range(40)], [576], [(2, 2)],
-        flow=FlowConfig(layers=2, position_dim=16, hidden_ratio=0.1), prior=PriorConfig(n_centers=20),
+        flow=FlowConfig(layers=2, position_dim=16, hidden_ratio=0.1, subnet_init="default"),
+        prior=PriorConfig(covariance="identity", n_centers=20),
     )  # fmt: skip
     optimiser = torch.optim.Adam(model.parameters(), lr=2e-4)
     features = [scale * torch.randn(4, 4, 576).relu()]
-    weights = dataclasses.asdict(LossConfig(lambda_z=1.0))
+    weights = dataclasses.asdict(LossConfig(lambda2=1.0, lambda_z=1.0))
     for intra in (False, True, True):
         (terms,) = model.losses(
             features, torch.tensor([0, 1, 20, 39]), intra=intra, precision=precision, **weights

@@ -205,7 +205,7 @@ def test_a_learnt_covariance_starts_at_the_given_one_and_stays_definite(rank: in
     prior = HierarchicalGaussianMixture(2, 1, 6, covariance="learnt", rank=rank).double()
     given = covariances(2, 6)
     for k in (0, 1):
-        prior.set_covariance(k, given[k], 1e-6)
+        prior.set_covariance(k, given[k], floor=1e-6)
     for scale in (0.0, 1.0, 50.0):
         with torch.no_grad():
             prior.log_scale.copy_(scale * torch.randn(2, 6))
@@ -291,7 +291,7 @@ def test_a_split_clusters_whitened_latents() -> None:
     prior.set_centers(torch.full((1, 2), 7.0))
     prior.split(z, 0)
     assert prior.intra_centers()[0, 1:, 1].abs().max() < 0.9  # mixed: I sees the wide channel alone
-    prior.set_covariance(0, z.T.cov(), 1e-12)
+    prior.set_covariance(0, z.T.cov(), floor=1e-12)
     prior.split(z, 0)
     found = prior.intra_centers().detach()[0, 1:]
     torch.testing.assert_close(found[:, 1].sort().values, torch.tensor([-1.0, 1.0]), rtol=0, atol=0.05)

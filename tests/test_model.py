@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
-from small import CHANNELS, GRIDS, features, model
+from small import CHANNELS, FLOW, GRIDS, PRIOR, features, model
 from torch import Tensor
 
-from hgadlib.config import FlowConfig, PriorConfig
+from hgadlib.config import FlowConfig, PriorConfig, completed
 from hgadlib.errors import InputError
 from hgadlib.features.store import Features
 from hgadlib.model import HGAD, read_tensors, write_tensors
@@ -142,14 +142,12 @@ def test_a_model_loads_by_a_text_path(tmp_path: Path) -> None:
 def test_a_file_without_younger_settings_computes_as_it_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = model()
+    flow, prior = completed("flow", {}), completed("prior", {})
+    assert {"coupling", "subnet_init"} <= set(flow) and {"covariance", "rank"} <= set(prior)
+    made = model(flow=dataclasses.replace(FLOW, **flow), prior=dataclasses.replace(PRIOR, **prior))
     spec = made.architecture()
-    younger = {
-        "prior": ("covariance", "shrinkage", "rank"),
-        "flow": ("coupling", "shrinkage", "keep", "subnet_init", "dropout"),
-    }
-    for section, names in younger.items():
-        for name in names:
+    for section, younger in (("flow", flow), ("prior", prior)):
+        for name in younger:
             del spec[section][name]
     # whatever the defaults are by then
     monkeypatch.setattr("hgadlib.model.PriorConfig", partial(PriorConfig, covariance="class", rank=3))

@@ -422,7 +422,7 @@ def test_data_sets_normalisers_and_centres_batch_by_batch() -> None:
     torch.manual_seed(0)
     fresh = HGAD(
         ["a", "b", "no image"], CHANNELS, GRIDS,
-        flow=replace(FLOW, normalise="whiten"), prior=PriorConfig(init="class_means"),
+        flow=replace(FLOW, normalise="whiten"), prior=PriorConfig(init="class_means", n_centers=3),
     )  # fmt: skip
     untouched = fresh.priors[0].state_dict()["centers"][2].clone()
     fresh.initialise(lambda: ((x, labels[i]) for i, x in data.batches(torch.arange(12).split(5))))

@@ -146,13 +146,14 @@ def train_on(
     optimiser = torch.optim.Adam([*flow.parameters(), *prior.parameters()], lr=5e-3, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     rows, maps, first = [], [], round(TrainConfig().first_stage * steps)
+    weights = asdict(LossConfig(lambda2=1.0))  # as in params/experiments/tables.yaml
     looks = {round(step) for step in np.geomspace(min(5, steps), steps, 9)}
     for step in range(1, steps + 1):
         z, log_det = flow(classes.draw(_PER_CLASS, generator))
         if isinstance(prior, HierarchicalGaussianMixture) and step == first + 1:
             for k, own in enumerate(z.detach()):
                 prior.split(own, k)
-        terms = hgad_losses(z, log_det, class_idx, prior, intra=step > first, **asdict(LossConfig()))
+        terms = hgad_losses(z, log_det, class_idx, prior, intra=step > first, **weights)
         optimiser.zero_grad()
         terms["total"].backward()
         optimiser.step()
