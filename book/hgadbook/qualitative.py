@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Normalize
+from matplotlib.colors import AsinhNorm, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hgadlib.config import Config
 from hgadlib.figures.maps import outline_mask
+from hgadlib.figures.tables import METRIC_LABELS
 from hgadlib.figures.theme import literal
 from hgadlib.runs.gallery import gallery
 from hgadlib.runs.inputs import Inputs
 from hgadlib.runs.record import Result
 
+EXPERIMENTS = {"single Gaussian": "prior_single_affine", "HGAD": Config.experiment}
+"""The experiments compared, and how figures and tables call them: the one looked at stands last."""
+
 Models = Mapping[str, tuple[Config, Result]]
 """By the name of the model, a run's configuration and outcome."""
 Limits = Mapping[str, tuple[float, float]]
 """By the name of the model, scores at the two ends of its colour scale."""
+
+LINEAR = 1.0
+"""Standard deviations up to which the colour scale of calibrated maps is about linear. Beyond it is
+logarithmic, as some defects score orders of magnitude more than others."""
 
 
 def normal_rank(
@@ -120,13 +129,77 @@ def rank_table(inputs: Inputs, ranks: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows).T.set_axis(names).rename_axis("class")
 
 
+def run_table(models: Models) -> pd.DataFrame:
+    """Say of each model what it was trained as, for how long, and how well it does (AUROC in percent)."""
+    rows = {}
+    for name, (config, result) in models.items():
+        found = {metric: result.evaluation.mean[metric] for metric in ("image_auroc", "pixel_auroc")}
+        rows[name] = {
+            "prior": config.prior.kind,
+            "scores": result.evaluation.protocol.name,
+            "epochs": config.train.epochs,
+            "training (s)": result.metrics["timing"]["train_s"],
+            **{METRIC_LABELS[k]: np.nan if value is None else 100 * value for k, value in found.items()},
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def changed_settings(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """List the settings in which two runs differ, by dotted key, but for their experiments' names."""
+    before, after = (
+        {
+            f"{section}.{key}" if key else section: value
+            for section, part in config.to_dict().items()
+            for key, value in (part.items() if isinstance(part, dict) else [("", part)])
+        }
+        for config in (one, other)
+    )
+    return {
+        key: (value, after[key])
+        for key, value in before.items()
+        if value != after[key] and key != "experiment"
+    }
+
+
+def resolution_sentence(config: Config, grids: Sequence[tuple[int, int]], paper_size: int) -> str:
+    """State how fine the maps are: what each level sees and what one position stands for.
+
+    Args:
+        config: Of the runs.
+        grids: Positions of each level, (h, w), as in the features.
+        paper_size: Pixels a side of the paper's images.
+    """
+    sizes = config.features.pyramid or (config.data.image_size,) * len(grids)
+    side = config.score.map_size
+    levels = [
+        f"A level of {h} × {w} positions sees images of {size} pixels a side; on a map of {side} pixels a "
+        f"side one of its positions stands for {side / h:.3g} × {side / w:.3g}."
+        for size, (h, w) in zip(sizes, grids, strict=True)
+    ]
+    return (
+        f"{' '.join(levels)} Maps are smooth only because levels are interpolated and blurred. The paper's "
+        f"images have {paper_size} pixels a side (Tab. 5)."
+    )
+
+
+def one_scale(models: Models) -> bool:
+    """Whether all models' maps have one unit, standard deviations of normal images' values: calibrated."""
+    return all(result.evaluation.protocol.normalisation == "calibrated" for _, result in models.values())
+
+
 def map_limits(inputs: Inputs, models: Models, chosen: Sequence[int]) -> Limits:
-    """Find the least and the largest value of each model's maps of some test images."""
+    """Find the least and the largest value of the models' maps of some test images.
+
+    Of all models together where their maps have one unit (:func:`one_scale`), otherwise of each by itself.
+    """
     limits = {}
     for name, (config, result) in models.items():
         maps = gallery(config, inputs, result, chosen)["maps"]
         limits[name] = (float(maps.min()), float(maps.max()))
-    return limits
+    if not one_scale(models):
+        return limits
+    ends = list(zip(*limits.values(), strict=True))
+    return dict.fromkeys(limits, (min(ends[0]), max(ends[1])))
 
 
 def compare_maps(
@@ -146,7 +219,7 @@ def compare_maps(
         chosen: Indices of the test images, a row each.
         ranks: By model, what :func:`normal_rank` returned; each becomes a caption.
         normal: The normal image to set beside each.
-        limits: Of each model's colour scale.
+        limits: Of each model's colour scale, see :func:`map_limits`.
     """
     drawn = {name: gallery(config, inputs, result, chosen) for name, (config, result) in models.items()}
     config, result = next(iter(models.values()))
@@ -161,6 +234,7 @@ def compare_maps(
         normal=gallery(config, inputs, result, normal)["images"],
         limits=limits,
         captions={name: [f"rank {100 * ranks[name][i]:.0f} %" for i in chosen] for name in models},
+        bar="anomaly score (standard deviations)" if one_scale(models) else None,
     )
 
 
@@ -173,6 +247,7 @@ def map_comparison(
     normal: NDArray[np.uint8],
     limits: Limits,
     captions: Mapping[str, Sequence[str]],
+    bar: str | None = None,
 ) -> Figure:
     """Draw a row per image: a normal one beside it, the image, its mask, and every model's map.
 
@@ -182,14 +257,15 @@ def map_comparison(
         maps: By the name of the model, anomaly maps (N, H, W); higher is more anomalous.
         titles: A name per row.
         normal: Normal images of the same classes, (N, H, W, 3) uint8.
-        limits: Of the colour scales. A model has one scale for all rows, and each its own, as scores of two
-            models do not compare.
+        limits: Of the colour scales: a model has one for all rows.
         captions: By model, a line under each map.
+        bar: What the colour bar measures, where all models have one scale; it is linear near 0 and
+            logarithmic beyond, see :data:`LINEAR`. None for linear scales and no bar.
 
     Source: paper Fig. 4 and 6.
     """
     shape = (len(images), 3 + len(maps))
-    size = (1.45 * shape[1] + 0.5, 1.57 * shape[0] + 0.3)
+    size = (1.45 * shape[1] + 0.5 + (bar is not None), 1.57 * shape[0] + 0.3)
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
     for row, (beside, image, mask, *panels) in enumerate(axes):
         for ax in axes[row]:
@@ -200,9 +276,19 @@ def map_comparison(
         image.imshow(images[row])
         mask.imshow(masks[row], cmap="gray", vmin=0, vmax=1)
         for ax, (name, found) in zip(panels, maps.items(), strict=True):
-            ax.imshow(found[row], cmap="inferno", norm=Normalize(*limits[name], clip=True))
+            low, high = limits[name]
+            norm = Normalize(low, high, clip=True) if bar is None else AsinhNorm(LINEAR, low, high, clip=True)
+            ax.imshow(found[row], cmap="inferno", norm=norm)
             outline_mask(ax, masks[row])
             ax.set_xlabel(captions[name][row], fontsize=8, labelpad=2)
     for ax, name in zip(axes[0], ("normal", "image", "mask", *maps), strict=True):
         ax.set_title(name, fontsize=9)
+    if bar is not None:
+        drawn = figure.colorbar(
+            axes[0, -1].images[0], ax=axes, shrink=min(0.92, 3 / len(images)), anchor=(0, 1), pad=0.01
+        )
+        drawn.set_label(bar, fontsize=8)
+        drawn.ax.tick_params(labelsize=8)
+        drawn.ax.yaxis.set_major_formatter("{x:g}")
+        drawn.ax.spines[:].set_visible(False)
     return figure
