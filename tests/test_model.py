@@ -143,7 +143,9 @@ def test_a_file_without_younger_settings_computes_as_it_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flow, prior = completed("flow", {}), completed("prior", {})
-    assert {"coupling", "subnet_init"} <= set(flow) and {"covariance", "rank"} <= set(prior)
+    was = {"coupling": "affine", "shrinkage": 1e-3, "keep": 1.0, "subnet_init": "default", "dropout": 0.0}
+    assert flow.items() >= was.items()
+    assert prior.items() >= {"covariance": "identity", "shrinkage": 0.01, "rank": 8}.items()
     made = model(flow=dataclasses.replace(FLOW, **flow), prior=dataclasses.replace(PRIOR, **prior))
     spec = made.architecture()
     for section, younger in (("flow", flow), ("prior", prior)):
