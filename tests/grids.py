@@ -16,10 +16,14 @@ import yaml
 from small import image_folder
 
 ROOT = Path(__file__).parents[1]
+# All rows have the same features, whatever the defaults and their bases say.
 TINY = {
     "data.image_size": 64,
+    "data.held_out": 0.0,
+    "features.backbone": "tf_efficientnet_lite0",
     "features.pyramid": None,
     "features.out_indices": [3],
+    "features.join": False,
     "flow.layers": 2,
     "flow.position_dim": 8,
     "prior.n_centers": 2,
