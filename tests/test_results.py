@@ -71,7 +71,7 @@ def test_a_lead_is_the_difference_of_the_aurocs_of_labelled_images() -> None:
 
 def test_the_table_has_every_row_and_says_what_is_not_measured() -> None:
     table = prior_table("demo", prior_runs(records())["demo"]).data  # type: ignore[attr-defined]
-    assert len(table) == 10
+    assert len(table) == len(GRID.experiments) == 11
     row = table.loc["mixture, Sigma_y; affine"]
     assert row["image, inferred"] == "62.5 ± 0.0" and row["pixel"] == "–" and ">2<" in row["runs"]
     assert row["image, to single"].startswith("+") and row["image, to neighbours"].endswith("]")
