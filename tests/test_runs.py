@@ -23,7 +23,7 @@ from hgadlib.errors import InputError
 from hgadlib.files import FileError, replacing, write_atomically
 from hgadlib.model import read_tensors, write_tensors
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
-from hgadlib.runs.gallery import write_maps
+from hgadlib.runs.gallery import Gallery, write_maps
 from hgadlib.runs.hardware import matmul_rate
 from hgadlib.runs.inputs import identify
 
@@ -404,10 +404,9 @@ NAMES = [
 def test_maps_of_any_name_are_written(tmp_path: Path) -> None:
     images = np.zeros((len(NAMES), 4, 4, 3), np.uint8)
     titles = [f"{name}, {name}\n0.5" for name in NAMES]
-    write_maps(
-        tmp_path / "maps",
-        {"images": images, "maps": np.zeros((len(NAMES), 4, 4)), "masks": None, "titles": titles},
-    )
+    maps = np.zeros((len(NAMES), 4, 4))
+    shown: Gallery = {"images": images, "maps": maps, "masks": None, "titles": titles, "calibrated": False}
+    write_maps(tmp_path / "maps", shown)
     names = sorted(path.name for path in (tmp_path / "maps").iterdir())
     assert [name[:3] for name in names] == [f"{i:02d}_" for i in range(len(NAMES))]
     assert all(len(name.encode()) < 120 and not set(name) & set('<>:"|?*\\$%\n') for name in names)

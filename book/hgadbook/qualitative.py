@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hgadlib.config import Config
-from hgadlib.figures.maps import outline_mask
+from hgadlib.figures.maps import LINEAR, outline_mask
 from hgadlib.figures.tables import METRIC_LABELS
 from hgadlib.figures.theme import literal
 from hgadlib.runs.gallery import gallery
@@ -27,10 +27,6 @@ Models = Mapping[str, tuple[Config, Result]]
 """By the name of the model, a run's configuration and outcome."""
 Limits = Mapping[str, tuple[float, float]]
 """By the name of the model, scores at the two ends of its colour scale."""
-
-LINEAR = 1.0
-"""Standard deviations up to which the colour scale of calibrated maps is about linear. Beyond it is
-logarithmic, as some defects score orders of magnitude more than others."""
 
 
 def normal_rank(
@@ -260,7 +256,7 @@ def map_comparison(
         limits: Of the colour scales: a model has one for all rows.
         captions: By model, a line under each map.
         bar: What the colour bar measures, where all models have one scale; it is linear near 0 and
-            logarithmic beyond, see :data:`LINEAR`. None for linear scales and no bar.
+            logarithmic beyond, see :data:`hgadlib.figures.maps.LINEAR`. None for linear scales and no bar.
 
     Source: paper Fig. 4 and 6.
     """

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import AsinhNorm, Normalize
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from hgadlib.errors import InputError
 from hgadlib.figures.theme import literal
+
+LINEAR = 1.0
+"""Standard deviations up to which the colour scale of calibrated maps is about linear. Beyond it is
+logarithmic, as some defects score orders of magnitude more than others."""
 
 
 def outline_mask(ax: Axes, mask: ArrayLike) -> list[QuadContourSet]:
@@ -36,7 +40,8 @@ def outline_mask(ax: Axes, mask: ArrayLike) -> list[QuadContourSet]:
 
 def anomaly_map_grid(
     images: NDArray[np.uint8], maps: ArrayLike, masks: ArrayLike | None = None,
-    titles: Sequence[str] | None = None, *, limits: tuple[float, float] | None = None, size: float = 1.9,
+    titles: Sequence[str] | None = None, *, limits: tuple[float, float] | None = None,
+    calibrated: bool = False, size: float = 1.9,
 ) -> Figure:  # fmt: skip
     """Draw a row per image: the image, the map over it with the true mask outlined, and the map alone.
 
@@ -47,6 +52,8 @@ def anomaly_map_grid(
         titles: A name per row, for instance class, defect type and score.
         limits: Scores at the two ends of the colour scale; the range of all maps if not given. One scale
             serves all rows, so that colours compare.
+        calibrated: Whether scores are in standard deviations: then the scale is logarithmic beyond
+            :data:`LINEAR`.
         size: Height and width of a panel in inches.
     Raises:
         InputError: Shapes disagree, or a score is not finite.
@@ -63,7 +70,7 @@ def anomaly_map_grid(
             f"{images.shape}, {maps.shape} and {masks.shape}; resize them to one size"
         )
     low, high = limits or (float(maps.min()), float(maps.max()))
-    scale = Normalize(low, high, clip=True)
+    scale = AsinhNorm(LINEAR, low, high, clip=True) if calibrated else Normalize(low, high, clip=True)
     figure, axes = plt.subplots(n, 3, figsize=(3 * size + 1.3, n * size + 0.35), squeeze=False)
     for row, image, anomaly_map, mask, title in zip(axes, images, maps, masks, titles, strict=True):
         heat = scale(anomaly_map)
@@ -82,6 +89,6 @@ def anomaly_map_grid(
     bar = figure.colorbar(
         axes[0, 2].images[0], ax=axes, shrink=min(0.92, 3 / n), anchor=(0, 1), aspect=14 * min(n, 3), pad=0.01
     )
-    bar.set_label("anomaly score (no unit)")
+    bar.set_label(f"anomaly score ({'standard deviations' if calibrated else 'no unit'})")
     bar.ax.spines[:].set_visible(False)
     return figure

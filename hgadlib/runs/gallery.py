@@ -25,6 +25,7 @@ class Gallery(TypedDict):
     maps: np.ndarray  # (N, S, S) float32
     masks: np.ndarray | None  # (N, S, S) bool; None where no image shown has one
     titles: list[str]  # class, defect and score of each
+    calibrated: bool  # maps are in standard deviations
 
 
 def typical_images(
@@ -58,6 +59,7 @@ def gallery(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int
             f"{record.class_name}, {record.defect_type}\n{evaluation.scores[i]:.3g}"
             for i, record in zip(chosen, records, strict=True)
         ],
+        "calibrated": evaluation.protocol.normalisation == "calibrated",
     }
     for row, (index, record) in enumerate(zip(chosen, records, strict=True)):
         image = read_image(record.path, record.bit_depth)
@@ -87,7 +89,10 @@ def write_maps(folder: Path, shown: Gallery) -> None:
         masks = None if shown["masks"] is None else shown["masks"][one]
         with plt.rc_context():
             theme()
-            figure = anomaly_map_grid(shown["images"][one], shown["maps"][one], masks, [title], limits=limits)
+            figure = anomaly_map_grid(
+                shown["images"][one], shown["maps"][one], masks, [title],
+                limits=limits, calibrated=shown["calibrated"],
+            )  # fmt: skip
             figure.savefig(png, format="png")
         plt.close(figure)
         # File systems hold at most 255 bytes, and some no more than letters and digits; the number is unique.
