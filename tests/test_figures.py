@@ -177,7 +177,7 @@ def test_maps_in_deviations_have_a_scale_that_shows_small_ones_beside_large() ->
     images, maps = np.zeros((1, 4, 4, 3), np.uint8), np.zeros((1, 4, 4))
     maps[0, 0, :2] = 5.0, 5000.0
     figures = [anomaly_map_grid(images, maps, calibrated=calibrated) for calibrated in (False, True)]
-    linear, wide = (float(figure.axes[2].images[0].norm(5.0)) for figure in figures)
+    linear, wide = (np.asarray(f.axes[2].images[0].norm(np.array([5.0])))[0] for f in figures)
     assert linear == pytest.approx(1e-3) and wide > 0.2
     assert [f.axes[-1].get_ylabel() for f in figures] == [
         f"anomaly score ({unit})" for unit in ("no unit", "standard deviations")
