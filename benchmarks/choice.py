@@ -182,13 +182,19 @@ def settings(shrinkage: float) -> Iterator[tuple[tuple[str, ...], Scoring]]:
         yield from itertools.product(VARIED, VARIANTS)
 
 
+def real_records(dataset: Dataset, validation: Dataset) -> tuple[ImageRecord, ...]:
+    """Return the labelled test images of a dataset, their classes named as in its validation set."""
+    # Classes named A/B became folders A_B; their order is the same.
+    flat = dict(zip(dataset.classes, validation.classes, strict=True))
+    return tuple(replace(r, class_name=flat[r.class_name]) for r in dataset.test if r.is_labelled)
+
+
 def main() -> None:
     """Try every setting on every draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--data-root", help="the dataset's folder, where it is not the usual one")
+    harness.add_dataset(parser)
     parser.add_argument("--name", help="what to call it; the dataset's name unless given")
     parser.add_argument("--backbone", default="tf_efficientnet_lite2")
     parser.add_argument("--draws", type=int, default=2)
@@ -209,10 +215,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             made = make_validation(dataset, Path(folder) / "drawn", held_out=held_out, seed=draw)
             validation = hold_out(load_dataset("folder", root=made), 0.5)
-            # Classes named A/B became folders A_B; their order is the same.
-            flat = dict(zip(dataset.classes, validation.classes, strict=True))
-            real = tuple(replace(r, class_name=flat[r.class_name]) for r in dataset.test if r.is_labelled)
-            tests = {"drawn": validation.test, "real": real}
+            tests = {"drawn": validation.test, "real": real_records(dataset, validation)}
             masks = {key: load_masks(of, size=256, resize="stretch") for key, of in tests.items()}
             normal_idx = validation.class_idx(validation.held_out)
             for shrinkage, normal, values in values_by_set(validation, tests, args.backbone, args.sizes):

@@ -20,6 +20,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from choice import real_records
 from harness import emit, environment
 
 from hgadlib.config import load_config
@@ -60,8 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--data-root", help="the dataset's folder, where it is not the usual one")
+    harness.add_dataset(parser)
     parser.add_argument("--name", help="what to call it; the dataset's name unless given")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--every", type=int, default=4, help="epochs between looks")
@@ -83,9 +83,7 @@ def main() -> None:
         given = {"dataset": "folder", "data_root": str(made), "device": args.device, "epochs": args.epochs}
         shared = {"data.image_size": args.image_size, "features.pyramid": None, "train.evaluate_every": 1}
         drawn = prepare(load_config(**given, overrides=shared), progress=False)
-        # Classes named A/B became folders A_B; their order is the same.
-        flat = dict(zip(dataset.classes, drawn.dataset.classes, strict=True))
-        records = tuple(replace(r, class_name=flat[r.class_name]) for r in dataset.test if r.is_labelled)
+        records = real_records(dataset, drawn.dataset)
         features = dataset_features(records, drawn.backbone, image_size=args.image_size, progress=False)
         train = (*drawn.dataset.train, *drawn.dataset.held_out)
         real = replace(drawn, dataset=replace(drawn.dataset, records=(*train, *records)), test=features)

@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure it")
 
 
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Add which images to measure on."""
+    parser.add_argument("--dataset", default="demo")
+    parser.add_argument("--data-root", help="the dataset's folder, where it is not the usual one")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add where both sides run."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides run")

@@ -54,8 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default="demo")
-    parser.add_argument("--data-root", help="the dataset's folder, where it is not the usual one")
+    harness.add_dataset(parser)
     parser.add_argument("--per-class", type=int, nargs="+", default=[4, 24, 0], help="0 for all images")
     parser.add_argument("--epochs", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=256, help="height and width in pixels")

@@ -47,8 +47,8 @@ ImageScore = Literal["maximum", "top", "quantile"]
 
 # Least share that is told from 0, which has no logarithm.
 _LEAST = 1e-290
-# Images that a class's figures over all positions count for beside a position's own. Of 20 images a deviation
-# is known to 1 / sqrt(40) = 16 %; of fewer, or where products lie at any angle, the class knows better.
+# Images that a class's figures over all positions count for beside a position's own: few, for half of the
+# training images are held out. benchmarks/choice.py chose it, on drawn defects.
 _KAPPA = 5
 # Least deviation of a calibrated value, in nats; of entropies also as a share of the largest, log K.
 _LEAST_STD, _LEAST_ENTROPY_STD = 1e-3, 0.02

@@ -218,7 +218,8 @@ def _lead_text(lead: tuple[float, np.ndarray] | None) -> str:
 def prior_table(images: str, runs: PriorRuns, name: str = "prior") -> Styler:
     """Set out a grid's rows, class known or inferred, on one set of images, in percent, with paired leads."""
     lines: dict[str, dict[str, str]] = {}
-    for experiment in load_grid(name).experiments:
+    experiments = load_grid(name).experiments
+    for experiment in experiments:
         of, row = runs.get(experiment, {}), _ROWS[experiment]
         line = lines[row] = {}
         for metric in ("image_auroc", "pixel_auroc"):
@@ -231,7 +232,7 @@ def prior_table(images: str, runs: PriorRuns, name: str = "prior") -> Styler:
                 line[metric.split("_")[0] + way] = number_text(mean, half_width(values))
         flow = "affine" if experiment == "hgad" else experiment.split("_")[-1]
         for title, other in (("single", f"prior_single_{flow}"), ("neighbours", "baseline_neighbours")):
-            compared = other in load_grid(name).experiments and other != experiment
+            compared = other in experiments and other != experiment
             line[f"image, to {title}"] = _lead_text(prior_lead(runs, experiment, other)) if compared else "–"
         line["runs"] = records_cell([record["record"] for record in of.values()])
     table = pd.DataFrame.from_dict(lines, orient="index")
