@@ -204,13 +204,16 @@ class ScoreConfig:
     """calibrated standardises by normal images held out of training (data.held_out), else by the training
     images; the others are scoring.inductive and scoring.transductive."""
     image: Literal["maximum", "top", "quantile"] = "maximum"
-    """An image's score: its map's maximum, the mean of its highest share, or the value that share exceeds."""
+    """An image's score, of all levels' map: maximum, mean of the highest share, or what that exceeds."""
     image_share: Annotated[Real, Field(gt=0, le=1)] = 0.01
     per_dimension: Flag = True
     """Divide log-likelihoods by D before the exponential, as the released code does."""
     map_size: Annotated[Whole, Field(ge=1, le=8192)] = 256
     sigma: Annotated[Real, Field(ge=0, le=1e3)] | None = None
     """Standard deviation of the Gaussian blur, in pixels of the map; None for half of each level's stride."""
+    map_levels: Literal["all", "finest"] = "finest"
+    """Levels whose mean is a calibrated map: all, or those of the finest grid, which show where. Image scores
+    are of all levels, which tell whether; so are maps that are not calibrated."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ _ADDED: dict[str, Any] = {
     "flow.dropout": 0.0,
     "prior.covariance": "identity", "prior.shrinkage": 0.01, "prior.rank": 8,
     "train.noise": 0.0, "train.rows": 1.0, "train.average": 0.0,
-    "score.image": "maximum", "score.image_share": 0.01,
+    "score.image": "maximum", "score.image_share": 0.01, "score.map_levels": "all",
 }  # fmt: skip
 """Settings younger than some stored configuration, which does not name them, with what it computed by."""
 

@@ -45,6 +45,8 @@ Criterion = Literal["likelihood", "entropy", "both"]
 
 ImageScore = Literal["maximum", "top", "quantile"]
 
+MapLevels = Literal["all", "finest"]
+
 # Least share that is told from 0, which has no logarithm.
 _LEAST = 1e-290
 # Images that a class's figures over all positions count for beside a position's own: few, for half of the
@@ -73,6 +75,13 @@ class LevelValues:
     def __len__(self) -> int:
         """B."""
         return self.log_prob[0].shape[0]
+
+    def levels(self, kept: Sequence[int]) -> LevelValues:
+        """Take some of the levels."""
+        log_prob, neg_entropy = (
+            tuple(of[level] for level in kept) if of else () for of in (self.log_prob, self.neg_entropy)
+        )
+        return LevelValues(log_prob, neg_entropy)
 
     def to(self, device: torch.device | str) -> LevelValues:
         """Move the values to a device."""
@@ -142,6 +151,13 @@ class Calibration:
 
 
 Constants = Normalisation | Calibration
+
+
+def finest_levels(values: LevelValues, calibration: Calibration) -> tuple[LevelValues, Calibration]:
+    """Keep the levels of the finest grid: they show where a defect is, the others whether there is one."""
+    positions = [v.shape[-2] * v.shape[-1] for v in values.log_prob]
+    kept = [level for level, count in enumerate(positions) if count == max(positions)]
+    return values.levels(kept), Calibration(calibration.mean.levels(kept), calibration.std.levels(kept))
 
 
 def normal_statistics(

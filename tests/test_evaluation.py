@@ -21,7 +21,8 @@ from hgadlib.evaluation.evaluate import (
     class_normalisation,
     evaluate,
     level_values,
-    map_batches,
+    score_batches,
+    score_images,
 )
 from hgadlib.evaluation.likelihoods import (
     anomalous_positions,
@@ -36,6 +37,7 @@ from hgadlib.scoring import (
     LevelValues,
     Normalisation,
     anomaly_maps,
+    finest_levels,
     image_scores,
     published_maps,
 )
@@ -132,8 +134,8 @@ def test_float16_keeps_the_ranks_of_float32(fitted: HGAD, protocol: Protocol) ->
     found = evaluate(fitted, values, class_idx, labels, masks, score=SCORE, protocol=protocol)
     for k, name in enumerate(fitted.classes):
         mine = values[torch.from_numpy(class_idx == k)]
-        batches = map_batches(mine, found.constants[name], SCORE, protocol.criterion)
-        maps = torch.cat([batch for _, batch in batches]).numpy()
+        batches = score_batches(mine, found.constants[name], SCORE, protocol.criterion)
+        maps = torch.cat([batch for *_, batch in batches]).numpy()
         assert maps.dtype == np.float32
         for metric, value in zip(PIXEL_METRICS, pixel_references(maps, masks[k]), strict=True):
             assert found.per_class[name][metric] == pytest.approx(
@@ -377,6 +379,51 @@ def test_the_image_score_follows_the_configuration(fitted: HGAD, how: Any, share
     score = replace(SCORE, image=how, image_share=share)
     found = evaluate(fitted, values, class_idx, labels, None, score=score, protocol=INDUCTIVE)
     mine = values[torch.from_numpy(class_idx == 1)]
-    [(_, maps)] = map_batches(mine, found.constants["class1"], score, "both")
+    [(_, _, maps)] = score_batches(mine, found.constants["class1"], score, "both")
     np.testing.assert_array_equal(found.scores[class_idx == 1], image_scores(maps, how, share).numpy())
     assert (found.scores < evaluated(fitted).scores).all()
+
+
+@pytest.mark.parametrize("criterion", ["likelihood", "both"])
+def test_maps_are_of_the_finest_level_and_image_scores_of_all(fitted: HGAD, criterion: Criterion) -> None:
+    data, class_idx, labels, masks = some_test()
+    values = level_values(fitted, data, class_idx)  # type: ignore[arg-type]
+    protocol = Protocol("calibrated", criterion)
+    every, finest = (
+        evaluate(fitted, values, class_idx, labels, masks, score=score, protocol=protocol)
+        for score in (replace(SCORE, map_levels="all"), replace(SCORE, map_levels="finest"))
+    )
+    np.testing.assert_array_equal(every.scores, finest.scores)
+    assert every.mean["image_auroc"] == finest.mean["image_auroc"]
+    assert every.mean["pixel_ap"] != finest.mean["pixel_ap"]
+    mine, constants = values[torch.from_numpy(class_idx == 1)], finest.constants["class1"]
+    assert isinstance(constants, Calibration)
+    assert fitted.grids == ((3, 4), (2, 2))
+    (alone, own), fine = finest_levels(mine, constants), mine.levels([0])
+    assert all(a.equal(b) for a, b in zip(alone.log_prob, fine.log_prob, strict=True)), len(alone.log_prob)
+    expected = anomaly_maps(alone, own, size=16, sigma=1.0, criterion=criterion)
+    scores, maps = score_images(mine, constants, replace(SCORE, map_levels="finest"), criterion)
+    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+    whole = anomaly_maps(mine, constants, size=16, sigma=1.0, criterion=criterion)
+    assert not maps.equal(whole)
+    assert scores.equal(image_scores(whole))
+
+
+def test_maps_that_are_not_calibrated_are_of_all_levels(fitted: HGAD) -> None:
+    data, class_idx, labels, masks = some_test()
+    values = level_values(fitted, data, class_idx)  # type: ignore[arg-type]
+    for protocol in (INDUCTIVE, TRANSDUCTIVE):
+        every, finest = (
+            evaluate(fitted, values, class_idx, labels, masks, score=score, protocol=protocol).mean
+            for score in (replace(SCORE, map_levels="all"), replace(SCORE, map_levels="finest"))
+        )
+        assert every == finest
+
+
+def test_all_levels_of_the_finest_grid_count() -> None:
+    levels = tuple(torch.rand(2, size, size) for size in (4, 2, 4))
+    values = LevelValues(levels, levels)
+    kept, calibration = finest_levels(values, Calibration(values, values))
+    for found in (kept, calibration.mean, calibration.std):
+        assert [v is levels[i] for v, i in zip(found.log_prob, (0, 2), strict=True)] == [True, True]
+        assert len(found.neg_entropy) == 2

@@ -25,7 +25,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from hgadlib.config import Config, run_dir
 from hgadlib.datasets.images import load_masks, read_image, resize_image
 from hgadlib.errors import InputError
-from hgadlib.evaluation.evaluate import class_normalisation, level_values, map_batches
+from hgadlib.evaluation.evaluate import class_normalisation, level_values, score_batches
 from hgadlib.features.store import spread_sample
 from hgadlib.figures.maps import outline_mask
 from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR, class_colors, literal
@@ -191,7 +191,7 @@ class Explorer:
         return low - margin, high + margin
 
     def view(self, state: State) -> View:
-        """Compute all that one state shows.
+        """Compute all that one state shows; the map is of all levels, for that is what the image's score is of.
 
         Raises:
             InputError: No such class, image, criterion or projection in this run.
@@ -247,9 +247,8 @@ class Explorer:
 
     def _class_scores(self, class_name: str, criterion: Criterion) -> np.ndarray:
         mine, constants = self._values_of(class_name), self.constants(class_name)
-        batches = map_batches(mine, constants, self.config.score, criterion)
-        how = (self.config.score.image, self.config.score.image_share)
-        return torch.cat([image_scores(maps, *how) for _, maps in batches]).numpy()
+        batches = score_batches(mine, constants, self.config.score, criterion)
+        return torch.cat([scores for _, scores, _ in batches]).numpy()
 
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         record, resize = self.inputs.dataset.test[index], self.config.data.resize

@@ -14,7 +14,16 @@ from hgadlib.config import ScoreConfig
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PixelMetrics, image_metrics, mean_metrics
 from hgadlib.features.store import Features
 from hgadlib.model import HGAD
-from hgadlib.scoring import Constants, Criterion, LevelValues, anomaly_maps, image_scores, transductive
+from hgadlib.scoring import (
+    Calibration,
+    Constants,
+    Criterion,
+    LevelValues,
+    anomaly_maps,
+    finest_levels,
+    image_scores,
+    transductive,
+)
 
 _BATCH = 32
 
@@ -76,14 +85,37 @@ def class_normalisation(
     return model.constants(torch.tensor(k, device=model.device), normalisation).to("cpu")
 
 
-def map_batches(
+def score_images(
     values: LevelValues, constants: Constants, score: ScoreConfig, criterion: Criterion
-) -> Iterator[tuple[slice, Tensor]]:
-    """Make the maps of one class, a batch at a time."""
-    size, sigma = score.map_size, score.sigma
+) -> tuple[Tensor, Tensor]:
+    """Score images and draw their maps as configured.
+
+    Args:
+        values: Level values of B images.
+        constants: Of the images' class, or per image.
+        score: Map size, levels of the map, blur and image score.
+        criterion: As of :func:`hgadlib.scoring.anomaly_maps`.
+    Returns:
+        Image scores (B,) and anomaly maps (B, S, S); higher is more anomalous.
+    """
+
+    def drawn(values: LevelValues, constants: Constants) -> Tensor:
+        return anomaly_maps(values, constants, size=score.map_size, sigma=score.sigma, criterion=criterion)
+
+    maps = drawn(values, constants)
+    scores = image_scores(maps, score.image, score.image_share)
+    if score.map_levels == "finest" and isinstance(constants, Calibration):
+        maps = drawn(*finest_levels(values, constants))
+    return scores, maps
+
+
+def score_batches(
+    values: LevelValues, constants: Constants, score: ScoreConfig, criterion: Criterion
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Score the images of one class and draw their maps, a batch at a time; see :func:`score_images`."""
     for start in range(0, len(values), _BATCH):
         index = slice(start, start + _BATCH)
-        yield index, anomaly_maps(values[index], constants, size=size, sigma=sigma, criterion=criterion)
+        yield index, *score_images(values[index], constants, score, criterion)
 
 
 def _halved(maps: Tensor) -> Tensor:
@@ -106,7 +138,7 @@ def evaluate(
         labels: True where anomalous, (N,).
         masks: For each class that has them, its images' masks (n_k, S, S) bool at the maps' size; None
             leaves the pixel metrics out.
-        score: Map size, blur and image score.
+        score: Map size, levels of the map, blur and image score.
         protocol: Normalisation and criterion.
         labelled: False where nobody said whether an image is anomalous, (N,); it gets a score, but counts
             in no metric. None where all are labelled.
@@ -131,13 +163,14 @@ def evaluate(
         for j in np.unique(taken[members]).tolist():
             places = np.flatnonzero(taken[members] == j)
             mine = values[torch.from_numpy(members[places])]
-            for index, maps in map_batches(mine, constants[model.classes[j]], score, protocol.criterion):
+            own_constants = constants[model.classes[j]]
+            for index, found, maps in score_batches(mine, own_constants, score, protocol.criterion):
                 rows = places[index]
-                scores[members[rows]] = image_scores(maps, score.image, score.image_share).numpy()
+                scores[members[rows]] = found.numpy()
                 if truth is not None:
                     known = counted[members[rows]]
                     pixels.update(_halved(maps).numpy()[known], truth[rows][known])
         known = members[counted[members]]
-        found = image_metrics(scores[known], labels[known]) if len(known) else dict.fromkeys(IMAGE_METRICS)
-        per_class[name] = found | pixels.compute()  # all None where no pixel was seen, for want of masks
+        image = image_metrics(scores[known], labels[known]) if len(known) else dict.fromkeys(IMAGE_METRICS)
+        per_class[name] = image | pixels.compute()  # all None where no pixel was seen, for want of masks
     return Evaluation(per_class, mean_metrics(per_class), scores, protocol, constants)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hgadlib.config import ScoreConfig
+from hgadlib.evaluation.evaluate import score_images
 from hgadlib.features.backbone import Backbone, flatten_maps
 from hgadlib.model import HGAD
-from hgadlib.scoring import anomaly_maps, image_scores
 
 
 def predict_batches(
@@ -25,8 +25,8 @@ def predict_batches(
         model: Trained and calibrated.
         images: As :func:`hgadlib.datasets.images.load_images` yields them: indices (B,) and images.
         class_names: Of all N images.
-        score: Normalisation, map size, blur, criterion and image score; for a transductive one, which an
-            image alone has not, the inductive one.
+        score: Normalisation, map size and levels, blur, criterion and image score; for a transductive one,
+            which an image alone has not, the inductive one.
         dtype: Of the features that the model was trained on; rounded alike, an image gets the same score
             here as from stored features.
     Yields:
@@ -41,6 +41,5 @@ def predict_batches(
             own = classes[index.to(model.device)]
             values = model.level_values([level.to(getattr(torch, dtype)).float() for level in features], own)
             constants = model.constants(own, score.normalisation)
-            size, sigma = score.map_size, score.sigma
-            maps = anomaly_maps(values, constants, size=size, sigma=sigma, criterion=score.criterion)
-        yield image_scores(maps, score.image, score.image_share).cpu().numpy(), maps.cpu().numpy()
+            scores, maps = score_images(values, constants, score, score.criterion)
+        yield scores.cpu().numpy(), maps.cpu().numpy()

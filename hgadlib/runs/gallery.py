@@ -12,7 +12,7 @@ import numpy as np
 
 from hgadlib.config import Config
 from hgadlib.datasets.images import read_image, resize_image
-from hgadlib.evaluation.evaluate import map_batches
+from hgadlib.evaluation.evaluate import score_images
 from hgadlib.files import write_atomically
 from hgadlib.runs.inputs import Inputs
 from hgadlib.runs.record import Result
@@ -65,7 +65,7 @@ def gallery(config: Config, inputs: Inputs, result: Result, chosen: Sequence[int
         image = read_image(record.path, record.bit_depth)
         shown["images"][row] = resize_image(image, size, config.data.resize)
         values, constants = result.values[index : index + 1], evaluation.constants[record.class_name]
-        _, maps = next(map_batches(values, constants, config.score, evaluation.protocol.criterion))
+        _, maps = score_images(values, constants, config.score, evaluation.protocol.criterion)
         shown["maps"][row] = maps[0].numpy()
         if shown["masks"] is not None:
             k = classes[index]
