@@ -191,7 +191,7 @@ class Explorer:
         return low - margin, high + margin
 
     def view(self, state: State) -> View:
-        """Compute all that one state shows; the map is of all levels, for that is what the image's score is of.
+        """Compute all that one state shows; the map is of all levels, as the image's score is.
 
         Raises:
             InputError: No such class, image, criterion or projection in this run.
