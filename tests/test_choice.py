@@ -122,7 +122,7 @@ def test_one_step_marks_the_default_and_takes_sets_that_have_all(tmp_path: Path)
     # "two" lacks a value, so the means are of "one".
     assert blur["drawn_image_auroc"].tolist() == pytest.approx([70, 80, 90]) and set(blur["sets"]) == {1}
     assert blur["real_aupro"].iloc[:2].tolist() == pytest.approx([60, 60])
-    assert np.isnan(blur["real_aupro"].iloc[2])
+    assert np.isnan(blur["real_aupro"].iloc[2]) and blur["drawn_aupro"].isna().all()
 
 
 def test_one_step_averages_over_sets(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ _PARTS = list(PARTS)
 _METRICS = [
     f"{of}_{metric}" for of in ("drawn", "real") for metric in ("image_auroc", "aupro", "pixel_auroc")
 ]
-_STEP_METRICS = ["drawn_image_auroc", "real_image_auroc", "real_aupro"]
+_STEP_METRICS = ["drawn_image_auroc", "real_image_auroc", "drawn_aupro", "real_aupro"]
 # A choice is called near the best where no more points than this are lost.
 _NEAR = 1.0
 # What stands beside the sets; a set of that name would be lost.
@@ -183,8 +183,8 @@ def one_step(found: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row per part (of :data:`PARTS`, by its long name) and value. Columns drawn_image_auroc,
-        real_image_auroc and real_aupro: percent, means over the data sets that have all values of the part
-        (NaN where not measured); default: whether the value is the default's; others: text, empty where all
+        real_image_auroc, drawn_aupro and real_aupro (of the map of all levels): percent, means over the data
+        sets that have all values of the part (NaN where not measured); default: whether the value is the default's; others: text, empty where all
         other parts are the default's; sets: over how many data sets.
     """
     means, default = _over_draws(found), default_setting()
@@ -227,7 +227,11 @@ def one_step_table(found: pd.DataFrame) -> Styler:
     steps = one_step(found).reset_index()
     steps.loc[steps["default"].astype(bool), "value"] += " (default)"
     table = steps.set_index(["part", "value"])
-    titles = dict(zip(_STEP_METRICS, ("drawn image (%)", "real image (%)", "real AUPRO (%)"), strict=True))
+    titles = {
+        name: f"{of} {'AUPRO' if metric == 'aupro' else 'image'} (%)"
+        for name in _STEP_METRICS
+        for of, metric in [name.split("_", 1)]
+    }
     bold = list(table.index[table["default"].astype(bool)])
     table = table.assign(others=table["others"].replace("", "default")).drop(columns="default")
     table = table.rename(columns={**titles, "others": "other parts"})
