@@ -184,8 +184,8 @@ def one_step(found: pd.DataFrame) -> pd.DataFrame:
     Returns:
         A row per part (of :data:`PARTS`, by its long name) and value. Columns drawn_image_auroc,
         real_image_auroc, drawn_aupro and real_aupro (of the map of all levels): percent, means over the data
-        sets that have all values of the part (NaN where not measured); default: whether the value is the default's; others: text, empty where all
-        other parts are the default's; sets: over how many data sets.
+        sets that have all values of the part (NaN where not measured); default: whether the value is the
+        default's; others: text, empty where all other parts are the default's; sets: over how many data sets.
     """
     means, default = _over_draws(found), default_setting()
     tables = {}
