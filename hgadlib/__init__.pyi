@@ -2,6 +2,8 @@ from .config import Config as Config
 from .config import load_config as load_config
 from .datasets import load_dataset as load_dataset
 from .datasets.check import check as check
+from .detector import Detector as Detector
+from .detector import Prediction as Prediction
 from .errors import InputError as InputError
 from .features.backbone import Backbone as Backbone
 from .features.backbone import build_backbone as build_backbone

@@ -74,6 +74,8 @@ class DataConfig:
     """Bits in use of files that hold 16 a channel; None finds them over the training images."""
     held_out: Annotated[Real, Field(ge=0, le=0.5)] = 0.5
     """Share of each class's training images kept out of training, to calibrate scores on."""
+    threshold: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
+    """Share of each class's training images kept out of all this first, to choose thresholds on."""
     num_workers: Annotated[Whole, Field(ge=1, le=1024)] | None = None
     """Decoding threads; None for one per core."""
 
@@ -271,7 +273,7 @@ class Config:
 
 _ADDED: dict[str, Any] = {
     "method": "hgad",
-    "data.bit_depth": None, "data.held_out": 0.0,
+    "data.bit_depth": None, "data.held_out": 0.0, "data.threshold": 0.0,
     "features.join": False, "features.neighbourhood": 1,
     "flow.coupling": "affine", "flow.shrinkage": 1e-3, "flow.keep": 1.0, "flow.subnet_init": "default",
     "flow.dropout": 0.0,

@@ -323,6 +323,14 @@ class HierarchicalGaussianMixture(nn.Module):
             centers, log_weights = self.centers[:, None], torch.zeros_like(self.psi)[:, None]
         return class_log_probs(z, centers, log_weights, whitening)
 
+    def log_prob_by_class(self, z: Tensor) -> Tensor:
+        """Log-density under all centres of each class, in nats: (B, N, D) to (B, N, K)."""
+        found = self.class_log_probs(z, intra=True)
+        if found is None:
+            of_class = (z.new_full((len(z),), k, dtype=torch.int64) for k in range(self.n_classes))
+            found = torch.stack([self.log_prob(z, class_idx) for class_idx in of_class], -1)
+        return found
+
     def neg_entropy(self, z: Tensor) -> Tensor:
         """Negative entropy over the main centres (Sec. 3.4), in nats: (..., N, D) to (..., N)."""
         logits = self.class_log_probs(z)

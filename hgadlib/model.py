@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -294,6 +294,41 @@ class HGAD(nn.Module):
                 neg_entropies.append(prior.neg_entropy(z).unflatten(1, grid))
         return LevelValues(tuple(log_probs), tuple(neg_entropies))
 
+    @torch.inference_mode()
+    def inferred_values(self, features: Sequence[Tensor]) -> tuple[LevelValues, Tensor, Tensor]:
+        r"""Infer each image's class and compute its values under it, in one pass of the flows.
+
+        .. math:: \hat y = \arg\max_y \sum_{\text{levels}}\sum_{\text{positions}} \log p(z|y)
+
+        Args:
+            features: One (B, H*W, C) a level.
+        Returns:
+            Level values as of :meth:`level_values`, the classes (B,) int64, and how sure they are: the share
+            of all positions at which the class is the likeliest, (B,).
+        Raises:
+            InputError: The model has one Gaussian for all classes, so no class is likelier than another.
+        Source: paper Sec. 3.4, for every class in turn.
+        """
+        if not self.has_entropy:
+            raise InputError(
+                "class inference: expected a prior with a mixture per class, found one Gaussian for all; say "
+                "which class each image is of"
+            )
+        parts = []
+        for flow, prior, x in self._fitted(features):
+            z, log_det = flow(x)
+            mixture = cast(HierarchicalGaussianMixture, prior)
+            parts.append((mixture.log_prob_by_class(z), log_det, mixture.neg_entropy(z), z.shape[-1]))
+        totals = torch.stack([by_class.double().sum(1) for by_class, *_ in parts]).sum(0)
+        class_idx = totals.argmax(1)
+        agree = torch.cat([by_class.argmax(-1) == class_idx[:, None] for by_class, *_ in parts], 1)
+        log_probs, neg_entropies = [], []
+        for (by_class, log_det, neg_entropy, dim), grid in zip(parts, self.grids, strict=True):
+            own = by_class.gather(2, class_idx[:, None, None].expand(-1, by_class.shape[1], 1))[..., 0]
+            log_probs.append(((own + log_det) / (dim if self.per_dimension else 1)).unflatten(1, grid))
+            neg_entropies.append(neg_entropy.unflatten(1, grid))
+        return LevelValues(tuple(log_probs), tuple(neg_entropies)), class_idx, agree.float().mean(1)
+
     def calibrate(
         self,
         batches: Iterable[tuple[LevelValues, Tensor]],
@@ -422,6 +457,16 @@ class HGAD(nn.Module):
         write_tensors(path, dict(self.state_dict()), {"hgad": json.dumps(self.architecture())})
 
     @classmethod
+    def restored(cls, architecture: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """Build the model that :meth:`architecture` describes, with these weights."""
+        spec = dict(architecture)
+        spec["flow"] = FlowConfig(**completed("flow", spec["flow"]))
+        spec["prior"] = PriorConfig(**completed("prior", spec["prior"]))
+        model = cls(**spec)
+        model.load_state_dict(tensors)
+        return model
+
+    @classmethod
     def load(cls, path: Path | str, device: str | torch.device = "cpu") -> HGAD:
         """Read a model that :meth:`save` wrote.
 
@@ -434,11 +479,7 @@ class HGAD(nn.Module):
                 f"{path}: expected a model of this library, found safetensors without its description"
             )
         try:
-            spec = json.loads(metadata["hgad"])
-            spec["flow"] = FlowConfig(**completed("flow", spec["flow"]))
-            spec["prior"] = PriorConfig(**completed("prior", spec["prior"]))
-            model = cls(**spec)
-            model.load_state_dict(tensors)
+            model = cls.restored(json.loads(metadata["hgad"]), tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{path}: expected a model of this version of the library, found another: "

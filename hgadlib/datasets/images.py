@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,6 +137,52 @@ def read_image(path: Path | str, bit_depth: int = 16) -> NDArray[np.uint8]:
     return np.array(_open_rgb(path, bit_depth))
 
 
+def as_rgb(image: Any, bit_depth: int = 16, name: str = "image") -> NDArray[np.uint8]:
+    """Bring an image in memory, or a file's, to RGB, (H, W, 3) uint8, by the rules of :func:`read_image`.
+
+    Args:
+        image: A path; a Pillow image; an array (H, W) or (H, W, C); or a tensor (H, W) or (C, H, W), C of 1
+            (grey), 3 (RGB) or 4 (RGBA). Numbers are bool, uint8, uint16 (see bit_depth) or floating, 0 to 1.
+        bit_depth: Bits in use of uint16, see :func:`read_image`.
+        name: What the error calls it.
+    Raises:
+        InputError: It is none of these, empty, or holds numbers out of range.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image), bit_depth)
+    if isinstance(image, Image.Image):
+        try:
+            return np.array(_to_rgb(ImageOps.exif_transpose(image), name, bit_depth))
+        except _DECODE_ERRORS as error:  # Pillow decodes when it is asked for pixels
+            raise InputError(f"{name}: truncated or damaged image ({error})") from error
+    if hasattr(image, "detach") and hasattr(image, "cpu"):  # a tensor, without importing torch
+        image = image.detach().cpu().numpy()
+        image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+    if not isinstance(image, np.ndarray):
+        expected = "a path, a Pillow image, an array (H, W[, C]) or a tensor ([C, ]H, W)"
+        raise InputError(f"{name}: expected {expected}, found {type(image).__name__}")
+    pixels = image[..., None] if image.ndim == 2 else image
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
+        raise InputError(f"{name}: expected (H, W) or (H, W, C) with C of 1, 3 or 4, found {image.shape}")
+    if pixels.dtype.kind == "f":
+        if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+            low, high = pixels.min(), pixels.max()
+            raise InputError(f"{name}: expected floating-point values from 0 to 1, found {low:g} to {high:g}")
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    elif pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    elif pixels.dtype == np.uint16:
+        top = 2**bit_depth - 1
+        pixels = ((np.minimum(pixels, top).astype(np.int64) * 255 + top // 2) // top).astype(np.uint8)
+    elif pixels.dtype != np.uint8:
+        raise InputError(
+            f"{name}: expected bool, uint8, uint16 or floating-point values, found {pixels.dtype}"
+        )
+    if pixels.shape[2] == 4:
+        return np.array(_to_rgb(Image.fromarray(np.ascontiguousarray(pixels), "RGBA"), name))
+    return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
 def read_mask(path: Path | str) -> NDArray[np.bool_]:
     """Decode a mask, (H, W) bool: any non-zero pixel is anomalous; an InputError where it cannot be read.
 
@@ -255,6 +301,15 @@ def parallel_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def normalised(
+    image: NDArray[np.uint8], mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> NDArray[np.float32]:
+    """Normalise an image by mean and deviation per channel, of values in 0..1: (H, W, 3) to (3, H, W)."""
+    scale = (1.0 / (255.0 * np.array(std))).astype(np.float32)[:, None, None]
+    offset = (-np.array(mean) / np.array(std)).astype(np.float32)[:, None, None]
+    return image.transpose(2, 0, 1) * scale + offset
+
+
 def load_images(
     paths: Sequence[Path | str], *, size: int, resize: str = "stretch", mean: tuple[float, float, float],
     std: tuple[float, float, float], batch_size: int, num_workers: int | None = None,
@@ -281,12 +336,10 @@ def load_images(
 
     if size < 1 or batch_size < 1:
         raise InputError(f"expected size and batch_size of at least 1, found {size} and {batch_size}")
-    scale = (1.0 / (255.0 * np.array(std))).astype(np.float32)[:, None, None]
-    offset = (-np.array(mean) / np.array(std)).astype(np.float32)[:, None, None]
 
     def load(file: tuple[Path | str, int]) -> Tensor:
         small = _resize(_open_rgb(*file), size, resize, Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.asarray(small).transpose(2, 0, 1) * scale + offset)
+        return torch.from_numpy(normalised(np.asarray(small), mean, std))
 
     # Read ahead while the network computes, but never more than about two batches lie in memory.
     ahead = max(batch_size, _threads(num_workers)) + batch_size

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hgadlib.errors import InputError
 
-Split = Literal["train", "held_out", "test"]
+Split = Literal["train", "held_out", "threshold", "test"]
 
 GOOD = "good"
 """Defect type of a normal image."""
@@ -33,7 +33,8 @@ class ImageRecord:
     Attributes:
         path: The image file.
         class_name: Product class, one of `Dataset.classes` or `UNKNOWN_CLASS`.
-        split: "train" (normal images only), "held_out" (normal images to calibrate on) or "test".
+        split: "train" (normal images only), "held_out" (normal images to calibrate scores on), "threshold"
+            (normal images to choose thresholds on) or "test".
         is_anomalous: True where the image shows a defect. False for unlabelled images too: ask `is_labelled`.
         defect_type: "good" for normal images, "unlabelled" where unknown, else the defect's name.
         mask_path: Mask of the defect, or None where there is none.
@@ -95,6 +96,11 @@ class Dataset:
         return tuple(record for record in self.records if record.split == "held_out")
 
     @property
+    def threshold(self) -> tuple[ImageRecord, ...]:
+        """Normal images kept out of all that makes a score, to choose thresholds on."""
+        return tuple(record for record in self.records if record.split == "threshold")
+
+    @property
     def test(self) -> tuple[ImageRecord, ...]:
         """Images to score."""
         return tuple(record for record in self.records if record.split == "test")
@@ -141,22 +147,25 @@ class Dataset:
 
 def relabel(
     dataset: Dataset, train_classes: Sequence[str], test_classes: Sequence[str],
-    held_out_classes: Sequence[str] = (),
+    held_out_classes: Sequence[str] = (), threshold_classes: Sequence[str] = (),
 ) -> Dataset:  # fmt: skip
-    """Replace the class names of a dataset's training, test and held-out images, say by discovered ones.
+    """Replace the class names of a dataset's images, by split, say by discovered ones.
 
     The images stay, in their order, so that what was computed of them still fits.
 
     Raises:
         InputError: The number of names differs from the number of images, or a class has no training image.
     """
-    expected = (len(dataset.train), len(dataset.test), len(dataset.held_out))
-    found = (len(train_classes), len(test_classes), len(held_out_classes))
-    if found != expected:
-        message = "expected class names of {} training, {} test and {} held-out images, found {}, {} and {}"
-        raise InputError(message.format(*expected, *found))
-    if orphans := sorted({*test_classes, *held_out_classes} - set(train_classes)):
-        raise InputError(f"class {orphans[0]!r} has test images but no training image")
-    names = {"train": iter(train_classes), "test": iter(test_classes), "held_out": iter(held_out_classes)}
+    given = {
+        "train": train_classes, "test": test_classes, "held_out": held_out_classes,
+        "threshold": threshold_classes,
+    }  # fmt: skip
+    for split, own in given.items():
+        count = sum(record.split == split for record in dataset.records)
+        if len(own) != count:
+            raise InputError(f"expected class names of {count} {split} images, found {len(own)}")
+        if orphans := sorted(set(own) - set(train_classes)):
+            raise InputError(f"class {orphans[0]!r} has {split} images but no training image")
+    names = {split: iter(own) for split, own in given.items()}
     records = tuple(replace(record, class_name=next(names[record.split])) for record in dataset.records)
     return replace(dataset, classes=tuple(sorted(set(train_classes))), records=records)

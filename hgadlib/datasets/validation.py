@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,14 +111,16 @@ def make_validation(
     return folder
 
 
-def hold_out(dataset: Dataset, share: float) -> Dataset:
-    """Keep a share of each class's training images out of training: their split becomes "held_out".
+def hold_out(dataset: Dataset, share: float, split: Literal["held_out", "threshold"] = "held_out") -> Dataset:
+    """Keep a share of each class's training images out of training: they get another split.
 
     Drawn as :func:`make_validation` draws them, by content. Of a class with 24 different images or more at
     least 8 are taken, and of none more than half. An InputError where an image cannot be read.
     """
     if not share:
         return dataset
+    # Those of both splits are drawn apart, so that none says anything of the other.
+    seed = 0 if split == "held_out" else 1
     try:
         digests = content_digests([record.path for record in dataset.train])
     except OSError as error:
@@ -128,8 +131,8 @@ def hold_out(dataset: Dataset, share: float) -> Dataset:
         own = {digest for class_name, digest in of.values() if class_name == name}
         least = MIN_HELD_OUT if len(own) >= 3 * MIN_HELD_OUT else 0
         count = min(max(round(share * len(own)), least), len(own) // 2)
-        drawn.update((name, digest) for digest in _draw(own, count, seed=0))
-    records = tuple(replace(r, split="held_out") if of.get(r) in drawn else r for r in dataset.records)
+        drawn.update((name, digest) for digest in _draw(own, count, seed=seed))
+    records = tuple(replace(r, split=split) if of.get(r) in drawn else r for r in dataset.records)
     return replace(dataset, records=records)
 
 

@@ -15,7 +15,7 @@ The paper's score needs the class of the image (Sec. 3.4). Two ways to do withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from hgadlib.errors import InputError
 from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
 from hgadlib.evaluation.metrics import image_metrics
 from hgadlib.features.store import Features
+from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 from hgadlib.scoring import LevelValues
 
@@ -48,10 +49,8 @@ def class_log_probs(model: HGAD, features: Features) -> NDArray[np.float64]:
     totals = torch.zeros(len(features), len(model.classes), dtype=torch.float64, device=model.device)
     for rows, batch in features.batches(torch.arange(len(features)).split(_BATCH), model.device):
         for (flow, prior), x in zip(model.levels, batch, strict=True):
-            z = flow(x)[0]
-            for k in range(len(model.classes)):
-                own = torch.full((len(z),), k, device=z.device)
-                totals[rows, k] += prior.log_prob(z, own).double().sum(1)
+            by_class = cast(HierarchicalGaussianMixture, prior).log_prob_by_class(flow(x)[0])
+            totals[rows] += by_class.double().sum(1)
     return totals.cpu().numpy()
 
 

@@ -12,6 +12,7 @@ are too low. An image is called anomalous where its score is *above* the thresho
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,51 @@ def conformal_p_values(scores: ArrayLike, held_out: ArrayLike) -> NDArray[np.flo
     """
     known, new = np.sort(_check_scores(held_out)), _finite(scores)
     return (1 + len(known) - np.searchsorted(known, new, side="left")) / (len(known) + 1)
+
+
+@dataclass(frozen=True)
+class Normals:
+    """What normal images score that took no part in making the scores: of one class, or of several together.
+
+    Attributes:
+        scores: Image scores, (n,), rising.
+        peaks: Largest value of each image's map, (n,), rising.
+    """
+
+    scores: NDArray[np.float64]
+    peaks: NDArray[np.float64]
+
+    @staticmethod
+    def of(scores: ArrayLike, peaks: ArrayLike) -> Normals:
+        """Sort both; an InputError where one is not finite or there is none."""
+        return Normals(np.sort(_check_scores(scores)), np.sort(_check_scores(peaks)))
+
+    @staticmethod
+    def together(parts: Sequence[Normals]) -> Normals:
+        """Pool classes."""
+        return Normals.of(
+            np.concatenate([part.scores for part in parts]), np.concatenate([part.peaks for part in parts])
+        )
+
+    def threshold(self, false_alarm_rate: float) -> float:
+        """Return the image score that at most this share of new normal images exceeds."""
+        return conformal_threshold(self.scores, false_alarm_rate)
+
+    def pixel_threshold(self, false_alarm_rate: float) -> float:
+        """Return the value that at most this share of new normal images exceeds *anywhere* in its map.
+
+        Pixels of an image depend on each other, so nothing is promised of their number, only of images
+        without any.
+        """
+        return conformal_threshold(self.peaks, false_alarm_rate)
+
+    def p_value(self, score: float) -> float:
+        """See :func:`conformal_p_values`."""
+        return float(conformal_p_values([score], self.scores)[0])
+
+    def percentile(self, score: float) -> float:
+        """Return the share of these images that score less, in percent."""
+        return 100 * float(np.searchsorted(self.scores, score, side="left")) / len(self.scores)
 
 
 @dataclass(frozen=True)

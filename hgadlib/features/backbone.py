@@ -60,6 +60,12 @@ class Backbone(nn.Module):
         self.network = folded.to(memory_format=torch.channels_last)
         self.eval()
 
+    def with_folded(self, state: dict[str, Tensor], digest: str) -> Self:
+        """Take the weights that another of the same settings has in memory, and the digest of its file's."""
+        self.network.load_state_dict(state)
+        self.weights_digest = digest
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: batch statistics of a few images would not be ImageNet's."""
         return super().train(False)

@@ -20,6 +20,24 @@ LINEAR = 1.0
 logarithmic, as some defects score orders of magnitude more than others."""
 
 
+def overlay(
+    image: NDArray[np.uint8], anomaly_map: ArrayLike, *, low: float, high: float
+) -> NDArray[np.uint8]:
+    """Lay a map over its image, grey where the map is low and bright where it is high: (H, W, 3) uint8.
+
+    Args:
+        image: RGB, (H, W, 3) uint8.
+        anomaly_map: (H, W), finite.
+        low: Value at the dark end of the colours and below.
+        high: Value at their bright end and above, for instance twice a threshold.
+    """
+    heat = Normalize(low, max(high, low + 1e-9), clip=True)(np.asarray(anomaly_map, dtype=float))
+    alpha = (0.15 + 0.65 * np.asarray(heat))[..., None]
+    colours = plt.get_cmap("inferno")(heat)[..., :3] * 255
+    grey = image.mean(-1, keepdims=True)
+    return np.rint(alpha * colours + (1 - alpha) * grey).astype(np.uint8)
+
+
 def outline_mask(ax: Axes, mask: ArrayLike) -> list[QuadContourSet]:
     """Draw a mask's outline, white within black, which shows on any image.
 

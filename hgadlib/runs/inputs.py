@@ -30,7 +30,8 @@ from hgadlib.runs.hardware import select_device
 class Inputs:
     """What a run trains and is tested on: features in the order of the images, a backbone on the device.
 
-    Features held out are of normal images that are not trained on (data.held_out), None where there are none.
+    Features held out are of normal images that are not trained on (data.held_out), those of the threshold of
+    images kept apart from both (data.threshold); None where there are none.
     """
 
     dataset: Dataset
@@ -39,6 +40,7 @@ class Inputs:
     test: Features
     device: torch.device
     held_out: Features | None = None
+    threshold: Features | None = None
 
     # By class index, size and resizing: reading them again would cost as much as an epoch.
     _masks: dict[Any, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -93,20 +95,21 @@ def identify(dataset: Dataset) -> dict[str, Any]:
         own = [path for path in (record.path, record.mask_path) if path is not None]
         sizes, name = [path.stat().st_size for path in own], image_name(dataset, record)
         # They are the same images, whichever of them a run holds out.
-        split = "train" if record.split == "held_out" else record.split
+        split = record.split if record.split == "test" else "train"
         digest.update(repr((name, record.class_name, split, record.defect_type, sizes)).encode())
         paths += own
     content = hashlib.sha256(digest.digest() + "".join(content_digests(paths)).encode())
     return {
         "name": dataset.name, "digest": digest.hexdigest(), "content": content.hexdigest(),
-        "classes": list(dataset.classes), "train": len(dataset.train) + len(dataset.held_out),
+        "classes": list(dataset.classes), "train": len(dataset.records) - len(dataset.test),
         "test": len(dataset.test), "bit_depth": dataset.bit_depth,
     }  # fmt: skip
 
 
-def prepare(config: Config, *, progress: bool = True) -> Inputs:
+def prepare(config: Config, *, progress: bool = True, tested: bool = True) -> Inputs:
     """Load the dataset and compute its features, or find them in the cache.
 
+    Without ``tested`` a dataset may have no test images.
     An InputError on a device, dataset, image or weights file that is not there or not usable.
     """
     device = select_device(config.device)
@@ -115,8 +118,8 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
     dataset = load_dataset(
         config.dataset, root=data.root, download=data.download, strict=data.strict, bit_depth=data.bit_depth
     )
-    dataset = hold_out(dataset, data.held_out)
-    if not dataset.test:
+    dataset = hold_out(hold_out(dataset, data.threshold, "threshold"), data.held_out)
+    if tested and not dataset.test:
         raise InputError(f"{dataset.root}: expected test images to evaluate on, found none; add some")
     if data.classes == "folders":
         dataset.class_idx(dataset.test)  # refuses images of no known class before any work
@@ -132,22 +135,28 @@ def prepare(config: Config, *, progress: bool = True) -> Inputs:
             num_workers=data.num_workers, progress=progress,
         )  # fmt: skip
 
-    train, test = of(dataset.train), of(dataset.test)
-    held_out = of(dataset.held_out) if dataset.held_out else None
+    train = of(dataset.train)
+    none = replace(train, levels=tuple(level[:0] for level in train.levels))
+    test = of(dataset.test) if dataset.test else none
+    held_out, threshold = (of(part) if part else None for part in (dataset.held_out, dataset.threshold))
     if data.classes == "discovered":
-        dataset = discover(dataset, train, test, held_out)
-    return Inputs(dataset, backbone, train, test, device, held_out)
+        dataset = discover(dataset, train, test, held_out, threshold)
+    return Inputs(dataset, backbone, train, test, device, held_out, threshold)
 
 
-def discover(dataset: Dataset, train: Features, test: Features, held_out: Features | None = None) -> Dataset:
+def discover(dataset: Dataset, train: Features, *others: Features | None) -> Dataset:
     """Name classes (class_00, class_01, ...) by clustering the training images, whatever their folders say.
 
-    Each test and held-out image joins the class of its nearest training image (paper App. A.2).
+    Each other image, of the test set, held out or for thresholds, joins the class of its nearest training
+    image (paper App. A.2).
     """
     references = global_features(train)
     labels = discover_classes(references)
-    others = [global_features(part) for part in (test, held_out) if part is not None]
-    nearest = [assign_nearest(other, references, labels) for other in others]
+    nearest = [
+        np.empty(0, int) if part is None or not len(part)
+        else assign_nearest(global_features(part), references, labels)
+        for part in others
+    ]  # fmt: skip
     names = [[f"class_{label:02d}" for label in part] for part in (labels, *nearest)]
     note = f"{len(set(names[0]))} classes were discovered by clustering the training images."
     return replace(relabel(dataset, *names), notes=(*dataset.notes, note))

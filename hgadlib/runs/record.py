@@ -63,6 +63,7 @@ def metrics_record(
         "counts": {
             "train": len(dataset.train),
             **({"held_out": len(held_out)} if held_out is not None else {}),
+            **({"threshold": len(dataset.threshold)} if dataset.threshold else {}),
             "test_normal": int((~labels & labelled).sum()),
             "test_anomalous": int((labels & labelled).sum()),
             "test_unlabelled": int((~labelled).sum()),

@@ -1,0 +1,621 @@
+"""The engineer's door: fit on normal images, decide on new ones, carry the model elsewhere.
+
+A detector is a run of this library (:mod:`hgadlib.runs`) with its backbone, and with thresholds chosen on
+normal images that took no part in making the scores. Its run directory is the one that ``book/train.ipynb``
+writes by the same settings: either continues from, or reads, what the other has trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+from torch import Tensor
+
+from hgadlib.baselines import METHODS
+from hgadlib.config import Config, config_from_dict, load_config
+from hgadlib.datasets import DATASETS
+from hgadlib.datasets.images import as_rgb, normalised, parallel_map, resize_image, save
+from hgadlib.datasets.scan import Findings, is_image, list_images
+from hgadlib.errors import InputError
+from hgadlib.evaluation.evaluate import score_images
+from hgadlib.evaluation.thresholds import Normals, Rate, binomial_rate, images_needed
+from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
+from hgadlib.features.store import Features
+from hgadlib.files import user_path, write_atomically
+from hgadlib.model import HGAD, read_tensors, write_tensors
+from hgadlib.runs.directory import RunDirectory
+from hgadlib.runs.experiment import evaluate_model, finish_run, train_model
+from hgadlib.runs.hardware import environment, select_device
+from hgadlib.runs.inputs import Inputs, prepare
+
+FORMAT = 1
+"""Goes up when older versions of this library can no longer read a saved detector."""
+UNLIKE = 6.0
+"""Deviations below its class's usual log-likelihood from which on an image is of no known class. Of images of
+the class at most 1 in 37 lies so far below, whatever their distribution (Cantelli's inequality)."""
+# Images that a named folder or a sequence is scored by at a time.
+_BATCH = 8
+
+Images = Any
+"""A file, a folder (with all below it), a Pillow image, an array or tensor as of
+:func:`hgadlib.datasets.images.as_rgb`, or an iterable of these, which may be endless."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a detector says of an image.
+
+    Attributes:
+        name: The file, or the place in the sequence.
+        score: How anomalous it is, in deviations where scores are calibrated.
+        threshold: Above it the image is called anomalous.
+        p_value: Share of normal images that score as much or more; see
+            :func:`hgadlib.evaluation.thresholds.conformal_p_values`.
+        percentile: Share of the normal images kept aside that score less, in percent.
+        is_anomalous: Whether the score exceeds the threshold, or the image is of no known class.
+        class_name: The class it was scored as.
+        class_confidence: Share of the image's positions at which no other class is likelier; NaN where the
+            class was given.
+        is_unknown: Whether it looks like no image of that class; see :data:`UNLIKE`.
+        promise: Whose false alarms the threshold bounds: "class", or "all classes" where the class has too
+            few images for a threshold of its own.
+        anomaly_map: (S, S) float32.
+        pixel_threshold: Above it a pixel is marked; at most the same share of normal images has one.
+        image: The image at the map's size, (S, S, 3) uint8.
+        seconds: From decoded image to decision, its share of the batch.
+    """
+
+    name: str
+    score: float
+    threshold: float
+    p_value: float
+    percentile: float
+    is_anomalous: bool
+    class_name: str
+    class_confidence: float
+    is_unknown: bool
+    promise: str
+    anomaly_map: NDArray[np.float32] = field(repr=False)
+    pixel_threshold: float
+    image: NDArray[np.uint8] = field(repr=False)
+    seconds: float
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Pixels above the pixel threshold, (S, S)."""
+        return self.anomaly_map > self.pixel_threshold
+
+    def overlay(self) -> NDArray[np.uint8]:
+        """Lay the map over the image, brightest from twice the pixel threshold on: (S, S, 3) uint8."""
+        from hgadlib.figures.maps import overlay  # so that scoring alone needs no figures
+
+        return overlay(self.image, self.anomaly_map, low=0.0, high=2 * self.pixel_threshold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the arrays, ready for JSON."""
+        values = {name: value for name, value in vars(self).items() if name not in ("anomaly_map", "image")}
+        return {name: None if value != value else value for name, value in values.items()}
+
+
+class Detector(BaseEstimator):
+    """Finds anomalies in images of several classes after fitting on normal ones.
+
+    Args:
+        experiment: Settings to start from: a file of ``params/experiments``, or "hgad" for the default.
+        false_alarm_rate: Share of normal images that may be called anomalous, on average.
+        threshold_share: Share of each class's images kept aside to choose thresholds on.
+        epochs: Passes over the training images; None for the experiment's.
+        seed: Of all that is drawn.
+        device: "auto", "cpu" or "cuda".
+        run_dir: Folder of the run; None for ``runs/DATASET/EXPERIMENT/seedN``.
+        overrides: Any other settings by their dotted names, ``{"data.resize": "pad"}``.
+
+    Example:
+        >>> from hgadlib import Detector
+        >>> detector = Detector(false_alarm_rate=0.1, epochs=4)
+        >>> detector.get_params()["false_alarm_rate"]
+        0.1
+        >>> detector.predict("part.png")
+        Traceback (most recent call last):
+        sklearn.exceptions.NotFittedError: this detector has learnt nothing yet: call fit, or Detector.load
+    """
+
+    def __init__(
+        self,
+        *,
+        experiment: str = "hgad",
+        false_alarm_rate: float = 0.05,
+        threshold_share: float = 0.2,
+        epochs: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        run_dir: Path | str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.experiment = experiment
+        self.false_alarm_rate = false_alarm_rate
+        self.threshold_share = threshold_share
+        self.epochs = epochs
+        self.seed = seed
+        self.device = device
+        self.run_dir = run_dir
+        self.overrides = overrides
+
+    # What fit sets; scikit-learn's names end on an underscore.
+    config_: Config
+    classes_: tuple[str, ...]
+    model_: HGAD
+    backbone_: Backbone
+    normals_: dict[str, Normals]
+    typical_: NDArray[np.float64]
+    bit_depth_: int
+    trained_on_: dict[str, Any]
+    metrics_: dict[str, Any]
+
+    def fit(self, images: Any, y: None = None, *, progress: bool = True) -> Self:
+        """Learn from normal images and choose thresholds.
+
+        Args:
+            images: A folder in one of the layouts of :mod:`hgadlib.datasets.folder` (its test images, if any,
+                are evaluated on), the name of a dataset, ``{class: images}``, or images of one class.
+            y: Nothing; there as scikit-learn's pipelines pass it.
+            progress: Whether to show bars.
+        Raises:
+            InputError: The images or settings are wrong, or too few to choose thresholds on.
+            FloatingPointError: The loss is no longer finite.
+        """
+        needed = images_needed(self.false_alarm_rate)
+        with ExitStack() as stack:
+            given = self._parameters(images, stack)
+            config = load_config(given)
+            inputs = prepare(config, progress=progress, tested=False)
+            counts = {name: 0 for name in inputs.dataset.classes}
+            for record in inputs.dataset.threshold:
+                counts[record.class_name] += 1
+            if (found := sum(counts.values())) < needed:
+                raise InputError(
+                    f"a false alarm rate of {self.false_alarm_rate:g} takes at least {needed} normal images "
+                    f"kept aside, found {found} (threshold_share {self.threshold_share:g} of "
+                    f"{len(inputs.dataset.records) - len(inputs.dataset.test)}); give more images, a larger "
+                    "threshold_share, or allow a higher rate"
+                )
+            run = RunDirectory.open(config)
+            model = train_model(config, inputs, run, progress=progress)
+            self.metrics_ = finish_run(config, inputs, model, run).metrics if inputs.dataset.test else {}
+        self.config_, self.model_, self.backbone_ = config, model.eval(), inputs.backbone
+        self.classes_, self.bit_depth_ = inputs.dataset.classes, inputs.dataset.bit_depth
+        self.trained_on_ = {
+            "dataset": inputs.dataset.name, "train": len(inputs.dataset.train),
+            "held_out": len(inputs.dataset.held_out), "threshold": counts, "seed": config.seed,
+            "environment": environment(inputs.device),
+        }  # fmt: skip
+        self._choose_thresholds(inputs)
+        return self
+
+    def _parameters(self, images: Any, stack: ExitStack) -> dict[str, Any]:
+        """Compose the parameters of the run; images in memory go to a folder that the stack removes."""
+        given: dict[str, Any] = {"experiment": self.experiment, "seed": self.seed, "device": self.device}
+        given |= {} if self.epochs is None else {"epochs": self.epochs}
+        given |= {} if self.run_dir is None else {"run_dir": str(self.run_dir)}
+        given["overrides"] = {
+            "data.threshold": self.threshold_share, "train.evaluate_every": 0, **(self.overrides or {}),
+        }  # fmt: skip
+        if isinstance(images, str) and images in DATASETS and images != "folder":
+            return given | {"dataset": images}
+        if isinstance(images, str | os.PathLike):
+            return given | {"dataset": "folder", "data_root": str(user_path(Path(images)))}
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hgad-")))
+        _write_folder(images if isinstance(images, Mapping) else {"object": images}, folder)
+        return given | {"dataset": "folder", "data_root": str(folder)}
+
+    def _choose_thresholds(self, inputs: Inputs) -> None:
+        dataset = inputs.dataset
+        scores: dict[str, list[float]] = {name: [] for name in self.classes_}
+        peaks: dict[str, list[float]] = {name: [] for name in self.classes_}
+        usual: dict[str, list[float]] = {name: [] for name in self.classes_}
+        # The flow has seen neither; of those held out only the scores were calibrated.
+        parts = (("threshold", inputs.threshold), ("held_out", inputs.held_out))
+        for split, features in parts:
+            if features is None:
+                continue
+            labels = torch.from_numpy(dataset.class_idx(getattr(dataset, split)))
+            for index, batch in features.batches(torch.arange(len(labels)).split(_BATCH), inputs.device):
+                found = self._judge([level.float() for level in batch], labels[index])
+                for i, k in enumerate(labels[index].tolist()):
+                    usual[self.classes_[k]].append(found.usual[i].item())
+                    if split == "threshold":
+                        scores[self.classes_[k]].append(found.scores[i].item())
+                        peaks[self.classes_[k]].append(found.maps[i].amax().item())
+        self.normals_ = {
+            name: Normals.of(scores[name], peaks[name]) for name in self.classes_ if scores[name]
+        }
+        self.typical_ = np.array([(np.mean(v), max(np.std(v), 1e-3)) for v in usual.values()])
+
+    @torch.inference_mode()
+    def _judge(self, features: Sequence[Tensor], class_idx: Tensor | None) -> _Judged:
+        """Score B images by their features, as given classes or as those that the model infers."""
+        model, score = self.model_, self.config_.score
+        sure = torch.full((len(features[0]),), torch.nan)
+        if class_idx is None and len(self.classes_) == 1:
+            class_idx, sure = torch.zeros(len(features[0]), dtype=torch.int64), torch.ones(len(features[0]))
+        if class_idx is None:
+            values, class_idx, sure = model.inferred_values(features)
+        else:
+            values = model.level_values(features, class_idx.to(model.device))
+        constants = model.constants(class_idx.to(model.device), score.normalisation)
+        scores, maps = score_images(values, constants, score, self.config_.criterion)
+        # A defect is local; what is of another kind differs almost everywhere, and the median is low.
+        usual = values.log_prob[-1].flatten(1).median(1).values
+        return _Judged(scores.cpu(), maps.cpu(), class_idx.cpu(), sure.cpu(), usual.cpu())
+
+    def predict(
+        self, images: Images, *, class_name: str | None = None, batch_size: int | None = None,
+        on_error: Callable[[str, InputError], None] | None = None,
+    ) -> Iterator[Prediction]:  # fmt: skip
+        """Judge images, one after the other as they come; memory does not grow with their number.
+
+        Several threads may call it on one detector.
+
+        Args:
+            images: See :data:`Images`.
+            class_name: Of all these images; None infers each image's from its latents.
+            batch_size: Images that go through the network at a time; None for 1 where their number is not
+                known, so that each is judged before the next is asked for, else 8. No result depends on it.
+            on_error: Called with the name of an image that cannot be read and the error, and the next image
+                follows; None raises.
+        Yields:
+            A :class:`Prediction` an image, in their order.
+        Raises:
+            InputError: An image cannot be read, or the class is not one of ``classes_``.
+            NotFittedError: Nothing was learnt yet.
+        """
+        self._check_fitted()
+        if class_name is not None and class_name not in self.classes_:
+            raise InputError(f"expected one of the classes {', '.join(self.classes_)}, found {class_name!r}")
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"expected a batch_size of at least 1, found {batch_size}")
+        return self._predictions(images, class_name, batch_size, on_error)
+
+    def _predictions(
+        self, images: Images, class_name: str | None, batch_size: int | None,
+        on_error: Callable[[str, InputError], None] | None,
+    ) -> Iterator[Prediction]:  # fmt: skip
+        items, sized = _named(images)
+        size = batch_size or (_BATCH if sized else 1)
+        data, backbone = self.config_.data, self.backbone_
+
+        def load(item: tuple[str, Any]) -> _Loaded | tuple[str, InputError]:
+            name, image = item
+            try:
+                pixels = resize_image(as_rgb(image, self.bit_depth_, name), data.image_size, data.resize)
+            except InputError as error:
+                if on_error is None:
+                    raise
+                return name, error
+            shown = resize_image(pixels, self.config_.score.map_size)
+            return _Loaded(name, torch.from_numpy(normalised(pixels, backbone.mean, backbone.std)), shown)
+
+        batch: list[_Loaded] = []
+        for loaded in parallel_map(load, items, num_workers=data.num_workers, ahead=2 * size if sized else 1):
+            if isinstance(loaded, _Loaded):
+                batch.append(loaded)
+            elif on_error is not None:
+                on_error(*loaded)
+            if len(batch) == size:
+                yield from self._decide(batch, class_name)
+                batch = []
+        if batch:
+            yield from self._decide(batch, class_name)
+
+    def _decide(self, batch: list[_Loaded], class_name: str | None) -> list[Prediction]:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            maps = self.backbone_(torch.stack([one.tensor for one in batch]).to(self.model_.device))
+            # Not rounded to the stored features' float16: a batch of another size would round otherwise.
+            features = flatten_maps(maps)
+        own = None if class_name is None else torch.full((len(batch),), self.classes_.index(class_name))
+        found = self._judge(features, own)
+        seconds = (time.perf_counter() - started) / len(batch)
+        return [
+            self._prediction(one, found, i, seconds) for i, one in enumerate(batch)
+        ]  # fmt: skip
+
+    def _prediction(self, one: _Loaded, found: _Judged, i: int, seconds: float) -> Prediction:
+        k, score = int(found.class_idx[i]), float(found.scores[i])
+        name = self.classes_[k]
+        normals, promise = self.normals_for(name)
+        threshold = normals.threshold(self.false_alarm_rate)
+        mean, std = self.typical_[k]
+        unknown = bool((mean - float(found.usual[i])) / std > UNLIKE)
+        return Prediction(
+            one.name, score, threshold, normals.p_value(score), normals.percentile(score),
+            score > threshold or unknown, name, float(found.sure[i]), unknown, promise,
+            found.maps[i].numpy(), normals.pixel_threshold(self.false_alarm_rate), one.shown, seconds,
+        )  # fmt: skip
+
+    def normals_for(self, class_name: str) -> tuple[Normals, str]:
+        """Return the normal images that a class's threshold is chosen on, and "class" or "all classes".
+
+        Those of the class where they are enough for the false alarm rate, else those of all classes: then the
+        rate is bounded over images of all classes together, and that of one class may lie above it.
+        """
+        self._check_fitted()
+        own = self.normals_.get(class_name)
+        if own is not None and len(own.scores) >= images_needed(self.false_alarm_rate):
+            return own, "class"
+        return Normals.together(list(self.normals_.values())), "all classes"
+
+    def evaluate(self, images: Path | str, *, progress: bool = True) -> dict[str, Any]:
+        """Test on labelled images: a folder or a dataset with a test set.
+
+        Returns:
+            "metrics" (as metrics.json has them: mean, per_class, and by inferred classes), "false_alarms" and
+            "found": shares of normal and of anomalous images above the threshold, by class and for "all".
+        Raises:
+            InputError: There is no test image, or one of a class that the detector does not know.
+            NotFittedError: Nothing was learnt yet.
+        """
+        self._check_fitted()
+        from hgadlib.datasets import load_dataset
+        from hgadlib.features.extract import dataset_features
+
+        if isinstance(images, str) and images in DATASETS and images != "folder":
+            dataset = load_dataset(images, bit_depth=self.bit_depth_)
+        else:
+            dataset = load_dataset("folder", root=user_path(Path(images)), bit_depth=self.bit_depth_)
+        dataset = replace(dataset, classes=self.classes_)
+        if not dataset.test:
+            raise InputError(f"{dataset.root}: expected test images to evaluate on, found none")
+        dataset.class_idx(dataset.test)
+        config = self.config_
+        test = dataset_features(
+            dataset.test, self.backbone_, image_size=config.data.image_size, resize=config.data.resize,
+            dtype=config.features.dtype, device=self.model_.device, progress=progress,
+        )  # fmt: skip
+        inputs = Inputs(dataset, self.backbone_, _nothing(test), test, self.model_.device)
+        result = evaluate_model(config, inputs, self.model_, all_protocols=True)
+        above = np.array(
+            [
+                score > self.normals_for(record.class_name)[0].threshold(self.false_alarm_rate)
+                for score, record in zip(result.evaluation.scores, dataset.test, strict=True)
+            ]
+        )
+        names = np.array([record.class_name for record in dataset.test])
+        rates: dict[str, dict[str, Rate]] = {"false_alarms": {}, "found": {}}
+        for name in [*dict.fromkeys(names.tolist()), "all"]:
+            of = (names == name) | (name == "all")
+            rates["false_alarms"][name] = binomial_rate(
+                above[of & inputs.test_labelled & ~inputs.test_labels]
+            )
+            rates["found"][name] = binomial_rate(above[of & inputs.test_labels])
+        return {
+            "metrics": {**result.evaluation.to_dict(), "inferred": result.inferred},
+            **{key: {name: str(rate) for name, rate in of.items()} for key, of in rates.items()},
+        }
+
+    def save(self, path: Path | str) -> Path:
+        """Write all that it takes to predict to one safetensors file, atomically, and a model card beside it.
+
+        Returns:
+            The file. It needs no data, no checkout and no cache, and nothing in it is unpickled.
+        """
+        self._check_fitted()
+        path = user_path(Path(path))
+        tensors = {f"model.{name}": value for name, value in self.model_.state_dict().items()}
+        folded = self.backbone_.network.state_dict()
+        tensors |= {f"backbone.{name}": value for name, value in folded.items()}
+        for name, normals in self.normals_.items():
+            k = self.classes_.index(name)
+            tensors[f"normals.{k}.scores"] = torch.from_numpy(normals.scores)
+            tensors[f"normals.{k}.peaks"] = torch.from_numpy(normals.peaks)
+        tensors["typical"] = torch.from_numpy(self.typical_)
+        config = self.config_.to_dict()
+        # Paths of this machine say nothing on another.
+        config["run_dir"], config["data"]["root"], config["features"]["weights"] = None, None, None
+        spec = {
+            "format": FORMAT, "params": {**self.get_params(), "run_dir": None}, "config": config,
+            "architecture": self.model_.architecture(), "bit_depth": self.bit_depth_,
+            "backbone": self.backbone_.identity(), "trained_on": self.trained_on_, "metrics": self.metrics_,
+        }  # fmt: skip
+        text = json.dumps(spec, default=str)
+        write_tensors(path, tensors, {"hgad_detector": text, "digest": _digest(tensors, text)})
+        write_atomically(path.with_suffix(".md"), self.card())
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str, *, device: str = "auto") -> Self:
+        """Read a detector that :meth:`save` wrote.
+
+        Raises:
+            InputError: The file is missing, damaged, changed, of a newer version, or something else.
+        """
+        tensors, metadata = read_tensors(path)
+        if "hgad_detector" not in metadata:
+            raise InputError(f"{path}: expected a detector of this library, found another safetensors file")
+        if metadata.get("digest") != _digest(tensors, metadata["hgad_detector"]):
+            raise InputError(f"{path}: the file was changed after it was written; take the original")
+        try:
+            spec = json.loads(metadata["hgad_detector"])
+            if spec["format"] > FORMAT:
+                raise InputError(
+                    f"{path}: written by a newer version of hgadlib (format {spec['format']}, this one reads "
+                    f"up to {FORMAT}); update hgadlib"
+                )
+            return cls._from(spec, tensors, device)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{path}: expected a detector of this version of the library, found another: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from None
+
+    @classmethod
+    def _from(cls, spec: dict[str, Any], tensors: dict[str, Tensor], device: str) -> Self:
+        def part(name: str) -> dict[str, Tensor]:
+            return {
+                key.removeprefix(f"{name}."): v for key, v in tensors.items() if key.startswith(f"{name}.")
+            }
+
+        detector, target = cls(**{**spec["params"], "device": device}), select_device(device)
+        detector.config_ = config = config_from_dict(spec["config"], "the detector's settings")
+        features = config.features
+        backbone = build_backbone(
+            features.backbone, out_indices=features.out_indices, pyramid=features.pyramid, weights="random",
+            join=features.join, neighbourhood=features.neighbourhood,
+        ).with_folded(part("backbone"), spec["backbone"]["weights"])  # fmt: skip
+        detector.backbone_ = backbone.to(target)
+        detector.model_ = METHODS[config.method].restored(spec["architecture"], part("model")).to(target)
+        detector.classes_, detector.bit_depth_ = detector.model_.classes, spec["bit_depth"]
+        stored, names = part("normals"), detector.classes_
+        detector.normals_ = {
+            name: Normals(*(stored[f"{k}.{what}"].numpy() for what in ("scores", "peaks")))
+            for k, name in enumerate(names)
+            if f"{k}.scores" in stored
+        }
+        detector.typical_ = tensors["typical"].numpy()
+        detector.trained_on_, detector.metrics_ = spec["trained_on"], spec["metrics"]
+        return detector
+
+    def card(self) -> str:
+        """Write a model card in Markdown: what it is, what it was trained on, what it promises."""
+        self._check_fitted()
+        trained, rate = self.trained_on_, self.false_alarm_rate
+        mean = self.metrics_.get("mean", {})
+        figures = [f"- {name}: {value:.4f}" for name, value in mean.items() if value is not None]
+        rows = []
+        for name in self.classes_:
+            normals, promise = self.normals_for(name)
+            limits = f"{normals.threshold(rate):.4g} | {normals.pixel_threshold(rate):.4g}"
+            rows.append(f"| {name} | {trained['threshold'].get(name, 0)} | {limits} | {promise} |")
+        return _CARD.format(
+            classes=", ".join(self.classes_), count=len(self.classes_), **trained, rate=100 * rate,
+            kept=sum(trained["threshold"].values()), rows="\n".join(rows),
+            figures="\n".join(figures) or "None: there were no labelled test images.",
+            backbone=self.backbone_.name, weights=self.backbone_.weights_digest[:12],
+            commit=trained["environment"].get("commit") or "not known", config=self.config_.digest[:12],
+        )  # fmt: skip
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "model_"):
+            raise NotFittedError("this detector has learnt nothing yet: call fit, or Detector.load")
+
+
+_CARD = """# Model card
+
+Anomaly detector for {count} class(es): {classes}.
+
+## Trained on
+
+Dataset `{dataset}`, normal images only: {train} to train, {held_out} to calibrate scores, {kept} to
+choose thresholds; seed {seed}.
+
+## Decision
+
+An image is called anomalous above its class's threshold: on average at most {rate:g} % of new normal
+images, if they come from where the images kept aside came from. A pixel is marked above the pixel
+threshold: at most the same share of normal images has one.
+
+| class | images kept aside | threshold | pixel threshold | promise over |
+|---|---|---|---|---|
+{rows}
+
+## Metrics on its test images, last epoch
+
+{figures}
+
+## Provenance
+
+Backbone {backbone}, weights {weights}; their licence is that of their package, or of the model's page at
+timm. The images' licence says what may be done with a model of them. hgadlib at commit {commit},
+configuration {config}.
+"""
+
+
+@dataclass(frozen=True)
+class _Judged:
+    scores: Tensor
+    maps: Tensor
+    class_idx: Tensor
+    sure: Tensor
+    usual: Tensor
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    name: str
+    tensor: Tensor
+    shown: NDArray[np.uint8]
+
+
+def _nothing(features: Features) -> Features:
+    return replace(features, levels=tuple(level[:0] for level in features.levels))
+
+
+def _named(images: Images) -> tuple[Iterator[tuple[str, Any]], bool]:
+    """Name images one by one, and say whether their number is known."""
+    if isinstance(images, str | os.PathLike):
+        path = user_path(Path(images))
+        files = _below(path) if path.is_dir() else [path]
+        return ((str(file), file) for file in files), True
+    single = isinstance(images, Image.Image | np.ndarray) or hasattr(images, "detach")
+    if single and not (hasattr(images, "ndim") and images.ndim == 4):
+        return iter([("image 0", images)]), True
+    if not isinstance(images, Iterable):
+        raise InputError(f"expected images, a path or an iterable of them, found {type(images).__name__}")
+    pairs = (
+        (str(image) if isinstance(image, str | os.PathLike) else f"image {i}", image)
+        for i, image in enumerate(images)
+    )
+    return pairs, isinstance(images, Sized)
+
+
+def _below(folder: Path) -> list[Path]:
+    """List the image files of a folder and of those in it, by name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
+    if not files:
+        list_images(folder, Findings(strict=True))
+        raise InputError(f"{folder}: expected images, found none")
+    return files
+
+
+def _write_folder(classes: Mapping[str, Any], folder: Path) -> None:
+    """Write images in memory, and link those in files, into one folder a class."""
+    if not classes:
+        raise InputError("expected normal images of at least one class, found none")
+    for class_name, images in classes.items():
+        target = folder / str(class_name)
+        target.mkdir()
+        for i, (name, image) in enumerate(_named(images)[0]):
+            if isinstance(image, str | os.PathLike):
+                source = Path(image).resolve()
+                if not source.is_file():
+                    raise InputError(f"{source}: no such file")
+                (target / f"{i:06d}_{source.name}").symlink_to(source)
+            else:
+                save(as_rgb(image, name=f"{class_name}, {name}"), target / f"{i:06d}.png")
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Hash a file's whole content, whatever the order of its tensors."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
