@@ -30,8 +30,10 @@ from hgadlib.baselines import METHODS
 from hgadlib.config import Config, config_from_dict, load_config
 from hgadlib.datasets import DATASETS
 from hgadlib.datasets.images import as_rgb, normalised, parallel_map, resize_image, save
+from hgadlib.datasets.records import Dataset
 from hgadlib.datasets.scan import Findings, is_image, list_images
 from hgadlib.errors import InputError
+from hgadlib.evaluation.drift import Drift, Sample, find_drift
 from hgadlib.evaluation.evaluate import score_images
 from hgadlib.evaluation.thresholds import Normals, Rate, binomial_rate, images_needed
 from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
@@ -78,6 +80,7 @@ class Prediction:
         pixel_threshold: Above it a pixel is marked; at most the same share of normal images has one.
         image: The image at the map's size, (S, S, 3) uint8.
         seconds: From decoded image to decision, its share of the batch.
+        features: Means over positions of its features, of all levels, (C,): see :meth:`Detector.drift`.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Prediction:
     pixel_threshold: float
     image: NDArray[np.uint8] = field(repr=False)
     seconds: float
+    features: NDArray[np.float32] = field(repr=False)
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -108,7 +112,8 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the arrays, ready for JSON."""
-        values = {name: value for name, value in vars(self).items() if name not in ("anomaly_map", "image")}
+        arrays = ("anomaly_map", "image", "features")
+        values = {name: value for name, value in vars(self).items() if name not in arrays}
         return {name: None if value != value else value for name, value in values.items()}
 
 
@@ -162,10 +167,12 @@ class Detector(BaseEstimator):
     model_: HGAD
     backbone_: Backbone
     normals_: dict[str, Normals]
+    reference_: dict[str, NDArray[np.float32]]
     typical_: NDArray[np.float64]
     bit_depth_: int
     trained_on_: dict[str, Any]
     metrics_: dict[str, Any]
+    remarks_: tuple[str, ...] = ()
 
     def fit(self, images: Any, y: None = None, *, progress: bool = True) -> Self:
         """Learn from normal images and choose thresholds.
@@ -202,8 +209,10 @@ class Detector(BaseEstimator):
         self.trained_on_ = {
             "dataset": inputs.dataset.name, "train": len(inputs.dataset.train),
             "held_out": len(inputs.dataset.held_out), "threshold": counts, "seed": config.seed,
+            "images": _count(inputs.dataset),
             "environment": environment(inputs.device),
         }  # fmt: skip
+        self.remarks_ = (*inputs.dataset.skipped, *inputs.dataset.remarks)
         self._choose_thresholds(inputs)
         return self
 
@@ -226,6 +235,7 @@ class Detector(BaseEstimator):
     def _choose_thresholds(self, inputs: Inputs) -> None:
         dataset = inputs.dataset
         scores: dict[str, list[float]] = {name: [] for name in self.classes_}
+        pooled: dict[str, list[Tensor]] = {name: [] for name in self.classes_}
         peaks: dict[str, list[float]] = {name: [] for name in self.classes_}
         usual: dict[str, list[float]] = {name: [] for name in self.classes_}
         # The flow has seen neither; of those held out only the scores were calibrated.
@@ -240,10 +250,12 @@ class Detector(BaseEstimator):
                     usual[self.classes_[k]].append(found.usual[i].item())
                     if split == "threshold":
                         scores[self.classes_[k]].append(found.scores[i].item())
+                        pooled[self.classes_[k]].append(found.pooled[i])
                         peaks[self.classes_[k]].append(found.maps[i].amax().item())
         self.normals_ = {
             name: Normals.of(scores[name], peaks[name]) for name in self.classes_ if scores[name]
         }
+        self.reference_ = {name: torch.stack(own).numpy() for name, own in pooled.items() if own}
         self.typical_ = np.array([(np.mean(v), max(np.std(v), 1e-3)) for v in usual.values()])
 
     @torch.inference_mode()
@@ -261,7 +273,10 @@ class Detector(BaseEstimator):
         scores, maps = score_images(values, constants, score, self.config_.criterion)
         # A defect is local; what is of another kind differs almost everywhere, and the median is low.
         usual = values.log_prob[-1].flatten(1).median(1).values
-        return _Judged(scores.cpu(), maps.cpu(), class_idx.cpu(), sure.cpu(), usual.cpu())
+        # Rounded as stored features are: those of the images kept aside, which new ones are compared with.
+        dtype = getattr(torch, self.config_.features.dtype)
+        pooled = torch.cat([level.to(dtype).float().mean(1) for level in features], dim=1)
+        return _Judged(scores.cpu(), maps.cpu(), class_idx.cpu(), sure.cpu(), usual.cpu(), pooled.cpu())
 
     def predict(
         self, images: Images, *, class_name: str | None = None, batch_size: int | None = None,
@@ -346,6 +361,7 @@ class Detector(BaseEstimator):
             one.name, score, threshold, normals.p_value(score), normals.percentile(score),
             score > threshold or unknown, name, float(found.sure[i]), unknown, promise,
             found.maps[i].numpy(), normals.pixel_threshold(self.false_alarm_rate), one.shown, seconds,
+            found.pooled[i].numpy(),
         )  # fmt: skip
 
     def normals_for(self, class_name: str) -> tuple[Normals, str]:
@@ -408,6 +424,29 @@ class Detector(BaseEstimator):
             **{key: {name: str(rate) for name, rate in of.items()} for key, of in rates.items()},
         }
 
+    def drift(self, predictions: Iterable[Prediction], *, level: float = 0.01) -> Drift:
+        """Test whether images just judged are still like the normal ones kept aside.
+
+        Args:
+            predictions: Of :meth:`predict`, on new images, most of which are normal.
+            level: Share of days without a drift on which one may be called.
+        Raises:
+            InputError: There are too few images for the level.
+            NotFittedError: Nothing was learnt yet.
+        """
+        self._check_fitted()
+        today: dict[str, list[Prediction]] = {}
+        for one in predictions:
+            today.setdefault(one.class_name, []).append(one)
+        return find_drift(
+            {name: Sample(own.scores, self.reference_[name]) for name, own in self.normals_.items()},
+            {
+                name: Sample(np.array([one.score for one in own]), np.stack([one.features for one in own]))
+                for name, own in today.items()
+            },
+            level=level,
+        )
+
     def save(self, path: Path | str) -> Path:
         """Write all that it takes to predict to one safetensors file, atomically, and a model card beside it.
 
@@ -423,6 +462,7 @@ class Detector(BaseEstimator):
             k = self.classes_.index(name)
             tensors[f"normals.{k}.scores"] = torch.from_numpy(normals.scores)
             tensors[f"normals.{k}.peaks"] = torch.from_numpy(normals.peaks)
+            tensors[f"reference.{k}"] = torch.from_numpy(self.reference_[name])
         tensors["typical"] = torch.from_numpy(self.typical_)
         config = self.config_.to_dict()
         # Paths of this machine say nothing on another.
@@ -488,6 +528,7 @@ class Detector(BaseEstimator):
             for k, name in enumerate(names)
             if f"{k}.scores" in stored
         }
+        detector.reference_ = {names[int(k)]: value.numpy() for k, value in part("reference").items()}
         detector.typical_ = tensors["typical"].numpy()
         detector.trained_on_, detector.metrics_ = spec["trained_on"], spec["metrics"]
         return detector
@@ -554,6 +595,7 @@ class _Judged:
     class_idx: Tensor
     sure: Tensor
     usual: Tensor
+    pooled: Tensor
 
 
 @dataclass(frozen=True)
@@ -561,6 +603,17 @@ class _Loaded:
     name: str
     tensor: Tensor
     shown: NDArray[np.uint8]
+
+
+def _count(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Count each class's images by what they are for."""
+    return {
+        name: {
+            split: sum(record.class_name == name for record in getattr(dataset, split))
+            for split in ("train", "held_out", "threshold", "test")
+        }
+        for name in dataset.classes
+    }
 
 
 def _nothing(features: Features) -> Features:
@@ -571,7 +624,7 @@ def _named(images: Images) -> tuple[Iterator[tuple[str, Any]], bool]:
     """Name images one by one, and say whether their number is known."""
     if isinstance(images, str | os.PathLike):
         path = user_path(Path(images))
-        files = _below(path) if path.is_dir() else [path]
+        files = images_below(path) if path.is_dir() else [path]
         return ((str(file), file) for file in files), True
     single = isinstance(images, Image.Image | np.ndarray) or hasattr(images, "detach")
     if single and not (hasattr(images, "ndim") and images.ndim == 4):
@@ -585,7 +638,7 @@ def _named(images: Images) -> tuple[Iterator[tuple[str, Any]], bool]:
     return pairs, isinstance(images, Sized)
 
 
-def _below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
     """List the image files of a folder and of those in it, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
     if not files:
