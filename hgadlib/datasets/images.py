@@ -71,8 +71,11 @@ def _reason(path: Path, error: BaseException) -> str:
         pixels = int(str(error).partition("(")[2].partition(" ")[0]) / 1e6
         most = f"at most {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million are read"
         return f"an image of {pixels:.0f} million pixels, where {most}; shrink it or cut it into tiles"
-    with path.open("rb") as file:
-        start = file.read(16)
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except (OSError, ValueError) as own:  # a name that no file can have
+        return f"cannot be read: {own}"
     if not start:
         return "the file is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
@@ -149,21 +152,34 @@ def as_rgb(image: Any, bit_depth: int = 16, name: str = "image") -> NDArray[np.u
         InputError: It is none of these, empty, or holds numbers out of range.
     """
     if isinstance(image, str | os.PathLike):
+        if os.path.exists(image) and not (os.path.isfile(image) or os.path.isdir(image)):
+            raise InputError(f"{image}: expected an image file, found a pipe or a device")
         return read_image(Path(image), bit_depth)
     if isinstance(image, Image.Image):
+        _check_size(image.height, image.width, name)
         try:
             return np.array(_to_rgb(ImageOps.exif_transpose(image), name, bit_depth))
+        except InputError:
+            raise
         except _DECODE_ERRORS as error:  # Pillow decodes when it is asked for pixels
             raise InputError(f"{name}: truncated or damaged image ({error})") from error
     if hasattr(image, "detach") and hasattr(image, "cpu"):  # a tensor, without importing torch
-        image = image.detach().cpu().numpy()
+        try:
+            # NumPy has neither bfloat16 nor the lazy signs that tensors may have.
+            image = (image.float() if image.is_floating_point() else image).numpy(force=True)
+        except (TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise InputError(f"{name}: expected a dense tensor of numbers, found {reason}") from None
         image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
     if not isinstance(image, np.ndarray):
         expected = "a path, a Pillow image, an array (H, W[, C]) or a tensor ([C, ]H, W)"
         raise InputError(f"{name}: expected {expected}, found {type(image).__name__}")
+    image = np.asarray(image)  # of subclasses some index in their own way
     pixels = image[..., None] if image.ndim == 2 else image
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
         raise InputError(f"{name}: expected (H, W) or (H, W, C) with C of 1, 3 or 4, found {image.shape}")
+    _check_size(pixels.shape[0], pixels.shape[1], name)
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     if pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
             low, high = pixels.min(), pixels.max()
@@ -181,6 +197,14 @@ def as_rgb(image: Any, bit_depth: int = 16, name: str = "image") -> NDArray[np.u
     if pixels.shape[2] == 4:
         return np.array(_to_rgb(Image.fromarray(np.ascontiguousarray(pixels), "RGBA"), name))
     return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def _check_size(height: int, width: int, name: str) -> None:
+    """Refuse an image in memory without a pixel, or with more than Pillow reads of a file."""
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+    if not 0 < height * width <= most:
+        expected = f"expected 1 to {most / 1e6:.0f} million pixels, found {width} x {height}"
+        raise InputError(f"{name}: {expected}; shrink it or cut it into tiles")
 
 
 def read_mask(path: Path | str) -> NDArray[np.bool_]:

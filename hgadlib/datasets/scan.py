@@ -88,7 +88,7 @@ def list_folder(folder: Path, findings: Findings | None = None) -> tuple[list[Pa
     folders: list[Path] = []
     files: list[Path] = []
     for entry in found:
-        if entry.name.startswith(".") or entry.name.lower() in _LITTER:
+        if is_litter(entry.name):
             continue
         is_folder, problem = _follow(entry, folder)
         if problem is not None:
@@ -96,6 +96,11 @@ def list_folder(folder: Path, findings: Findings | None = None) -> tuple[list[Pa
         else:
             (folders if is_folder else files).append(Path(entry.path))
     return folders, files
+
+
+def is_litter(name: str) -> bool:
+    """Check whether a file or folder is hidden, or one that a system leaves behind."""
+    return name.startswith(".") or name.lower() in _LITTER
 
 
 def is_image(path: Path) -> bool:
