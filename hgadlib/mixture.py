@@ -15,6 +15,7 @@ Covariances of classes (Eq. 5) come in by a whitening factor of each, :math:`\Si
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -266,6 +267,23 @@ class HierarchicalGaussianMixture(nn.Module):
     def set_centers(self, centers: Tensor) -> None:
         """Put the main centres, (K, D), in place."""
         self.centers.copy_(centers)
+
+    @torch.no_grad()
+    def with_class(self, k: int) -> HierarchicalGaussianMixture:
+        """Return a copy that has one class more, with index k: those from k on move up by one.
+
+        Until it is told otherwise, all centres of the new class lie in the origin, its covariance is I, and
+        its weight is the mean of the others'.
+        """
+        made = copy.deepcopy(self)
+        for name, own in [*made.named_parameters(), *made.named_buffers()]:
+            new = torch.zeros_like(own[:1])
+            if name == "psi":
+                new = own.mean(0, keepdim=True)
+            elif name == "factor":
+                new = torch.eye(own.shape[1]).to(own)[None]
+            own.data = torch.cat([own[:k], new, own[k:]])
+        return made
 
     @torch.no_grad()
     def split(self, z: Tensor, k: int, *, seed: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -150,9 +151,14 @@ class HGAD(nn.Module):
                 normaliser = cast(FixedAffine, flow.normaliser)
                 whiten, shrinkage = self.flow_config.normalise == "whiten", self.flow_config.shrinkage
                 normaliser.fit(moment.mean, moment.covariance, whiten=whiten, shrinkage=shrinkage)
-        start = self.prior_config
+        self._place_classes(batches, means=self.prior_config.init == "class_means")
+
+    def _place_classes(
+        self, batches: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor]]], *, means: bool
+    ) -> None:
+        """Take the main centres, if means, and the covariances of the classes in the batches from latents."""
+        start, covariances = self.prior_config, self.prior_config.covariance != "identity"
         mixtures = [prior for prior in self.priors if isinstance(prior, HierarchicalGaussianMixture)]
-        means, covariances = start.init == "class_means", start.covariance != "identity"
         if mixtures and (means or covariances):
             sums = [torch.zeros_like(mixture.centers) for mixture in mixtures]
             counts = torch.zeros(len(self.classes), device=self.device)
@@ -179,6 +185,45 @@ class HGAD(nn.Module):
                     if own.count:
                         at, added = size[k].mean.to(mixture.centers), start.shrinkage * size[k].variance
                         mixture.set_covariance(k, own.covariance + flow.noise_covariance(at, added))
+
+    @torch.no_grad()
+    def with_class(
+        self, name: str, batches: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor]]], *, seed: int = 0
+    ) -> Self:
+        """Return a copy that has one class more, at the sorted place of its name; nothing is trained.
+
+        The flows, and all that the other classes have, stay as they are: so do their log-likelihoods, bit for
+        bit. The new class is a Gaussian about its mean latent, of its own covariance where classes have one:
+        all its centres are one, for their offsets are learnt. Where all covariances are I, the offsets lie on
+        the clusters of its latents. Its scores are to be calibrated, see :meth:`calibrate`.
+
+        Args:
+            name: Of the new class.
+            batches: Returns, at each call, its normal images a batch at a time, as of :meth:`initialise`; the
+                class indices are not looked at.
+            seed: Of the clusters.
+        Raises:
+            InputError: There is a class of this name.
+        """
+        if name in self.classes:
+            raise InputError(f"expected a class that the model does not know, found {name!r}; rename it")
+        made = copy.deepcopy(self)
+        made.classes = tuple(sorted([*self.classes, name]))
+        k = made.classes.index(name)
+        for buffer in made.buffers(recurse=False):
+            buffer.data = torch.cat([buffer[:k], torch.zeros_like(buffer[:1]), buffer[k:]])
+
+        def own() -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+            return ((features, torch.full_like(class_idx, k)) for features, class_idx in batches())
+
+        if made.has_entropy:
+            made.priors = nn.ModuleList(
+                cast(HierarchicalGaussianMixture, prior).with_class(k) for prior in made.priors
+            )
+            made._place_classes(own, means=True)
+            if made.prior_config.covariance == "identity":
+                made.split_centers(own(), seed=seed)
+        return made
 
     @torch.no_grad()
     def split_centers(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], *, seed: int = 0) -> None:
@@ -333,6 +378,8 @@ class HGAD(nn.Module):
         self,
         batches: Iterable[tuple[LevelValues, Tensor]],
         held_out: Iterable[tuple[LevelValues, Tensor]] = (),
+        *,
+        only: Sequence[int] | None = None,
     ) -> None:
         """Store each class's constants: what its scores are normalised by.
 
@@ -342,6 +389,7 @@ class HGAD(nn.Module):
         Args:
             batches: Level values of training images, and their class indices.
             held_out: Likewise, of normal images held out of training.
+            only: Indices of the classes to calibrate; the others keep their constants. None for all.
         Raises:
             FloatingPointError: A value is not finite: the weights are not, or a class has no images.
         """
@@ -369,17 +417,16 @@ class HGAD(nn.Module):
             neg_entropy_max.zero_()
         chosen = (count[1] > 0).long(), torch.arange(len(self.classes), device=self.device)
         found = [normal_statistics(count[chosen], x[0][chosen], x[1][chosen]) for x in sums]
-        finite = [x.isfinite().all() for pair in found for x in pair]
-        if not (log_prob_max.isfinite().all() and neg_entropy_max.isfinite().all() and all(finite)):
+        own_classes = list(range(len(self.classes)) if only is None else only)
+        constants_found = [log_prob_max, neg_entropy_max, *(x for pair in found for x in pair)]
+        if not all(x[own_classes].isfinite().all() for x in constants_found):
             raise FloatingPointError(
                 "log-likelihoods of the training images are not finite; lower train.lr or set "
                 "train.gradient_clip, and see that every class has training images"
             )
-        self.log_prob_max.copy_(log_prob_max)
-        self.neg_entropy_max.copy_(neg_entropy_max)
-        for level, (mean, std) in enumerate(found):
-            self.get_buffer(f"normal_mean_{level}").copy_(mean)
-            self.get_buffer(f"normal_std_{level}").copy_(std)
+        names = [f"normal_{what}_{level}" for level in range(len(found)) for what in ("mean", "std")]
+        for name, x in zip(["log_prob_max", "neg_entropy_max", *names], constants_found, strict=True):
+            self.get_buffer(name)[own_classes] = x[own_classes].to(self.log_prob_max)
 
     @property
     def is_calibrated(self) -> bool:

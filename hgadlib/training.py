@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -280,9 +280,12 @@ def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int,
 
 def calibrate(
     model: HGAD, features: Features, class_idx: np.ndarray, held_out: Labelled | None = None, *,
-    batch_size: int = 32,
+    batch_size: int = 32, only: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
-    """Take the constants of the scores from the training features, and from those held out of training."""
+    """Take the constants of the scores from the training features, and from those held out of training.
+
+    Of all classes, or only of some, by index.
+    """
 
     def values(features: Features, class_idx: np.ndarray) -> Iterator[tuple[LevelValues, Tensor]]:
         labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
@@ -290,7 +293,7 @@ def calibrate(
             own = labels[indices.to(model.device)]
             yield model.level_values(batch, own), own
 
-    model.calibrate(values(features, class_idx), values(*held_out) if held_out else ())
+    model.calibrate(values(features, class_idx), values(*held_out) if held_out else (), only=only)
 
 
 def save_checkpoint(
