@@ -7,6 +7,7 @@ writes by the same settings: either continues from, or reads, what the other has
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -28,34 +29,44 @@ from torch import Tensor
 
 from hgadlib.baselines import METHODS
 from hgadlib.config import Config, config_from_dict, load_config
-from hgadlib.datasets import DATASETS
+from hgadlib.datasets import DATASETS, load_dataset
 from hgadlib.datasets.images import as_rgb, normalised, parallel_map, resize_image, save
-from hgadlib.datasets.records import Dataset
-from hgadlib.datasets.scan import Findings, is_image, list_images
+from hgadlib.datasets.records import GOOD, Dataset, ImageRecord
+from hgadlib.datasets.scan import Findings, is_image, is_litter, list_images
+from hgadlib.datasets.validation import hold_out
 from hgadlib.errors import InputError
+from hgadlib.evaluation.class_inference import infer_classes
 from hgadlib.evaluation.drift import Drift, Sample, find_drift
-from hgadlib.evaluation.evaluate import score_images
+from hgadlib.evaluation.evaluate import Evaluation, score_images
 from hgadlib.evaluation.thresholds import Normals, Rate, binomial_rate, images_needed
 from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
-from hgadlib.features.store import Features
+from hgadlib.features.extract import dataset_features
+from hgadlib.features.store import Features, spread_sample
 from hgadlib.files import user_path, write_atomically
 from hgadlib.model import HGAD, read_tensors, write_tensors
 from hgadlib.runs.directory import RunDirectory
 from hgadlib.runs.experiment import evaluate_model, finish_run, train_model
 from hgadlib.runs.hardware import environment, select_device
 from hgadlib.runs.inputs import Inputs, prepare
+from hgadlib.training import calibrate
 
 FORMAT = 1
 """Goes up when older versions of this library can no longer read a saved detector."""
 UNLIKE = 6.0
-"""Deviations below its class's usual log-likelihood from which on an image is of no known class. Of images of
-the class at most 1 in 37 lies so far below, whatever their distribution (Cantelli's inequality)."""
+"""Deviations below its class's usual log-likelihood from which on an anomalous image is of no known class."""
+# Images that all classes' deviation counts for beside that of a class's own.
+_POOLED = 5
+# What a description that is not ours makes Python say.
+_WRONG_CONTENT = (
+    LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
+    MemoryError,
+)  # fmt: skip
 # Images that a named folder or a sequence is scored by at a time.
 _BATCH = 8
 
 Images = Any
-"""A file, a folder (with all below it), a Pillow image, an array or tensor as of
-:func:`hgadlib.datasets.images.as_rgb`, or an iterable of these, which may be endless."""
+"""A file, a Pillow image, an array or tensor as of :func:`hgadlib.datasets.images.as_rgb`; an iterable of
+these, which may be endless; or a folder, with all below it."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +80,12 @@ class Prediction:
         p_value: Share of normal images that score as much or more; see
             :func:`hgadlib.evaluation.thresholds.conformal_p_values`.
         percentile: Share of the normal images kept aside that score less, in percent.
-        is_anomalous: Whether the score exceeds the threshold, or the image is of no known class.
+        is_anomalous: Whether the score exceeds the threshold.
         class_name: The class it was scored as.
         class_confidence: Share of the image's positions at which no other class is likelier; NaN where the
             class was given.
-        is_unknown: Whether it looks like no image of that class; see :data:`UNLIKE`.
+        is_unknown: Whether it is anomalous all over, as of no known class; see :data:`UNLIKE`. An image below
+            the threshold never is, so this costs no false alarm.
         promise: Whose false alarms the threshold bounds: "class", or "all classes" where the class has too
             few images for a threshold of its own.
         anomaly_map: (S, S) float32.
@@ -115,6 +127,51 @@ class Prediction:
         arrays = ("anomaly_map", "image", "features")
         values = {name: value for name, value in vars(self).items() if name not in arrays}
         return {name: None if value != value else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class AddedClass:
+    """What a class is like that was added without training, and what it costs the others.
+
+    The test images' figures are of images whose class is given, but for "taken" and "missed"; without test
+    images they are empty.
+
+    Attributes:
+        name: The class.
+        images: How many of its images are for what: "train", "held_out", "threshold".
+        promise: Whose false alarms its threshold bounds, as of :class:`Prediction`.
+        others_before: Mean metrics of the other classes' test images.
+        others_after: The same with the class added.
+        score_change: Mean size of the change of the other classes' image scores: 0 where scores are made of
+            likelihoods alone.
+        taken: Share of the other classes' test images that are now taken for the new class.
+        missed: Share of the new class's test images that are taken for another.
+        own: Metrics of the new class.
+        retrained: Its metrics by a detector that was trained on it too.
+        retrained_others: That detector's mean metrics of the other classes.
+    """
+
+    name: str
+    images: dict[str, int]
+    promise: str
+    others_before: dict[str, float | None] = field(default_factory=dict)
+    others_after: dict[str, float | None] = field(default_factory=dict)
+    score_change: float | None = None
+    taken: Rate | None = None
+    missed: Rate | None = None
+    own: dict[str, float | None] = field(default_factory=dict)
+    retrained: dict[str, float | None] = field(default_factory=dict)
+    retrained_others: dict[str, float | None] = field(default_factory=dict)
+
+    def behind(self) -> dict[str, float]:
+        """Return by how much each metric of the new class lies below the retrained detector's."""
+        pairs = {name: (value, self.own.get(name)) for name, value in self.retrained.items()}
+        return {name: a - b for name, (a, b) in pairs.items() if a is not None and b is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it, ready for JSON."""
+        rates = {name: str(value) for name, value in vars(self).items() if isinstance(value, Rate)}
+        return {**vars(self), **rates, "behind": self.behind()}
 
 
 class Detector(BaseEstimator):
@@ -205,7 +262,8 @@ class Detector(BaseEstimator):
             model = train_model(config, inputs, run, progress=progress)
             self.metrics_ = finish_run(config, inputs, model, run).metrics if inputs.dataset.test else {}
         self.config_, self.model_, self.backbone_ = config, model.eval(), inputs.backbone
-        self.classes_, self.bit_depth_ = inputs.dataset.classes, inputs.dataset.bit_depth
+        self.classes_ = inputs.dataset.classes
+        self.bit_depth_ = config.data.bit_depth or inputs.dataset.bit_depth
         self.trained_on_ = {
             "dataset": inputs.dataset.name, "train": len(inputs.dataset.train),
             "held_out": len(inputs.dataset.held_out), "threshold": counts, "seed": config.seed,
@@ -213,7 +271,8 @@ class Detector(BaseEstimator):
             "environment": environment(inputs.device),
         }  # fmt: skip
         self.remarks_ = (*inputs.dataset.skipped, *inputs.dataset.remarks)
-        self._choose_thresholds(inputs)
+        self.normals_, self.reference_, usual = self._look_at_normals(inputs)
+        self.typical_ = _typical([usual[name] for name in self.classes_])
         return self
 
     def _parameters(self, images: Any, stack: ExitStack) -> dict[str, Any]:
@@ -229,10 +288,14 @@ class Detector(BaseEstimator):
         if isinstance(images, str | os.PathLike):
             return given | {"dataset": "folder", "data_root": str(user_path(Path(images)))}
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hgad-")))
-        _write_folder(images if isinstance(images, Mapping) else {"object": images}, folder)
+        depth = (self.overrides or {}).get("data.bit_depth") or 16
+        _write_folder(images if isinstance(images, Mapping) else {"object": images}, folder, depth)
         return given | {"dataset": "folder", "data_root": str(folder)}
 
-    def _choose_thresholds(self, inputs: Inputs) -> None:
+    def _look_at_normals(
+        self, inputs: Inputs
+    ) -> tuple[dict[str, Normals], dict[str, NDArray[np.float32]], dict[str, list[float]]]:
+        """Judge the images kept aside; return by class scores, features, and how likely they usually are."""
         dataset = inputs.dataset
         scores: dict[str, list[float]] = {name: [] for name in self.classes_}
         pooled: dict[str, list[Tensor]] = {name: [] for name in self.classes_}
@@ -252,11 +315,8 @@ class Detector(BaseEstimator):
                         scores[self.classes_[k]].append(found.scores[i].item())
                         pooled[self.classes_[k]].append(found.pooled[i])
                         peaks[self.classes_[k]].append(found.maps[i].amax().item())
-        self.normals_ = {
-            name: Normals.of(scores[name], peaks[name]) for name in self.classes_ if scores[name]
-        }
-        self.reference_ = {name: torch.stack(own).numpy() for name, own in pooled.items() if own}
-        self.typical_ = np.array([(np.mean(v), max(np.std(v), 1e-3)) for v in usual.values()])
+        normals = {name: Normals.of(own, peaks[name]) for name, own in scores.items() if own}
+        return normals, {name: torch.stack(own).numpy() for name, own in pooled.items() if own}, usual
 
     @torch.inference_mode()
     def _judge(self, features: Sequence[Tensor], class_idx: Tensor | None) -> _Judged:
@@ -304,14 +364,14 @@ class Detector(BaseEstimator):
             raise InputError(f"expected one of the classes {', '.join(self.classes_)}, found {class_name!r}")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"expected a batch_size of at least 1, found {batch_size}")
-        return self._predictions(images, class_name, batch_size, on_error)
-
-    def _predictions(
-        self, images: Images, class_name: str | None, batch_size: int | None,
-        on_error: Callable[[str, InputError], None] | None,
-    ) -> Iterator[Prediction]:  # fmt: skip
         items, sized = _named(images)
         size = batch_size or (_BATCH if sized else 1)
+        return self._predictions(items, size, class_name, on_error, ahead=2 * size if sized else 1)
+
+    def _predictions(
+        self, items: Iterator[tuple[str, Any]], size: int, class_name: str | None,
+        on_error: Callable[[str, InputError], None] | None, *, ahead: int,
+    ) -> Iterator[Prediction]:  # fmt: skip
         data, backbone = self.config_.data, self.backbone_
 
         def load(item: tuple[str, Any]) -> _Loaded | tuple[str, InputError]:
@@ -326,7 +386,7 @@ class Detector(BaseEstimator):
             return _Loaded(name, torch.from_numpy(normalised(pixels, backbone.mean, backbone.std)), shown)
 
         batch: list[_Loaded] = []
-        for loaded in parallel_map(load, items, num_workers=data.num_workers, ahead=2 * size if sized else 1):
+        for loaded in parallel_map(load, items, num_workers=data.num_workers, ahead=ahead):
             if isinstance(loaded, _Loaded):
                 batch.append(loaded)
             elif on_error is not None:
@@ -346,9 +406,7 @@ class Detector(BaseEstimator):
         own = None if class_name is None else torch.full((len(batch),), self.classes_.index(class_name))
         found = self._judge(features, own)
         seconds = (time.perf_counter() - started) / len(batch)
-        return [
-            self._prediction(one, found, i, seconds) for i, one in enumerate(batch)
-        ]  # fmt: skip
+        return [self._prediction(one, found, i, seconds) for i, one in enumerate(batch)]
 
     def _prediction(self, one: _Loaded, found: _Judged, i: int, seconds: float) -> Prediction:
         k, score = int(found.class_idx[i]), float(found.scores[i])
@@ -356,11 +414,11 @@ class Detector(BaseEstimator):
         normals, promise = self.normals_for(name)
         threshold = normals.threshold(self.false_alarm_rate)
         mean, std = self.typical_[k]
-        unknown = bool((mean - float(found.usual[i])) / std > UNLIKE)
+        unknown = score > threshold and bool((mean - float(found.usual[i])) / std > UNLIKE)
         return Prediction(
             one.name, score, threshold, normals.p_value(score), normals.percentile(score),
-            score > threshold or unknown, name, float(found.sure[i]), unknown, promise,
-            found.maps[i].numpy(), normals.pixel_threshold(self.false_alarm_rate), one.shown, seconds,
+            score > threshold, name, float(found.sure[i]), unknown, promise,
+            found.maps[i].numpy().copy(), normals.pixel_threshold(self.false_alarm_rate), one.shown, seconds,
             found.pooled[i].numpy(),
         )  # fmt: skip
 
@@ -387,24 +445,9 @@ class Detector(BaseEstimator):
             NotFittedError: Nothing was learnt yet.
         """
         self._check_fitted()
-        from hgadlib.datasets import load_dataset
-        from hgadlib.features.extract import dataset_features
-
-        if isinstance(images, str) and images in DATASETS and images != "folder":
-            dataset = load_dataset(images, bit_depth=self.bit_depth_)
-        else:
-            dataset = load_dataset("folder", root=user_path(Path(images)), bit_depth=self.bit_depth_)
-        dataset = replace(dataset, classes=self.classes_)
-        if not dataset.test:
-            raise InputError(f"{dataset.root}: expected test images to evaluate on, found none")
-        dataset.class_idx(dataset.test)
-        config = self.config_
-        test = dataset_features(
-            dataset.test, self.backbone_, image_size=config.data.image_size, resize=config.data.resize,
-            dtype=config.features.dtype, device=self.model_.device, progress=progress,
-        )  # fmt: skip
-        inputs = Inputs(dataset, self.backbone_, _nothing(test), test, self.model_.device)
-        result = evaluate_model(config, inputs, self.model_, all_protocols=True)
+        inputs = self._test_inputs(images, progress)
+        dataset = inputs.dataset
+        result = evaluate_model(self.config_, inputs, self.model_, all_protocols=True)
         above = np.array(
             [
                 score > self.normals_for(record.class_name)[0].threshold(self.false_alarm_rate)
@@ -423,6 +466,25 @@ class Detector(BaseEstimator):
             "metrics": {**result.evaluation.to_dict(), "inferred": result.inferred},
             **{key: {name: str(rate) for name, rate in of.items()} for key, of in rates.items()},
         }
+
+    def _test_inputs(self, images: Path | str, progress: bool) -> Inputs:
+        if isinstance(images, str) and images in DATASETS and images != "folder":
+            dataset = load_dataset(images, bit_depth=self.bit_depth_)
+        else:
+            dataset = load_dataset("folder", root=user_path(Path(images)), bit_depth=self.bit_depth_)
+        dataset = replace(dataset, classes=self.classes_)
+        if not dataset.test:
+            raise InputError(f"{dataset.root}: expected test images to evaluate on, found none")
+        dataset.class_idx(dataset.test)
+        test = self._features(dataset.test, progress)
+        return Inputs(dataset, self.backbone_, _some(test, np.zeros(0, int)), test, self.model_.device)
+
+    def _features(self, records: Sequence[ImageRecord], progress: bool) -> Features:
+        data, dtype = self.config_.data, self.config_.features.dtype
+        return dataset_features(
+            records, self.backbone_, image_size=data.image_size, resize=data.resize, dtype=dtype,
+            device=self.model_.device, num_workers=data.num_workers, progress=progress,
+        )  # fmt: skip
 
     def drift(self, predictions: Iterable[Prediction], *, level: float = 0.01) -> Drift:
         """Test whether images just judged are still like the normal ones kept aside.
@@ -447,6 +509,110 @@ class Detector(BaseEstimator):
             level=level,
         )
 
+    def add_class(
+        self, name: str, images: Any, *, test: Path | str | None = None, retrained: Detector | None = None,
+        progress: bool = True,
+    ) -> tuple[Self, AddedClass]:  # fmt: skip
+        """Learn a class more from its normal images without training: minutes, and no other class's images.
+
+        The flow stays as it is. The class gets its own centre and covariance, constants of the scores, and
+        thresholds, on images parted as :meth:`fit` parts them; see :meth:`hgadlib.model.HGAD.with_class`. The
+        others' likelihoods do not change; their entropies do, and an image may be taken for the new class.
+
+        Args:
+            name: Of the new class.
+            images: Its normal images: as one class of :meth:`fit`.
+            test: A folder or dataset with test images of all classes, or some, to see what it costs.
+            retrained: A detector trained on this class as well, to see by the test images how far behind
+                this one is.
+            progress: Whether to show bars.
+        Returns:
+            A new detector, this one stays as it is; and the report.
+        Raises:
+            InputError: The class is known, an image is bad, or the detector is a baseline that cannot grow.
+            NotFittedError: Nothing was learnt yet.
+        """
+        self._check_fitted()
+        config = self.config_
+        if config.method != "hgad":
+            raise InputError(f"expected a detector of method hgad, found {config.method}; fit it anew")
+        with tempfile.TemporaryDirectory(prefix="hgad-") as folder:
+            _write_folder({name: images}, Path(folder), self.bit_depth_)
+            dataset = load_dataset("folder", root=folder, bit_depth=self.bit_depth_)
+            dataset = hold_out(hold_out(dataset, config.data.threshold, "threshold"), config.data.held_out)
+            parts = [dataset.train, dataset.held_out, dataset.threshold]
+            train, held_out, threshold = (self._features(part, progress) if part else None for part in parts)
+        name = dataset.classes[0]  # in the form that names of classes have
+        assert train is not None  # of no class more than half is kept aside
+
+        def batches() -> Iterator[tuple[list[Tensor], Tensor]]:
+            # As many images as a class of a run starts from.
+            sample = spread_sample(np.zeros(len(train), int), 1, 64)
+            for index, features in train.batches(sample.split(32), self.model_.device):
+                yield features, torch.zeros(len(index), dtype=torch.int64, device=self.model_.device)
+
+        made = copy.copy(self)
+        made.model_ = self.model_.with_class(name, batches, seed=config.seed)
+        made.classes_ = made.model_.classes
+        k = made.classes_.index(name)
+        none = _some(train, np.zeros(0, int))
+        inputs = Inputs(
+            replace(dataset, classes=made.classes_), self.backbone_, train, none, self.model_.device,
+            held_out, threshold,
+        )  # fmt: skip
+        calibrate(made.model_, train, inputs.train_classes, inputs.calibration, only=[k])
+        normals, reference, usual = made._look_at_normals(inputs)
+        made.normals_, made.reference_ = self.normals_ | normals, self.reference_ | reference
+        pooled = float(np.mean(self.typical_[:, 1] ** 2))
+        made.typical_ = np.insert(self.typical_, k, _typical([usual[name]], pooled), axis=0)
+        counts = {
+            split: len(part) for split, part in zip(("train", "held_out", "threshold"), parts, strict=True)
+        }
+        trained = self.trained_on_
+        made.trained_on_ = {
+            **trained, "threshold": trained["threshold"] | {name: counts["threshold"]},
+            "images": trained["images"] | {name: {**counts, "test": 0}},
+            "added": {**trained.get("added", {}), name: counts},
+        }  # fmt: skip
+        made.metrics_, made.remarks_ = {}, (*self.remarks_, *dataset.remarks)
+        report = AddedClass(name, counts, made.normals_for(name)[1])
+        return made, report if test is None else self._what_it_costs(made, report, test, retrained, progress)
+
+    def _what_it_costs(
+        self, made: Detector, report: AddedClass, test: Path | str, retrained: Detector | None, progress: bool
+    ) -> AddedClass:
+        """Measure this detector, the one with a class more and a retrained one on test images."""
+        name, inputs = report.name, made._test_inputs(test, progress)
+
+        def measured(detector: Detector, part: Inputs | None) -> Evaluation | None:
+            if part is None:
+                return None
+            return evaluate_model(detector.config_, part, detector.model_, all_protocols=False).evaluation
+
+        def inferred(part: Inputs | None, k: int) -> NDArray[np.bool_]:
+            known = made.model_.has_entropy and part is not None
+            return infer_classes(made.model_, part.test) == k if known and part else np.zeros(0, bool)
+
+        own, others = _tested(inputs, name, alone=True), _tested(inputs, name, alone=False)
+        k, before, after = made.classes_.index(name), measured(self, others), measured(made, others)
+        alone = measured(made, own)
+        report = replace(
+            report, own=alone.mean if alone else {}, taken=binomial_rate(inferred(others, k)),
+            missed=binomial_rate(~inferred(own, k)),
+        )  # fmt: skip
+        if before and after:
+            change = float(np.abs(after.scores - before.scores).mean())
+            report = replace(
+                report, others_before=before.mean, others_after=after.mean, score_change=change
+            )  # fmt: skip
+        if retrained is not None:
+            seen = retrained._test_inputs(test, progress)
+            alone, rest = (measured(retrained, _tested(seen, name, alone=a)) for a in (True, False))
+            report = replace(
+                report, retrained=alone.mean if alone else {}, retrained_others=rest.mean if rest else {}
+            )  # fmt: skip
+        return report
+
     def save(self, path: Path | str) -> Path:
         """Write all that it takes to predict to one safetensors file, atomically, and a model card beside it.
 
@@ -455,6 +621,9 @@ class Detector(BaseEstimator):
         """
         self._check_fitted()
         path = user_path(Path(path))
+        if path.suffix == ".md":
+            raise InputError(f"{path}: the model card takes this name; save to {path.stem}.safetensors, say")
+        card = self.card()
         tensors = {f"model.{name}": value for name, value in self.model_.state_dict().items()}
         folded = self.backbone_.network.state_dict()
         tensors |= {f"backbone.{name}": value for name, value in folded.items()}
@@ -474,7 +643,7 @@ class Detector(BaseEstimator):
         }  # fmt: skip
         text = json.dumps(spec, default=str)
         write_tensors(path, tensors, {"hgad_detector": text, "digest": _digest(tensors, text)})
-        write_atomically(path.with_suffix(".md"), self.card())
+        write_atomically(path.with_suffix(".md"), card)
         return path
 
     @classmethod
@@ -484,11 +653,14 @@ class Detector(BaseEstimator):
         Raises:
             InputError: The file is missing, damaged, changed, of a newer version, or something else.
         """
+        path = user_path(Path(path))
         tensors, metadata = read_tensors(path)
+        if "hgad" in metadata:
+            raise InputError(
+                f"{path}: expected a detector, found a model alone; name a file that Detector.save wrote"
+            )
         if "hgad_detector" not in metadata:
             raise InputError(f"{path}: expected a detector of this library, found another safetensors file")
-        if metadata.get("digest") != _digest(tensors, metadata["hgad_detector"]):
-            raise InputError(f"{path}: the file was changed after it was written; take the original")
         try:
             spec = json.loads(metadata["hgad_detector"])
             if spec["format"] > FORMAT:
@@ -496,10 +668,12 @@ class Detector(BaseEstimator):
                     f"{path}: written by a newer version of hgadlib (format {spec['format']}, this one reads "
                     f"up to {FORMAT}); update hgadlib"
                 )
+            if metadata.get("digest") != _digest(tensors, metadata["hgad_detector"]):
+                raise InputError(f"{path}: the file was changed after it was written; take the original")
             return cls._from(spec, tensors, device)
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except _WRONG_CONTENT as error:
             raise InputError(
                 f"{path}: expected a detector of this version of the library, found another: "
                 f"{' '.join(str(error).split())[:200]}"
@@ -531,12 +705,19 @@ class Detector(BaseEstimator):
         detector.reference_ = {names[int(k)]: value.numpy() for k, value in part("reference").items()}
         detector.typical_ = tensors["typical"].numpy()
         detector.trained_on_, detector.metrics_ = spec["trained_on"], spec["metrics"]
+        if detector.typical_.shape != (len(names), 2):
+            raise ValueError(f"expected two typical values a class, found {detector.typical_.shape}")
+        for own, kept in detector.normals_.items():
+            if len(detector.reference_[own]) != len(kept.scores):
+                raise ValueError(f"class {own!r}: expected as many features as scores")
+        detector.card()  # needs all the rest: thresholds of every class, what it was trained on
         return detector
 
     def card(self) -> str:
         """Write a model card in Markdown: what it is, what it was trained on, what it promises."""
         self._check_fitted()
-        trained, rate = self.trained_on_, self.false_alarm_rate
+        trained, rate = dict(self.trained_on_), self.false_alarm_rate
+        added = trained.pop("added", {})
         mean = self.metrics_.get("mean", {})
         figures = [f"- {name}: {value:.4f}" for name, value in mean.items() if value is not None]
         rows = []
@@ -545,6 +726,7 @@ class Detector(BaseEstimator):
             limits = f"{normals.threshold(rate):.4g} | {normals.pixel_threshold(rate):.4g}"
             rows.append(f"| {name} | {trained['threshold'].get(name, 0)} | {limits} | {promise} |")
         return _CARD.format(
+            added=f" Added since, without training: {', '.join(added)}." if added else "",
             classes=", ".join(self.classes_), count=len(self.classes_), **trained, rate=100 * rate,
             kept=sum(trained["threshold"].values()), rows="\n".join(rows),
             figures="\n".join(figures) or "None: there were no labelled test images.",
@@ -564,7 +746,7 @@ Anomaly detector for {count} class(es): {classes}.
 ## Trained on
 
 Dataset `{dataset}`, normal images only: {train} to train, {held_out} to calibrate scores, {kept} to
-choose thresholds; seed {seed}.
+choose thresholds; seed {seed}.{added}
 
 ## Decision
 
@@ -616,8 +798,31 @@ def _count(dataset: Dataset) -> dict[str, dict[str, int]]:
     }
 
 
-def _nothing(features: Features) -> Features:
-    return replace(features, levels=tuple(level[:0] for level in features.levels))
+def _typical(usual: Sequence[Sequence[float]], pooled: float | None = None) -> NDArray[np.float64]:
+    """Compute mean and deviation by class, (K, 2); of a class without values NaN, which nothing is unlike.
+
+    Of few images a deviation says little, so the variance within all classes, or the one given, counts too.
+    """
+    sizes = np.array([len(values) for values in usual])
+    variances = np.array([np.var(values) if values else 0.0 for values in usual])
+    pooled = sizes @ variances / max(sizes.sum(), 1) if pooled is None else pooled
+    deviations = np.sqrt((sizes * variances + _POOLED * pooled) / (sizes + _POOLED))
+    means = np.array([np.mean(values) if values else np.nan for values in usual])
+    return np.stack([means, np.maximum(deviations, 1e-3)], axis=1)
+
+
+def _some(features: Features, index: NDArray[np.int64]) -> Features:
+    return replace(features, levels=tuple(level[torch.from_numpy(index)] for level in features.levels))
+
+
+def _tested(inputs: Inputs, name: str, *, alone: bool) -> Inputs | None:
+    """Take the test images of one class alone, or of all others; None where there are none."""
+    of = np.array([(record.class_name == name) == alone for record in inputs.dataset.test], dtype=bool)
+    records = tuple(record for record, taken in zip(inputs.dataset.test, of, strict=True) if taken)
+    test = _some(inputs.test, np.flatnonzero(of))
+    classes = tuple(own for own in inputs.dataset.classes if (own == name) == alone)
+    dataset = replace(inputs.dataset, classes=classes, records=records)
+    return replace(inputs, dataset=dataset, test=test) if records else None
 
 
 def _named(images: Images) -> tuple[Iterator[tuple[str, Any]], bool]:
@@ -639,29 +844,67 @@ def _named(images: Images) -> tuple[Iterator[tuple[str, Any]], bool]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """List the image files of a folder and of those in it, by name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_image(path))
+    """List the image files of a folder and of those in it, by name; links to folders are followed once."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not is_litter(name)]
+        files += [Path(place, name) for name in names if is_image(Path(name)) and not is_litter(name)]
+    files.sort()
     if not files:
         list_images(folder, Findings(strict=True))
         raise InputError(f"{folder}: expected images, found none")
     return files
 
 
-def _write_folder(classes: Mapping[str, Any], folder: Path) -> None:
-    """Write images in memory, and link those in files, into one folder a class."""
+def _write_folder(classes: Mapping[str, Any], folder: Path, bit_depth: int = 16) -> None:
+    """Write images in memory, and link those in files, into one folder a class; bit_depth is of colours."""
     if not classes:
         raise InputError("expected normal images of at least one class, found none")
     for class_name, images in classes.items():
-        target = folder / str(class_name)
-        target.mkdir()
+        # In MVTec's layout any name is one of a class: "score" too.
+        target = folder / str(class_name) / "train" / GOOD
+        try:
+            if str(class_name) != Path(str(class_name)).name or is_litter(str(class_name)):
+                raise ValueError
+            target.mkdir(parents=True)
+        except (OSError, ValueError):
+            raise InputError(
+                f"class {class_name!r}: expected a name that a folder can have; rename it"
+            ) from None
+        if isinstance(images, str | os.PathLike) and user_path(Path(images)).is_dir():
+            # Of a folder with test images, say, only those to learn from.
+            dataset = load_dataset("folder", root=user_path(Path(images)))
+            if len(dataset.classes) > 1:
+                found = ", ".join(dataset.classes)
+                raise InputError(f"{images}: expected images of class {class_name!r} alone, found {found}")
+            images = [record.path for record in dataset.train]
         for i, (name, image) in enumerate(_named(images)[0]):
             if isinstance(image, str | os.PathLike):
                 source = Path(image).resolve()
-                if not source.is_file():
-                    raise InputError(f"{source}: no such file")
-                (target / f"{i:06d}_{source.name}").symlink_to(source)
-            else:
-                save(as_rgb(image, name=f"{class_name}, {name}"), target / f"{i:06d}.png")
+                if not (source.is_file() and is_image(source)):
+                    raise InputError(f"{source}: expected an image file, found none")
+                (target / f"{i:06d}_{source.name[-200:]}").symlink_to(source)
+                continue
+            stored, name = _deep_grey(image), f"{class_name}, {name}"
+            save(as_rgb(image, bit_depth, name) if stored is None else stored, target / f"{i:06d}.png")
+
+
+def _deep_grey(image: Any) -> NDArray[Any] | None:
+    """Return the pixels of a grey image of 16 bits, whose depth is found over all images, else None."""
+    if isinstance(image, Image.Image) and not image.mode.startswith("I;16"):
+        return None
+    pixels = np.asarray(image) if isinstance(image, Image.Image | np.ndarray) else np.zeros(0)
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    deep = pixels.ndim == 2 and pixels.size and pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2
+    return pixels.astype(np.uint16) if deep else None
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
