@@ -1,7 +1,7 @@
-"""The command ``hgad``, also ``python -m hgadlib``: train without a notebook, look after data and runs.
+"""The command ``hgad``, also ``python -m hgadlib``: detectors, data and runs without a notebook.
 
-Without a command it trains and evaluates one run; parameters in papermill's words: -p NAME VALUE, -f FILE,
--y YAML. On several devices: ``torchrun --nproc-per-node N -m hgadlib -p dataset visa``.
+The verbs that make and use a detector are those of :mod:`hgadlib.commands`; without a verb a run is trained
+and evaluated, as by ``book/train.ipynb``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import io
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from hgadlib import commands
 from hgadlib.config import load_config, params_dir, project_dir, run_dir
 from hgadlib.errors import InputError
 
@@ -25,7 +27,8 @@ from hgadlib.errors import InputError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, from its words or, where None, the command line's; return the exit status.
 
-    0: all is well; 1: `data check` found problems or a training diverged; 2: wrong input; 130: interrupted.
+    0: all is well; 1: something was found (an anomalous image, a drift, problems of `data check`), or a
+    training diverged; 2: wrong input; 130: interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         # A class may bear a name that the terminal cannot write.
@@ -34,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush complains
+        return 141
     except (InputError, FloatingPointError, OSError) as error:  # OSErrors are the machine's
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
@@ -42,27 +48,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+_DESCRIPTION = """\
+Finds defects in pictures of many kinds of product, trained on pictures of
+good products only: one model, many classes."""
+_EPILOG = """\
+examples:
+  hgad data check parts                  look through a folder of images
+  hgad fit parts                         learn; writes parts.safetensors
+  hgad predict parts.safetensors today/  judge images
+  hgad COMMAND --help                    more on each
+
+Without a command one run is trained and evaluated, as by book/train.ipynb, in
+papermill's words:
+  hgad -p dataset demo -y '{overrides: {loss.lambda2: 10}}'
+  torchrun --nproc-per-node 2 -m hgadlib -p dataset visa"""
+
+
 def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="hgad", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        prog="hgad", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=form
+    )
     parser.set_defaults(run=train)
     pair = ("NAME", "VALUE")
-    parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=pair)
-    parser.add_argument("-f", dest="file", type=Path, action="append", default=[], metavar="FILE")
-    parser.add_argument("-y", dest="yaml", action="append", default=[], metavar="YAML")
+    parser.add_argument("-p", dest="parameter", nargs=2, action="append", default=[], metavar=pair,
+                        help="a parameter of the run")  # fmt: skip
+    parser.add_argument("-f", dest="file", type=Path, action="append", default=[], metavar="FILE",
+                        help="a parameter file")  # fmt: skip
+    parser.add_argument("-y", dest="yaml", action="append", default=[], metavar="YAML",
+                        help="parameters as YAML")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    commands = parser.add_subparsers(metavar="COMMAND")
+    verbs = parser.add_subparsers(metavar="COMMAND", title="commands")
+    commands.add_to(verbs)
 
     # As datasets.DATASETS, whose import would load torch for a line of help.
     names = sorted(path.stem for path in params_dir().glob("*.yaml"))
-    data = commands.add_parser("data", help="check, fetch and hold out images").add_subparsers(required=True)
+    data = verbs.add_parser("data", help="check, fetch and hold out images").add_subparsers(required=True)
     checking = data.add_parser("check", help="look through a folder of images and report")
     checking.set_defaults(run=check_data)
     checking.add_argument("path", type=Path)
-    checking.add_argument("--layout", choices=names, help="dataset whose layout it has (else guessed)")
+    checking.add_argument("--layout", choices=names, metavar="NAME",
+                          help=f"dataset whose layout it has: {', '.join(names)} (else guessed)")  # fmt: skip
     fetching = data.add_parser("fetch", help="download a dataset, or make the demo")
     fetching.set_defaults(run=fetch_data)
-    fetching.add_argument("name", choices=names)
+    fetching.add_argument("name", choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
     fetching.add_argument("--root", type=Path, help="its place (default: $HGAD_DATA/NAME or data/NAME)")
     fetching.add_argument("--from", dest="source", help="URL or archive on disk to use instead")
     fetching.add_argument("--checksum", help="algorithm:digest of that archive, if another")
@@ -74,14 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     holding.add_argument("--seed", type=int, default=0, help="another seed holds out other images")
     holding.add_argument("--held-out", type=float, default=0.15, help="share to hold out (default: 0.15)")
 
-    runs = commands.add_parser("runs", help="records of real runs").add_subparsers(required=True)
+    runs = verbs.add_parser("runs", help="records of real runs").add_subparsers(required=True)
     adding = runs.add_parser("add", help="write a finished run's record into results/runs")
     adding.set_defaults(run=add_record)
     adding.add_argument("directory", type=Path)
     adding.add_argument("--note", default="", help="which images a folder held, say")
     runs.add_parser("list", help="list the records").set_defaults(run=list_records)
 
-    grids = commands.add_parser("grid", help="grids of runs").add_subparsers(required=True)
+    grids = verbs.add_parser("grid", help="grids of runs").add_subparsers(required=True)
     for name, run, text in (
         ("list", list_grid, "list the distinct runs, with their states"),
         ("table", write_table, "average the seeds of every experiment into runs/tables/NAME.csv"),

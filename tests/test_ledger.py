@@ -124,7 +124,16 @@ def test_overlap_of_normal_and_anomalous(tmp_path: Path) -> None:
     assert overlaps(tmp_path / "missing.npz") == {}
 
 
-@pytest.mark.parametrize("command", [["--help"], ["runs", "list"], ["grid", "list", "ablations"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["doctor", "--help"],
+        ["predict", "--help"],
+        ["runs", "list"],
+        ["grid", "list", "ablations"],
+    ],
+)
 def test_light_commands_need_no_torch(command: list[str]) -> None:
     code = (
         "import sys; from hgadlib.__main__ import main\n"
