@@ -115,7 +115,7 @@ def add_to(commands: Any) -> None:
         "hgad validate parts.safetensors parts.onnx today/",
     )  # fmt: skip
     _model(one)
-    one.add_argument("--out", type=Path, metavar="FILE", help="(default: MODEL with the suffix .onnx)")
+    one.add_argument("out", type=Path, nargs="?", metavar="ONNX", help="(default: MODEL, ending on .onnx)")
 
     one = _verb(
         commands, "validate", validate, "compare an ONNX file with its detector",
@@ -292,14 +292,14 @@ def watch(options: argparse.Namespace) -> int:
 
 def _present(folder: Path) -> dict[Path, tuple[int, int]]:
     """List the images that lie in a folder now, oldest first, with size and time of change."""
-    from hgadlib.datasets.scan import is_image
+    from hgadlib.datasets.scan import is_image, is_litter
 
     found = []
     for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_litter(name)]
         for name in files:
             path = Path(where, name)
-            if name.startswith(".") or not is_image(path):  # copying programs hide what is unfinished
+            if is_litter(name) or not is_image(path):  # copying programs hide what is unfinished
                 continue
             try:
                 stat = path.stat()
@@ -361,7 +361,7 @@ def validate(options: argparse.Namespace) -> int:
     print(report)
     if not report.ok:
         _say(options, "next: write the file again",
-             f"  hgad export {shlex.join([str(options.model), '--out', str(options.onnx)])}")  # fmt: skip
+             f"  hgad export {shlex.join([str(options.model), str(options.onnx)])}")  # fmt: skip
     return 0 if report.ok else 1
 
 

@@ -321,7 +321,7 @@ def test_export_writes_a_file_that_validate_finds_equal(
 ) -> None:
     pytest.importorskip("onnxruntime")
     file = tmp_path / "parts.onnx"
-    assert main(["export", made.model, "--out", str(file)]) == 0
+    assert main(["export", made.model, str(file)]) == 0
     seen = capsys.readouterr()
     assert str(file) in seen.out and "hgad validate" in seen.err
     assert main(["validate", made.model, str(file), str(made.images / "disc" / "test")]) == 0
