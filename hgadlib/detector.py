@@ -646,6 +646,13 @@ class Detector(BaseEstimator):
         write_atomically(path.with_suffix(".md"), card)
         return path
 
+    def export(self, path: Path | str) -> Path:
+        """Write an ONNX file that judges images without this library; see :func:`hgadlib.export.export`."""
+        self._check_fitted()
+        from hgadlib.export import export  # its packages are an extra
+
+        return export(self, path)
+
     @classmethod
     def load(cls, path: Path | str, *, device: str = "auto") -> Self:
         """Read a detector that :meth:`save` wrote.

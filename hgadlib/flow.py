@@ -327,7 +327,7 @@ class PositionalCoupling(AffineCoupling):
     def coefficients(self, x1: Tensor, condition: Tensor | None) -> Tensor:
         """See the base class; condition is the position code, (N, P), the same for every image."""
         if condition is not None:
-            x1 = torch.cat([x1, condition.expand(len(x1), -1, -1)], dim=-1)
+            x1 = torch.cat([x1, condition.expand(x1.shape[0], -1, -1)], dim=-1)
         return self.subnet(x1)
 
     @property
