@@ -278,14 +278,13 @@ def watch(options: argparse.Namespace) -> int:
             ready = [path for path, facts in now.items() if before.get(path) == facts != refused.get(path)]
             for one in detector.predict(ready, class_name=options.class_name, on_error=refuse):
                 done.add(Path(one.name))
-                refused.pop(Path(one.name), None)
                 output.show(one)
             if options.once and all(refused.get(p) == facts for p, facts in now.items() if p not in done):
                 break
             time.sleep(options.interval)
     except KeyboardInterrupt:
         pass
-    output.unreadable = len(refused)
+    output.unreadable = len(refused.keys() - done)
     output.summarise(detector)
     return output.status
 

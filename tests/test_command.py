@@ -8,6 +8,8 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -167,16 +169,15 @@ def test_the_table_fits_in_80_columns(
 
 
 def test_names_on_stdin_are_judged_as_they_come(
-    made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = sorted((made.images / "disc" / "test" / "spot").iterdir())
-    judged: list[dict[str, object]] = []
+    out = tmp_path / "out.jsonl"
 
     def names() -> Iterator[str]:
         for number, file in enumerate(files):
             yield f"{file}\r\n" if number else f"\n{file}\n"  # an empty line is no name
-            judged.extend(rows(capsys.readouterr().out))
-            assert len(judged) == number + 1, "the answer comes before the next question"
+            assert len(rows(out.read_text())) == number + 1, "the answer comes before the next question"
 
     class Stdin:
         def __iter__(self) -> Iterator[str]:
@@ -184,8 +185,9 @@ def test_names_on_stdin_are_judged_as_they_come(
                 yield from text.splitlines(keepends=True)
 
     monkeypatch.setattr(sys, "stdin", Stdin())
-    assert main(["predict", made.model, "-"]) == 1
-    assert [row["name"] for row in judged] == [str(file) for file in files]
+    with out.open("w") as file, contextlib.redirect_stdout(file):  # buffered, as a pipe is
+        assert main(["predict", made.model, "-"]) == 1
+    assert [row["name"] for row in rows(out.read_text())] == [str(file) for file in files]
     assert main(["predict", made.model, "-", "a.png"]) == 2
     assert "expected either - or files" in capsys.readouterr().err
 
@@ -263,7 +265,7 @@ def test_watch_waits_for_files_that_are_half_written(
     steps = [
         lambda: add(whole[:quarter]),  # growing: not read
         lambda: add(whole[quarter : 2 * quarter]), nothing,  # the same for an interval: tried, refused
-        nothing, lambda: add(whole[2 * quarter :]), nothing, touch, nothing, nothing,
+        nothing, touch, nothing, lambda: add(whole[2 * quarter :]), nothing,  # judged, then Ctrl-C
     ]  # fmt: skip
     stepped(monkeypatch, *steps)
     assert main(["watch", made.model, str(good)]) == 1
@@ -316,6 +318,7 @@ def test_evaluate_prints_metrics_and_rates(
     assert full["found"]["disc"] in rates
 
 
+@pytest.mark.slow
 def test_export_writes_a_file_that_validate_finds_equal(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -474,6 +477,21 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
         if isinstance(action, argparse._SubParsersAction):
             for one in action.choices.values():
                 yield from parsers(one)
+
+
+def test_commands_that_are_shown_can_be_given() -> None:
+    root, parser = Path(__file__).parents[1], _parser()
+    texts = [
+        (root / "README.md").read_text(encoding="utf-8"),
+        *(one.format_help() for one in parsers(parser)),
+    ]
+    shown = [match for text in texts for match in re.findall(r"^ *(?:find .*\| )?(hgad .*)", text, re.M)]
+    assert len(shown) > 20
+    for line in shown:
+        for command in re.split(r" && | \| | > |  +", line):
+            words = shlex.split(command, comments=True)
+            if words[:1] == ["hgad"] and not {"COMMAND", "--help"} & {*words}:
+                parser.parse_args(words[1:])  # exits where a word is not known
 
 
 def test_help_reads_well_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
