@@ -170,7 +170,7 @@ class TrainConfig:
     first_stage: Share = 0.08
     """Share of the epochs without intra-class terms; 0 for one-stage optimisation."""
     entropy_in_first_stage: Flag = False
-    lr: Annotated[Real, Field(ge=0, le=1e3)] = 4e-3
+    lr: Annotated[Real, Field(ge=0, le=1e3)] = 1e-3
     schedule: Literal["step", "cosine", "constant"] = "cosine"
     milestones: tuple[Share, ...] = (0.48, 0.57, 0.88)
     """Shares of the epochs at which a step schedule drops the rate tenfold."""
@@ -183,7 +183,7 @@ class TrainConfig:
     decay_prior: Flag = False
     step_per_level: Flag = False
     """One optimiser step per level, as the released code does; otherwise one for all."""
-    gradient_clip: Annotated[Real, Field(ge=1e-12, le=1e12)] | None = 100.0
+    gradient_clip: Annotated[Real, Field(ge=1e-12, le=1e12)] | None = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the subnets under autocast; densities stay in float32."""
     noise: Annotated[Real, Field(ge=0, le=1e3)] = 0.0
