@@ -201,7 +201,7 @@ def fit_lines(tmp_path: Path) -> Path:
             "real_auroc": 0.5 + (0.25 if change == "noise" else 0.125) * epoch,
             "trained_log_prob": 0.0, "held_out_log_prob": -1.0 * epoch,
         }
-        for name in ("demo", "elpv", "x") for change in ("default", "noise")[: 1 + (name != "x")]
+        for name in ("demo", "elpv", "x") for change in ("start", "noise")[: 1 + (name != "x")]
         for epoch in (0, 1)
     ]  # fmt: skip
     lines += [
@@ -216,8 +216,8 @@ def fit_lines(tmp_path: Path) -> Path:
 def test_the_fit_is_set_out_by_its_last_epoch_over_whole_sets(tmp_path: Path) -> None:
     found = choice.read_fit("epoch", fit_lines(tmp_path))
     table = choice.fit_table(found).data  # type: ignore[attr-defined]
-    assert table["real image (%)"].to_dict() == {"untrained": 50.0, "default": 62.5, "noise": 75.0}
-    assert table["log-likelihood, held out"].to_dict() == {"untrained": 0.0, "default": -1.0, "noise": -1.0}
+    assert table["real image (%)"].to_dict() == {"untrained": 50.0, "start": 62.5, "noise": 75.0}
+    assert table["log-likelihood, held out"].to_dict() == {"untrained": 0.0, "start": -1.0, "noise": -1.0}
     titles = [ax.get_title(loc="left") for ax in choice.fit_curves(found).axes if ax.lines]
     assert titles == ["demo", "elpv", "x"]
 

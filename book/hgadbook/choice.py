@@ -360,28 +360,28 @@ def read_fit(what: str, file: Path | None = None) -> pd.DataFrame:
 def fit_table(found: pd.DataFrame) -> Styler:
     """Set out the last epoch by what was changed of the fit, and the untrained default: means over the sets.
 
-    Only sets that have every change count.
+    Of the sets whose changes were all tried, or else of those with most; the changes are from "start".
 
     Args:
         found: From :func:`read_fit`, "epoch", not empty.
     """
     last = found[found["epoch"] == found.groupby(["dataset", "change"])["epoch"].transform("max")]
-    untrained = found[(found["epoch"] == 0) & (found["change"] == "default")].assign(change="untrained")
+    untrained = found[(found["epoch"] == 0) & (found["change"] == "start")].assign(change="untrained")
     rows = pd.concat([untrained, last])
     whole = rows.groupby("dataset")["change"].nunique()
     rows = rows[rows["dataset"].isin(whole.index[whole == whole.max()])]
     table = rows.groupby("change", sort=False)[list(_FIT_METRICS)].mean().rename(columns=_FIT_METRICS)
-    styler = styled(table, name="fit", emphasise=["default"])
+    styler = styled(table, name="fit", emphasise=["start"])
     return styler.format({c: "{:.1f}" if c.endswith("(%)") else "{:.3f}" for c in table.columns})
 
 
 def fit_curves(found: pd.DataFrame) -> Figure:
-    """Draw, a panel a data set, log-likelihood by epoch of the images trained on and of those held out.
+    """Draw log-likelihood by epoch, of the start of the changes: images trained on and held out, a panel a set.
 
     Args:
         found: From :func:`read_fit`, "epoch".
     """
-    of = found[found["change"] == "default"]
+    of = found[found["change"] == "start"]
     figure, panels = panel_grid(max(1, of["dataset"].nunique()), 4, 2.6, 2.4)
     for ax, (name, part) in zip(panels, of.groupby("dataset", sort=False), strict=False):
         for column, color in zip(list(_FIT_METRICS)[:2], PALETTE[1:], strict=False):
