@@ -65,6 +65,7 @@ from hgadlib.scoring import (
     image_scores,
     log_normality,
     missing_normality,
+    upsampling_matrix,
 )
 
 FORMAT = 1
@@ -351,6 +352,9 @@ def export(detector: Detector, path: Path | str) -> Path:
     example = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8), torch.tensor([-1, 0])
     batch, *sides = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     decision = Decision(detector).eval()
+    for length in {length for grid in detector.model_.grids for length in grid}:
+        # Constants of the graph: made here, outside of it, they are remembered.
+        upsampling_matrix(length, decision.score.map_size, decision.score.sigma)
     with torch.no_grad(), _quiet():
         program: Any = torch.onnx.export(
             decision, example, None, dynamo=True, verbose=False, external_data=False,
