@@ -376,7 +376,7 @@ def fit_table(found: pd.DataFrame) -> Styler:
 
 
 def fit_curves(found: pd.DataFrame) -> Figure:
-    """Draw log-likelihood by epoch, of the start of the changes: images trained on and held out, panels by set.
+    """Draw log-likelihood by epoch of the start of the changes: images trained on and held out, a panel each.
 
     Args:
         found: From :func:`read_fit`, "epoch".
