@@ -246,7 +246,7 @@ class Decision(nn.Module):
             else:
                 by_class.append(standard_log_prob(z)[..., None])
         if n_classes == 1:
-            class_idx = torch.zeros_like(class_id)
+            class_idx = class_id.clamp_min(0)
         elif model.has_entropy:
             inferred = torch.stack([own.double().sum(1) for own in by_class]).sum(0).argmax(1)
             class_idx = torch.where(class_id < 0, inferred, class_id)
