@@ -315,7 +315,8 @@ def test_evaluate_prints_metrics_and_rates(
     assert main(["evaluate", made.model, str(made.images), "--json", "--quiet"]) == 0
     full = json.loads(capsys.readouterr().out)
     assert f"{full['metrics']['mean']['image_auroc']:.4f}" == table[3][1]
-    assert full["found"]["disc"] in rates
+    row = [cell for cell in rates.splitlines()[1].split("  ") if cell]
+    assert [cell.strip() for cell in row] == ["disc", full["false_alarms"]["disc"], full["found"]["disc"]]
 
 
 @pytest.mark.slow
@@ -347,6 +348,9 @@ def test_drift_is_found_in_other_images_and_not_in_like_ones(
     assert main(["drift", made.model, str(other)]) == 1
     seen = capsys.readouterr()
     assert seen.out.startswith("drift: p = ") and "next: look at some" in seen.err
+    assert main(["drift", made.model, str(other), "--json", "--class", "disc"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["p_scores"] < 0.01 and found["p_features"] < 0.01 and found["images"] == {"disc": 20}
     assert main(["drift", made.model, str(other / "disc300.png")]) == 2
     assert "give more images" in capsys.readouterr().err
     (same / "broken.png").write_bytes(b"")
