@@ -192,6 +192,7 @@ def test_names_on_stdin_are_judged_as_they_come(
     assert "expected either - or files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(made: Made) -> None:
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "hgadlib", "predict", made.model, str(made.images / "disc" / "test")]
