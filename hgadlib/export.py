@@ -54,6 +54,7 @@ from hgadlib.mixture import (
     HierarchicalGaussianMixture,
     Whitening,
     center_entropy,
+    class_evidence,
     mixture_log_prob,
     softmax_entropy,
     standard_log_prob,
@@ -248,7 +249,7 @@ class Decision(nn.Module):
         if n_classes == 1:
             class_idx = class_id.clamp_min(0)
         elif model.has_entropy:
-            inferred = torch.stack([own.double().sum(1) for own in by_class]).sum(0).argmax(1)
+            inferred = torch.stack([class_evidence(own) for own in by_class]).sum(0).argmax(1)
             class_idx = torch.where(class_id < 0, inferred, class_id)
         else:
             class_idx = torch.where(class_id < 0, n_classes, class_id)

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LOG_2PI = math.log(2.0 * math.pi)
+# Share of an image's positions that may belong to no class; see class_evidence.
+_OUTLIERS = 0.1
 # A learnt covariance stays within this factor of the first one's deviations, but for its low rank.
 _LARGEST_LOG_SCALE = 2.0
 
@@ -117,6 +119,24 @@ def class_log_probs(z: Tensor, centers: Tensor, log_weights_intra: Tensor, white
         for *own, factor in zip(centers, log_weights_intra, zip(*whitening, strict=True), strict=True)
     ]
     return torch.stack(classes, dim=-1)
+
+
+def class_evidence(log_probs: Tensor) -> Tensor:
+    r"""Evidence for each class from an image's positions, a share of which belongs to no class: in nats.
+
+    .. math:: \sum_n \log\Bigl((1-\epsilon)\operatorname{softmax}_y(\log p(z_n|y)) + \frac{\epsilon}{K}\Bigr),
+              \qquad \epsilon = 0.1
+
+    A defect is thousands of nats unlike its own class and less unlike a broader one; the plain sum would let
+    a few such positions decide. Here each counts for log(K / epsilon) at most.
+
+    Args:
+        log_probs: Log-densities of positions under each class, (B, N, K).
+    Returns:
+        (B, K) float64.
+    """
+    share = _OUTLIERS / log_probs.shape[-1]
+    return ((1 - _OUTLIERS) * F.softmax(log_probs, dim=-1).double() + share).log().sum(1)
 
 
 def softmax_entropy(logits: Tensor) -> Tensor:

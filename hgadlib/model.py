@@ -19,7 +19,7 @@ from hgadlib.errors import InputError
 from hgadlib.files import replacing
 from hgadlib.flow import FeatureFlow, FixedAffine, Moments, kept_channels
 from hgadlib.losses import hgad_losses
-from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture
+from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture, class_evidence
 from hgadlib.scoring import Calibration, Constants, LevelValues, Normalisation, inductive, normal_statistics
 
 Prior = HierarchicalGaussianMixture | GaussianPrior
@@ -343,7 +343,7 @@ class HGAD(nn.Module):
     def inferred_values(self, features: Sequence[Tensor]) -> tuple[LevelValues, Tensor, Tensor]:
         r"""Infer each image's class and compute its values under it, in one pass of the flows.
 
-        .. math:: \hat y = \arg\max_y \sum_{\text{levels}}\sum_{\text{positions}} \log p(z|y)
+        It is the class of most evidence over levels, :func:`hgadlib.mixture.class_evidence`.
 
         Args:
             features: One (B, H*W, C) a level.
@@ -364,8 +364,7 @@ class HGAD(nn.Module):
             z, log_det = flow(x)
             mixture = cast(HierarchicalGaussianMixture, prior)
             parts.append((mixture.log_prob_by_class(z), log_det, mixture.neg_entropy(z), z.shape[-1]))
-        totals = torch.stack([by_class.double().sum(1) for by_class, *_ in parts]).sum(0)
-        class_idx = totals.argmax(1)
+        class_idx = torch.stack([class_evidence(by_class) for by_class, *_ in parts]).sum(0).argmax(1)
         agree = torch.cat([by_class.argmax(-1) == class_idx[:, None] for by_class, *_ in parts], 1)
         log_probs, neg_entropies = [], []
         for (by_class, log_det, neg_entropy, dim), grid in zip(parts, self.grids, strict=True):

@@ -28,12 +28,13 @@ from hgadlib.datasets.records import Dataset, ImageRecord, relabel
 from hgadlib.errors import InputError
 from hgadlib.evaluation.class_inference import (
     auroc_by_class,
-    class_log_probs,
+    image_evidence,
     infer_classes,
     score_as,
 )
 from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
 from hgadlib.evaluation.thresholds import conformal_threshold
+from hgadlib.mixture import class_evidence
 from hgadlib.runs.inputs import Inputs
 from hgadlib.training import calibrate
 
@@ -71,28 +72,39 @@ def config(**more: Any) -> Config:
     return config_from_dict({**values, **more})
 
 
-def test_log_prob_of_every_class() -> None:
+def test_evidence_of_every_class() -> None:
     model = small.model(n_classes=3)
     features, _ = small.features(5, n_classes=3)
-    found = torch.from_numpy(class_log_probs(model, features))
+    found = torch.from_numpy(image_evidence(model, features))
     assert found.shape == (5, 3)
     by_hand = torch.zeros(5, 3, dtype=torch.float64)
+    eps = 0.1
     for (flow, prior), x in zip(model.levels, features.levels, strict=True):
         with torch.no_grad():
             z, _ = flow(x)
+            densities = []
             for k in range(3):
                 centers = prior.intra_centers()[k]  # type: ignore[union-attr, operator, index, unused-ignore]
                 distance = torch.cdist(z.double(), centers.double()).square()
                 weights = prior.log_weights_intra[k].double()  # type: ignore[union-attr, operator, index, unused-ignore]
                 density = torch.logsumexp(weights - distance / 2, -1) - z.shape[-1] / 2 * np.log(2 * np.pi)
-                by_hand[:, k] += density.sum(1)
+                densities.append(density)
+            posterior = torch.softmax(torch.stack(densities, -1), -1)
+            by_hand += ((1 - eps) * posterior + eps / 3).log().sum(1)
     torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-3)
+
+
+def test_a_defect_does_not_decide_the_class() -> None:
+    """It is far less unlike a broad class than its own; the positions beside it tell what the image shows."""
+    log_probs = torch.tensor([[[-10.0, -20.0]] * 15 + [[-9000.0, -100.0]]])
+    assert log_probs.sum(1).argmax() == 1
+    assert class_evidence(log_probs).argmax() == 0
 
 
 def test_one_gaussian_cannot_tell_classes_apart() -> None:
     features, _ = small.features(2)
     with pytest.raises(InputError, match="one Gaussian for all"):
-        class_log_probs(small.model(kind="single"), features)
+        image_evidence(small.model(kind="single"), features)
 
 
 @pytest.mark.parametrize("normalisation", ["calibrated", "inductive"])

@@ -2,12 +2,8 @@ r"""Which class is this? Infer what an image shows, where nobody says so, and sc
 
 The paper's score needs the class of the image (Sec. 3.4). Two ways to do without:
 
-* the model's own: the class whose mixture makes the image most likely, positions taken as independent,
-
-  .. math:: \hat y = \arg\max_y \sum_{\text{levels}}\sum_{\text{positions}}
-            \log\sum_i p_i(y)\,\mathcal N(z;\mu_i^y, I)
-
-  (the log-determinant is the same for all classes and drops out);
+* the model's own: the class whose mixture makes most positions likely, a share of which may be defects,
+  :func:`hgadlib.mixture.class_evidence` (the log-determinant is the same for all classes and drops out);
 * the nearest training image in global features (App. A.2): see
   :func:`hgadlib.features.discovery.assign_nearest`.
 """
@@ -26,7 +22,7 @@ from hgadlib.errors import InputError
 from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
 from hgadlib.evaluation.metrics import image_metrics
 from hgadlib.features.store import Features
-from hgadlib.mixture import HierarchicalGaussianMixture
+from hgadlib.mixture import HierarchicalGaussianMixture, class_evidence
 from hgadlib.model import HGAD
 from hgadlib.scoring import LevelValues
 
@@ -34,8 +30,8 @@ _BATCH = 32
 
 
 @torch.inference_mode()
-def class_log_probs(model: HGAD, features: Features) -> NDArray[np.float64]:
-    """Compute images' log-density under each class's mixture, summed over levels and positions: (N, K), nats.
+def image_evidence(model: HGAD, features: Features) -> NDArray[np.float64]:
+    """Compute images' evidence for each class, summed over levels and positions: (N, K), nats.
 
     Raises:
         InputError: The model has one Gaussian for all classes, so no class is likelier than another.
@@ -50,13 +46,13 @@ def class_log_probs(model: HGAD, features: Features) -> NDArray[np.float64]:
     for rows, batch in features.batches(torch.arange(len(features)).split(_BATCH), model.device):
         for (flow, prior), x in zip(model.levels, batch, strict=True):
             by_class = cast(HierarchicalGaussianMixture, prior).log_prob_by_class(flow(x)[0])
-            totals[rows] += by_class.double().sum(1)
+            totals[rows] += class_evidence(by_class)
     return totals.cpu().numpy()
 
 
 def infer_classes(model: HGAD, features: Features) -> NDArray[np.int64]:
-    """Find the class that makes each image most likely: (N,); raises as :func:`class_log_probs`."""
-    return class_log_probs(model, features).argmax(1).astype(np.int64)
+    """Find the class of most evidence for each image: (N,); raises as :func:`image_evidence`."""
+    return image_evidence(model, features).argmax(1).astype(np.int64)
 
 
 def score_as(
