@@ -29,11 +29,6 @@ ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] != "#"]
 INSTALLED_EXTRAS = ("book", "workflow", "export", "test")  # what make installs, and the lock holds
-    "book",
-    "workflow",
-    "export",
-    "test",
-)  # what make installs, and what the lock therefore holds
 
 
 def locked() -> dict[str, Version]:
