@@ -44,7 +44,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
             stderr=stderr,
         )
         end = time.monotonic() + 120
-        sign = b"features:" if stage == "features" else b"epoch 2/40"
+        sign = b"features:" if stage == "features" else b"epoch 1/40"
         while sign not in said.read_bytes():
             assert process.poll() is None and time.monotonic() < end, said.read_text()
             time.sleep(0.01)
