@@ -339,6 +339,21 @@ class HGAD(nn.Module):
                 neg_entropies.append(prior.neg_entropy(z).unflatten(1, grid))
         return LevelValues(tuple(log_probs), tuple(neg_entropies))
 
+    def by_class(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield each level's latents, (B, H*W, C), log-determinants and log p(z|y), (B, H*W, K).
+
+        Raises:
+            InputError: The model has one Gaussian for all classes, so no class is likelier than another.
+        """
+        if not self.has_entropy:
+            raise InputError(
+                "class inference: expected a prior with a mixture per class, found one Gaussian for all; say "
+                "which class each image is of, or take that of the nearest training image"
+            )
+        for flow, prior, x in self._fitted(features):
+            z, log_det = flow(x)
+            yield z, log_det, cast(HierarchicalGaussianMixture, prior).log_prob_by_class(z)
+
     @torch.inference_mode()
     def inferred_values(self, features: Sequence[Tensor]) -> tuple[LevelValues, Tensor, Tensor]:
         r"""Infer each image's class and compute its values under it, in one pass of the flows.
@@ -351,19 +366,13 @@ class HGAD(nn.Module):
             Level values as of :meth:`level_values`, the classes (B,) int64, and how sure they are: the share
             of all positions at which the class is the likeliest, (B,).
         Raises:
-            InputError: The model has one Gaussian for all classes, so no class is likelier than another.
+            InputError: As of :meth:`by_class`.
         Source: paper Sec. 3.4, for every class in turn.
         """
-        if not self.has_entropy:
-            raise InputError(
-                "class inference: expected a prior with a mixture per class, found one Gaussian for all; say "
-                "which class each image is of"
-            )
-        parts = []
-        for flow, prior, x in self._fitted(features):
-            z, log_det = flow(x)
-            mixture = cast(HierarchicalGaussianMixture, prior)
-            parts.append((mixture.log_prob_by_class(z), log_det, mixture.neg_entropy(z), z.shape[-1]))
+        parts = [
+            (by_class, log_det, cast(HierarchicalGaussianMixture, prior).neg_entropy(z), z.shape[-1])
+            for (z, log_det, by_class), prior in zip(self.by_class(features), self.priors, strict=True)
+        ]
         class_idx = torch.stack([class_evidence(by_class) for by_class, *_ in parts]).sum(0).argmax(1)
         agree = torch.cat([by_class.argmax(-1) == class_idx[:, None] for by_class, *_ in parts], 1)
         log_probs, neg_entropies = [], []

@@ -11,18 +11,17 @@ The paper's score needs the class of the image (Sec. 3.4). Two ways to do withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hgadlib.config import ScoreConfig
-from hgadlib.errors import InputError
 from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
 from hgadlib.evaluation.metrics import image_metrics
 from hgadlib.features.store import Features
-from hgadlib.mixture import HierarchicalGaussianMixture, class_evidence
+from hgadlib.mixture import class_evidence
 from hgadlib.model import HGAD
 from hgadlib.scoring import LevelValues
 
@@ -37,15 +36,9 @@ def image_evidence(model: HGAD, features: Features) -> NDArray[np.float64]:
         InputError: The model has one Gaussian for all classes, so no class is likelier than another.
     Source: paper Sec. 3.4, for every class in turn.
     """
-    if not model.has_entropy:
-        raise InputError(
-            "class inference: expected a prior with a mixture per class, found one Gaussian for all; use "
-            "the nearest training image instead"
-        )
     totals = torch.zeros(len(features), len(model.classes), dtype=torch.float64, device=model.device)
     for rows, batch in features.batches(torch.arange(len(features)).split(_BATCH), model.device):
-        for (flow, prior), x in zip(model.levels, batch, strict=True):
-            by_class = cast(HierarchicalGaussianMixture, prior).log_prob_by_class(flow(x)[0])
+        for _, _, by_class in model.by_class(batch):
             totals[rows] += class_evidence(by_class)
     return totals.cpu().numpy()
 

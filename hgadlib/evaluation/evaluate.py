@@ -105,7 +105,9 @@ def score_images(
     maps = drawn(values, constants)
     scores = image_scores(maps, score.image, score.image_share)
     if score.map_levels == "finest" and isinstance(constants, Calibration):
-        maps = drawn(*finest_levels(values, constants))
+        finest, own = finest_levels(values, constants)
+        if len(finest.log_prob) < len(values.log_prob):  # else it is the same map
+            maps = drawn(finest, own)
     return scores, maps
 
 
