@@ -648,7 +648,7 @@ def _images(words: Sequence[str], overlays: Path | None) -> list[Path] | Iterato
         if len(words) > 1:
             raise InputError("expected either - or files and folders, found both; leave one out")
         return (name for line in sys.stdin if (name := line.rstrip("\r\n")))
-    from hgadlib.detector import images_below
+    from hgadlib.datasets.scan import images_below
 
     files: list[Path] = []
     for path in map(user_path, words):

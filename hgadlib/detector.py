@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,13 +32,13 @@ from hgadlib.config import Config, config_from_dict, load_config
 from hgadlib.datasets import DATASETS, load_dataset
 from hgadlib.datasets.images import as_rgb, normalised, parallel_map, resize_image, save
 from hgadlib.datasets.records import GOOD, Dataset, ImageRecord
-from hgadlib.datasets.scan import Findings, is_image, is_litter, list_images
+from hgadlib.datasets.scan import is_image, is_litter, named_images
 from hgadlib.datasets.validation import hold_out
 from hgadlib.errors import InputError
 from hgadlib.evaluation.class_inference import infer_classes
 from hgadlib.evaluation.drift import Drift, Sample, find_drift
 from hgadlib.evaluation.evaluate import Evaluation, score_images
-from hgadlib.evaluation.thresholds import Normals, Rate, binomial_rate, images_needed
+from hgadlib.evaluation.thresholds import UNLIKE, Normals, Rate, binomial_rate, images_needed
 from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
 from hgadlib.features.extract import dataset_features
 from hgadlib.features.store import Features, spread_sample
@@ -52,8 +52,6 @@ from hgadlib.training import calibrate
 
 FORMAT = 1
 """Goes up when older versions of this library can no longer read a saved detector."""
-UNLIKE = 6.0
-"""Deviations below its class's usual log-likelihood from which on an anomalous image is of no known class."""
 # Images that all classes' deviation counts for beside that of a class's own.
 _POOLED = 5
 # What a description that is not ours makes Python say.
@@ -364,7 +362,7 @@ class Detector(BaseEstimator):
             raise InputError(f"expected one of the classes {', '.join(self.classes_)}, found {class_name!r}")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"expected a batch_size of at least 1, found {batch_size}")
-        items, sized = _named(images)
+        items, sized = named_images(images)
         size = batch_size or (_BATCH if sized else 1)
         return self._predictions(items, size, class_name, on_error, ahead=2 * size if sized else 1)
 
@@ -832,45 +830,6 @@ def _tested(inputs: Inputs, name: str, *, alone: bool) -> Inputs | None:
     return replace(inputs, dataset=dataset, test=test) if records else None
 
 
-def _named(images: Images) -> tuple[Iterator[tuple[str, Any]], bool]:
-    """Name images one by one, and say whether their number is known."""
-    if isinstance(images, str | os.PathLike):
-        path = user_path(Path(images))
-        files = images_below(path) if path.is_dir() else [path]
-        return ((str(file), file) for file in files), True
-    single = isinstance(images, Image.Image | np.ndarray) or hasattr(images, "detach")
-    if single and not (hasattr(images, "ndim") and images.ndim == 4):
-        return iter([("image 0", images)]), True
-    if not isinstance(images, Iterable):
-        raise InputError(f"expected images, a path or an iterable of them, found {type(images).__name__}")
-    pairs = (
-        (str(image) if isinstance(image, str | os.PathLike) else f"image {i}", image)
-        for i, image in enumerate(images)
-    )
-    return pairs, isinstance(images, Sized)
-
-
-def images_below(folder: Path) -> list[Path]:
-    """List the image files of a folder and of those in it, by name; links to folders are followed once."""
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
-
-    files, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not is_litter(name)]
-        files += [Path(place, name) for name in names if is_image(Path(name)) and not is_litter(name)]
-    files.sort()
-    if not files:
-        list_images(folder, Findings(strict=True))
-        raise InputError(f"{folder}: expected images, found none")
-    return files
-
-
 def _write_folder(classes: Mapping[str, Any], folder: Path, bit_depth: int = 16) -> None:
     """Write images in memory, and link those in files, into one folder a class; bit_depth is of colours."""
     if not classes:
@@ -893,7 +852,7 @@ def _write_folder(classes: Mapping[str, Any], folder: Path, bit_depth: int = 16)
                 found = ", ".join(dataset.classes)
                 raise InputError(f"{images}: expected images of class {class_name!r} alone, found {found}")
             images = [record.path for record in dataset.train]
-        for i, (name, image) in enumerate(_named(images)[0]):
+        for i, (name, image) in enumerate(named_images(images)[0]):
             if isinstance(image, str | os.PathLike):
                 source = Path(image).resolve()
                 if not (source.is_file() and is_image(source)):

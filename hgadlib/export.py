@@ -34,7 +34,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -44,9 +44,10 @@ from torch import Tensor, nn
 
 import hgadlib
 from hgadlib.datasets.images import as_rgb
-from hgadlib.detector import UNLIKE, Detector, Images, _named
+from hgadlib.datasets.scan import named_images
 from hgadlib.errors import InputError
 from hgadlib.evaluation.evaluate import score_images
+from hgadlib.evaluation.thresholds import UNLIKE
 from hgadlib.features.backbone import flatten_maps
 from hgadlib.files import replacing, user_path, write_atomically
 from hgadlib.flow import AffineCoupling, FeatureFlow
@@ -68,6 +69,9 @@ from hgadlib.scoring import (
     missing_normality,
     upsampling_matrix,
 )
+
+if TYPE_CHECKING:
+    from hgadlib.detector import Detector
 
 FORMAT = 1
 """Goes up when inputs or outputs of an exported file change."""
@@ -418,7 +422,7 @@ class Validation:
         )
 
 
-def validate(detector: Detector, path: Path | str, images: Images) -> Validation:
+def validate(detector: Detector, path: Path | str, images: Any) -> Validation:
     """Compare an exported file with the detector it was made of, image by image.
 
     Classes are inferred; where the prior cannot, the images are given the classes in turn.
@@ -435,7 +439,7 @@ def validate(detector: Detector, path: Path | str, images: Images) -> Validation
     session = _session(user_path(Path(path)), detector.classes_)
     classes, infers = detector.classes_, detector.model_.has_entropy or len(detector.classes_) == 1
     score, p_value, of_map, changed, count = 0.0, 0.0, 0.0, [], 0
-    for count, (name, image) in enumerate(_named(images)[0], 1):
+    for count, (name, image) in enumerate(named_images(images)[0], 1):
         pixels = as_rgb(image, detector.bit_depth_, name)
         given = -1 if infers else (count - 1) % len(classes)
         one = next(detector.predict([pixels], class_name=None if infers else classes[given]))

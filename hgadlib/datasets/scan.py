@@ -7,14 +7,18 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from hgadlib.datasets import images
 from hgadlib.datasets.records import UNKNOWN_CLASS, ImageRecord
 from hgadlib.errors import InputError
+from hgadlib.files import user_path
 
 # Still images that Pillow decodes itself, without calling another program.
 IMAGE_SUFFIXES = (
@@ -261,3 +265,42 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     """
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def named_images(given: Any) -> tuple[Iterator[tuple[str, Any]], bool]:
+    """Name images one by one, and say whether their number is known."""
+    if isinstance(given, str | os.PathLike):
+        path = user_path(Path(given))
+        files = images_below(path) if path.is_dir() else [path]
+        return ((str(file), file) for file in files), True
+    single = isinstance(given, Image.Image | np.ndarray) or hasattr(given, "detach")
+    if single and not (hasattr(given, "ndim") and given.ndim == 4):
+        return iter([("image 0", given)]), True
+    if not isinstance(given, Iterable):
+        raise InputError(f"expected images, a path or an iterable of them, found {type(given).__name__}")
+    pairs = (
+        (str(image) if isinstance(image, str | os.PathLike) else f"image {i}", image)
+        for i, image in enumerate(given)
+    )
+    return pairs, isinstance(given, Sized)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """List the image files of a folder and of those in it, by name; links to folders are followed once."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not is_litter(name)]
+        files += [Path(place, name) for name in names if is_image(Path(name)) and not is_litter(name)]
+    files.sort()
+    if not files:
+        list_images(folder, Findings(strict=True))
+        raise InputError(f"{folder}: expected images, found none")
+    return files

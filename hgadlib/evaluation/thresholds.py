@@ -21,6 +21,9 @@ from scipy import stats
 
 from hgadlib.errors import InputError
 
+UNLIKE = 6.0
+"""Deviations below its class's usual log-likelihood from which on an anomalous image is of no known class."""
+
 
 def images_needed(false_alarm_rate: float) -> int:
     """Return the least number of held-out normal images for a rate; an InputError of one outside (0, 1).
