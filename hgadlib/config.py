@@ -53,6 +53,7 @@ Pixels = Annotated[Whole, Field(ge=16, le=8192)]
 Count = Annotated[Whole, Field(ge=1, le=10**6)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 Beta = Annotated[Real, Field(ge=0, lt=1)]
+Method = Literal["hgad", "neighbours", "padim", "patchcore", "uniad", "stfpm", "draem", "pmad", "omnial"]
 Weight = Annotated[Real, Field(ge=0, le=1e9)]
 
 
@@ -92,6 +93,8 @@ class FeaturesConfig:
     """Image sizes of a pyramid: then one stage, or all joined, at each size, is a level."""
     join: Flag = True
     """Join the stages into one level, each resized to the finest one's grid."""
+    image: Pixels | None = None
+    """Side at which the image itself is one more level, the last: for methods that see pixels."""
     neighbourhood: Annotated[Whole, Field(ge=1, le=31)] = 1
     """Positions a side over which each stage is averaged (odd); 1 for none."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -162,6 +165,22 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """What the methods that HGAD is compared with take; each reads its own. See hgadlib.baselines."""
+
+    bank: Literal["all", "class"] = "all"
+    """Whose training features an image is compared with: all classes', or its own's (which must be known)."""
+    channels: Annotated[Whole, Field(ge=1, le=65536)] = 100
+    """Channels drawn of all (PaDiM)."""
+    coreset: Annotated[Real, Field(gt=0, le=1)] = 0.1
+    """Share of the training features kept (PatchCore)."""
+    width: Annotated[Whole, Field(ge=1, le=4096)] = 128
+    """Channels of the layers of what is trained."""
+    layers: Annotated[Whole, Field(ge=1, le=64)] = 4
+    """Layers, of each part that has several."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The two-stage fit."""
 
@@ -202,9 +221,9 @@ class ScoreConfig:
     """From log-likelihood and entropy to maps and scores (paper Sec. 3.4)."""
 
     criterion: Literal["likelihood", "entropy", "both"] = "likelihood"
-    normalisation: Literal["calibrated", "inductive", "transductive"] = "calibrated"
+    normalisation: Literal["calibrated", "inductive", "transductive", "raw"] = "calibrated"
     """calibrated standardises by normal images held out of training (data.held_out), else by the training
-    images; the others are scoring.inductive and scoring.transductive."""
+    images; two are scoring.inductive and scoring.transductive; raw takes values as they are."""
     image: Literal["maximum", "top", "quantile"] = "maximum"
     """An image's score, of all levels' map: maximum, mean of the highest share, or what that exceeds."""
     image_share: Annotated[Real, Field(gt=0, le=1)] = 0.01
@@ -224,8 +243,10 @@ class Config:
 
     dataset: Name = "demo"
     experiment: Name = "hgad"
-    method: Literal["hgad", "neighbours"] = "hgad"
-    """The model: this paper's, or distances to the nearest training features of the class (a baseline)."""
+    method: Method = "hgad"
+    """The model: this paper's, or one that it is compared with; see hgadlib.baselines."""
+    setting: Literal["unified", "one_for_one"] = "unified"
+    """One model for all classes, or a model for each class (paper Tab. 6)."""
     seed: Annotated[Whole, Field(ge=0, le=2**32 - 1)] = 0
     device: Name = "auto"
     run_dir: Path_ | None = None
@@ -235,6 +256,7 @@ class Config:
     flow: FlowConfig = field(default_factory=FlowConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
@@ -253,12 +275,15 @@ class Config:
             part = values[section] if section else values
             if part[name] == before:
                 del part[name]
+        if not values["baseline"]:  # younger than some stored configurations as a whole
+            del values["baseline"]
         return values
 
     @property
     def criterion(self) -> Literal["likelihood", "entropy", "both"]:
         """The criterion whose figures stand first: one Gaussian for all classes has no entropy over them."""
-        return "likelihood" if self.prior.kind == "single" else self.score.criterion
+        has_entropy = self.prior.kind == "mixture" and self.method == "hgad"
+        return self.score.criterion if has_entropy and self.setting == "unified" else "likelihood"
 
     @property
     def protocol(self) -> str:
@@ -272,9 +297,10 @@ class Config:
 
 
 _ADDED: dict[str, Any] = {
-    "method": "hgad",
+    "method": "hgad", "setting": "unified",
+    **{f"baseline.{each.name}": each.default for each in dataclasses.fields(BaselineConfig)},
     "data.bit_depth": None, "data.held_out": 0.0, "data.threshold": 0.0,
-    "features.join": False, "features.neighbourhood": 1,
+    "features.join": False, "features.neighbourhood": 1, "features.image": None,
     "flow.coupling": "affine", "flow.shrinkage": 1e-3, "flow.keep": 1.0, "flow.subnet_init": "default",
     "flow.dropout": 0.0,
     "prior.covariance": "identity", "prior.shrinkage": 0.01, "prior.rank": 8,
@@ -381,6 +407,12 @@ class _Tree:
             (positional and size % 4, "flow.position_dim", code, size),
             (area % 2 == 0, "features.neighbourhood", "an odd number", area),
             (flow.keep < 1 and norm != "whiten", "flow.keep", "normalise: whiten beside it", norm),
+            (
+                config.method not in ("hgad", "neighbours") and config.score.normalisation != "raw",
+                "score.normalisation",
+                f"raw beside method {config.method}",
+                config.score.normalisation,
+            ),
         ):
             if wrong:
                 where = f"parameter {key} in {self._source(key)}"

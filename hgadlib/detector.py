@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
-from hgadlib.baselines import METHODS
+from hgadlib.baselines.one_for_one import model_type
 from hgadlib.config import Config, config_from_dict, load_config
 from hgadlib.datasets import DATASETS, load_dataset
 from hgadlib.datasets.images import as_rgb, normalised, parallel_map, resize_image, save
@@ -43,7 +43,8 @@ from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
 from hgadlib.features.extract import dataset_features
 from hgadlib.features.store import Features, spread_sample
 from hgadlib.files import user_path, write_atomically
-from hgadlib.model import HGAD, read_tensors, write_tensors
+from hgadlib.method import read_tensors, write_tensors
+from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory
 from hgadlib.runs.experiment import evaluate_model, finish_run, train_model
 from hgadlib.runs.hardware import environment, select_device
@@ -259,7 +260,7 @@ class Detector(BaseEstimator):
             run = RunDirectory.open(config)
             model = train_model(config, inputs, run, progress=progress)
             self.metrics_ = finish_run(config, inputs, model, run).metrics if inputs.dataset.test else {}
-        self.config_, self.model_, self.backbone_ = config, model.eval(), inputs.backbone
+        self.config_, self.model_, self.backbone_ = config, cast(HGAD, model.eval()), inputs.backbone
         self.classes_ = inputs.dataset.classes
         self.bit_depth_ = config.data.bit_depth or inputs.dataset.bit_depth
         self.trained_on_ = {
@@ -696,10 +697,12 @@ class Detector(BaseEstimator):
         features = config.features
         backbone = build_backbone(
             features.backbone, out_indices=features.out_indices, pyramid=features.pyramid, weights="random",
-            join=features.join, neighbourhood=features.neighbourhood,
+            join=features.join, neighbourhood=features.neighbourhood, image=features.image,
         ).with_folded(part("backbone"), spec["backbone"]["weights"])  # fmt: skip
         detector.backbone_ = backbone.to(target)
-        detector.model_ = METHODS[config.method].restored(spec["architecture"], part("model")).to(target)
+        detector.model_ = cast(
+            HGAD, model_type(config).restored(spec["architecture"], part("model")).to(target)
+        )
         detector.classes_, detector.bit_depth_ = detector.model_.classes, spec["bit_depth"]
         stored, names = part("normals"), detector.classes_
         detector.normals_ = {

@@ -153,6 +153,12 @@ class Calibration:
 Constants = Normalisation | Calibration
 
 
+def raw(levels: int, *, entropy: bool = False) -> Calibration:
+    """Take values as they are: their map is the mean of -v over the levels."""
+    zero, one = ((x,) * levels for x in (torch.zeros(1, 1), torch.ones(1, 1)))
+    return Calibration(LevelValues(zero, zero if entropy else ()), LevelValues(one, one if entropy else ()))
+
+
 def finest_levels(values: LevelValues, calibration: Calibration) -> tuple[LevelValues, Calibration]:
     """Keep the levels of the finest grid: they show where a defect is, the others whether there is one."""
     positions = [v.shape[-2] * v.shape[-1] for v in values.log_prob]

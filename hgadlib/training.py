@@ -21,7 +21,8 @@ from hgadlib.config import LossConfig, TrainConfig
 from hgadlib.distributed import ALONE, Group
 from hgadlib.errors import InputError
 from hgadlib.features.store import Features, spread_sample
-from hgadlib.model import HGAD, read_tensors, write_tensors
+from hgadlib.method import Method, read_tensors, write_tensors
+from hgadlib.model import HGAD
 from hgadlib.progress import progress_bar
 from hgadlib.scoring import LevelValues
 
@@ -52,12 +53,12 @@ def learning_rate(progress: float, config: TrainConfig) -> float:
     return config.lr
 
 
-def build_optimiser(model: HGAD, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimiser(model: Method, config: TrainConfig) -> torch.optim.Optimizer:
     """Make one Adam over all flows and priors; fused where the device has it."""
-    prior = [p for p in model.priors.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": list(model.flows.parameters()), "weight_decay": config.weight_decay}
-    ]
+    prior = [p for p in model.undecayed() if p.requires_grad]
+    apart = set(map(id, model.undecayed()))
+    rest = [p for p in model.parameters() if id(p) not in apart]
+    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": config.weight_decay}]
     if prior:
         groups.append({"params": prior, "weight_decay": config.weight_decay if config.decay_prior else 0.0})
     return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
@@ -81,7 +82,7 @@ def batch_order(n: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
 
 
 def fit(
-    model: HGAD,
+    model: Method,
     features: Features,
     class_idx: np.ndarray,
     held_out: Labelled | None = None,
@@ -91,7 +92,7 @@ def fit(
     seed: int = 0,
     checkpoint: Path | None = None,
     checkpoint_s: float = 15.0,
-    on_epoch: Callable[[int, HGAD], dict[str, float]] | None = None,
+    on_epoch: Callable[[int, Method], dict[str, float]] | None = None,
     on_history: Callable[[pd.DataFrame], None] | None = None,
     progress: bool = True,
     group: Group = ALONE,
@@ -140,7 +141,7 @@ def fit(
     with progress_bar(train.epochs * n_images, "train", initial=done * n_images, show=show) as bar:
         for epoch in range(done, train.epochs):
             started = time.perf_counter()
-            if epoch == stage_two and model.has_entropy and model.prior_config.delta_init == "kmeans":
+            if epoch == stage_two and isinstance(model, HGAD) and model.splits_centers:
                 split_centers(model, features, labels, seed=seed)
                 group.align(model)
             with _training_mode(model, seed, epoch):
@@ -172,7 +173,7 @@ def fit(
 
 
 @contextmanager
-def _training_mode(model: HGAD, seed: int, epoch: int) -> Iterator[None]:
+def _training_mode(model: Method, seed: int, epoch: int) -> Iterator[None]:
     """Turn dropout on; noise and dropout are a function of seed and epoch, so a resumed run repeats them."""
     model.train()
     try:
@@ -184,7 +185,7 @@ def _training_mode(model: HGAD, seed: int, epoch: int) -> Iterator[None]:
 
 
 def fit_epoch(
-    model: HGAD,
+    model: Method,
     optimiser: torch.optim.Optimizer,
     features: Features,
     labels: Tensor,
@@ -207,9 +208,6 @@ def fit_epoch(
     weights = asdict(loss)
     if not intra and not train.entropy_in_first_stage:
         weights["lambda_e"] = 0.0
-    # The levels share no parameter, so one backward pass over their sum serves all of them, and one step
-    # of Adam is a step per level. Alg. 1 averages over levels, which scales gradients (not Adam's steps).
-    scale = 1.0 if train.step_per_level else 1.0 / len(model.flows)
     order = batch_order(n_images, train.batch_size, seed, epoch)
     parts, shares = zip(*map(group.share, order), strict=True)
     # Moved once an epoch: a copy per step would have the host wait for the device each time.
@@ -224,7 +222,10 @@ def fit_epoch(
             batch, own_labels[step], intra=intra, precision=precision,
             noise=train.noise, rows=train.rows, **weights,
         )  # fmt: skip
-        total = torch.stack([t["total"] for t in terms]).sum().mul(scale * shares[step])
+        # The levels share no parameter, so one backward pass over their sum serves all of them, and one step
+        # of Adam is a step per level. Alg. 1 averages over levels, which scales gradients (not Adam's steps).
+        scale = shares[step] if train.step_per_level else shares[step] / len(terms)
+        total = torch.stack([t["total"] for t in terms]).sum().mul(scale)
         if total.requires_grad:  # no flow and a single Gaussian: nothing is learnt
             optimiser.zero_grad(set_to_none=True)
             total.backward()
@@ -234,7 +235,7 @@ def fit_epoch(
             optimiser.step()
         found.append([{name: value.detach() for name, value in t.items()} for t in terms])
         advance(len(order[step]))
-    n_values = n_images * len(model.flows)
+    n_values = n_images * len(found[0])
     counts = [share * len(batch) / n_values for share, batch in zip(shares, order, strict=True)]
     return _mean_terms(found, counts, epoch, group) | {"lr": lr}
 
@@ -279,13 +280,15 @@ def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int,
 
 
 def calibrate(
-    model: HGAD, features: Features, class_idx: np.ndarray, held_out: Labelled | None = None, *,
+    model: Method, features: Features, class_idx: np.ndarray, held_out: Labelled | None = None, *,
     batch_size: int = 32, only: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """Take the constants of the scores from the training features, and from those held out of training.
 
-    Of all classes, or only of some, by index.
+    Of all classes, or only of some, by index. Nothing, where the method's scores are raw.
     """
+    if not model.has_constants:
+        return
 
     def values(features: Features, class_idx: np.ndarray) -> Iterator[tuple[LevelValues, Tensor]]:
         labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
@@ -298,7 +301,7 @@ def calibrate(
 
 def save_checkpoint(
     path: Path,
-    model: HGAD,
+    model: Method,
     optimiser: torch.optim.Optimizer,
     rows: list[dict[str, Any]],
     average: AveragedModel | None = None,
@@ -314,7 +317,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: HGAD, optimiser: torch.optim.Optimizer, average: AveragedModel | None = None
+    path: Path, model: Method, optimiser: torch.optim.Optimizer, average: AveragedModel | None = None
 ) -> list[dict[str, Any]]:
     """Load a checkpoint's state into model, optimiser and running mean, and return its history's rows.
 

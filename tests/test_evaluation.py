@@ -30,7 +30,8 @@ from hgadlib.evaluation.likelihoods import (
     compare_likelihoods,
 )
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
-from hgadlib.model import HGAD, read_tensors, write_tensors
+from hgadlib.method import read_tensors, write_tensors
+from hgadlib.model import HGAD
 from hgadlib.scoring import (
     Calibration,
     Criterion,

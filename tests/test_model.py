@@ -19,7 +19,8 @@ from torch import Tensor
 from hgadlib.config import FlowConfig, PriorConfig, completed
 from hgadlib.errors import InputError
 from hgadlib.features.store import Features
-from hgadlib.model import HGAD, read_tensors, write_tensors
+from hgadlib.method import read_tensors, write_tensors
+from hgadlib.model import HGAD
 
 
 def one_level(channels: int, grid: tuple[int, int], n_classes: int, n_centers: int, kind: str) -> HGAD:

@@ -21,7 +21,7 @@ from hgadlib.config import Config, load_config
 from hgadlib.datasets import load_dataset
 from hgadlib.errors import InputError
 from hgadlib.files import FileError, replacing, write_atomically
-from hgadlib.model import read_tensors, write_tensors
+from hgadlib.method import read_tensors, write_tensors
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
 from hgadlib.runs.gallery import Gallery, write_maps
 from hgadlib.runs.hardware import matmul_rate

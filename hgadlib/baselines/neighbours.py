@@ -37,6 +37,8 @@ class Neighbours(HGAD):
     Source: PatchCore (Roth et al., 2022) without its coreset and neighbourhoods, a bank for each class.
     """
 
+    learns = False
+
     def __init__(
         self, *shape: Any, bank: Sequence[Sequence[int]], dtype: str = "float16", **settings: Any
     ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hgadlib.config import ScoreConfig
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PixelMetrics, image_metrics, mean_metrics
 from hgadlib.features.store import Features
-from hgadlib.model import HGAD
+from hgadlib.method import Method
 from hgadlib.scoring import (
     Calibration,
     Constants,
@@ -32,7 +32,7 @@ _BATCH = 32
 class Protocol:
     """One way to turn level values into scores."""
 
-    normalisation: Literal["calibrated", "inductive", "transductive"]
+    normalisation: Literal["calibrated", "inductive", "transductive", "raw"]
     criterion: Criterion
 
     @property
@@ -64,7 +64,7 @@ class Evaluation:
 
 
 def level_values(
-    model: HGAD, features: Features, class_idx: np.ndarray, images: Tensor | None = None
+    model: Method, features: Features, class_idx: np.ndarray, images: Tensor | None = None
 ) -> LevelValues:
     """Compute images' level values, of all N or of some: two numbers a position, kept on the host."""
     labels = torch.as_tensor(class_idx, dtype=torch.int64, device=model.device)
@@ -77,7 +77,7 @@ def level_values(
 
 
 def class_normalisation(
-    model: HGAD, values: LevelValues, k: int, normalisation: str, map_size: int
+    model: Method, values: LevelValues, k: int, normalisation: str, map_size: int
 ) -> Constants:
     """Look up the stored constants of one class, or take those of its test images."""
     if normalisation == "transductive":
@@ -126,7 +126,7 @@ def _halved(maps: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: HGAD, values: LevelValues, class_idx: np.ndarray, labels: np.ndarray,
+    model: Method, values: LevelValues, class_idx: np.ndarray, labels: np.ndarray,
     masks: dict[int, np.ndarray] | None, *,
     score: ScoreConfig, protocol: Protocol, labelled: np.ndarray | None = None,
     taken: np.ndarray | None = None,

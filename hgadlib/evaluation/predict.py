@@ -11,11 +11,11 @@ from torch import Tensor
 from hgadlib.config import ScoreConfig
 from hgadlib.evaluation.evaluate import score_images
 from hgadlib.features.backbone import Backbone, flatten_maps
-from hgadlib.model import HGAD
+from hgadlib.method import Method
 
 
 def predict_batches(
-    backbone: Backbone, model: HGAD, images: Iterable[tuple[Tensor, Tensor]], class_names: Iterable[str], *,
+    backbone: Backbone, model: Method, images: Iterable[tuple[Tensor, Tensor]], class_names: Iterable[str], *,
     score: ScoreConfig, dtype: str = "float32",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Score images a batch at a time.

@@ -36,6 +36,7 @@ class Backbone(nn.Module):
         pyramid: Image sizes of the levels, pixels; None where the levels are stages.
         join: Whether several stages make one level (per image size).
         neighbourhood: Positions a side over which each stage is averaged.
+        image: Side of the image itself, the last level; None where it is none.
         channels: C_l per level.
         mean, std: Normalisation that the weights expect, per channel, of values in 0..1.
         weights_digest: sha256 of the tensors.
@@ -43,16 +44,17 @@ class Backbone(nn.Module):
 
     def __init__(
         self, network: Any, *, name: str, out_indices: tuple[int, ...], pyramid: tuple[int, ...] | None,
-        join: bool, neighbourhood: int,
+        join: bool, neighbourhood: int, image: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.out_indices, self.pyramid = name, out_indices, pyramid
-        self.join, self.neighbourhood = join, neighbourhood
+        self.join, self.neighbourhood, self.image = join, neighbourhood, image
         data = resolve_model_data_config(network)
         self.mean: tuple[float, float, float] = tuple(data["mean"])
         self.std: tuple[float, float, float] = tuple(data["std"])
-        stages: list[int] = network.feature_info.channels()
+        stages: list[int] = network.feature_info.channels() if out_indices else []
         self.channels = ([sum(stages)] if join else stages) * (1 if pyramid is None else len(pyramid))
+        self.channels += [] if image is None else [3]
         # timm's transformers with windows give (B, H, W, C).
         self._channels_last_maps = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
         self.weights_digest = sources.weights_digest(network.state_dict())
@@ -79,6 +81,7 @@ class Backbone(nn.Module):
             # Features stored before there were these settings stay valid.
             **({"join": True} if self.join else {}),
             **({"neighbourhood": self.neighbourhood} if self.neighbourhood > 1 else {}),
+            **({"image": self.image} if self.image is not None else {}),
         }  # fmt: skip
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -90,8 +93,11 @@ class Backbone(nn.Module):
             InputError: The images' size is not one that the network takes.
         """
         images = images.contiguous(memory_format=torch.channels_last)
+        itself = [] if self.image is None else [_resized(images, self.image)]
+        if not self.out_indices:
+            return itself
         if self.pyramid is None:
-            return self._in_parts(images)
+            return self._in_parts(images) + itself
         (height, width), largest = images.shape[-2:], max(self.pyramid)
         if not height == width == largest:
             raise InputError(
@@ -100,9 +106,8 @@ class Backbone(nn.Module):
             )
         maps = []
         for size in self.pyramid:
-            x = images if size == largest else F.interpolate(images, size, mode="bilinear", antialias=True)
-            maps += self._in_parts(x)
-        return maps
+            maps += self._in_parts(_resized(images, size))
+        return maps + itself
 
     def _in_parts(self, images: Tensor) -> list[Tensor]:
         """Run few images at a time, to stay in a processor's cache: Lite0 at 512 is half as fast again."""
@@ -145,6 +150,12 @@ class Backbone(nn.Module):
         return [(level.shape[2], level.shape[3]) for level in maps]
 
 
+def _resized(images: Tensor, side: int) -> Tensor:
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, side, mode="bilinear", antialias=True)
+
+
 def flatten_maps(maps: Sequence[Tensor]) -> list[Tensor]:
     """Turn maps (B, C, H, W) into positions in rows, (B, H*W, C); without a copy for channels_last maps."""
     return [level.permute(0, 2, 3, 1).flatten(1, 2) for level in maps]
@@ -158,6 +169,7 @@ def build_backbone(
     weights: Path | str | None = None,
     join: bool = False,
     neighbourhood: int = 1,
+    image: int | None = None,
 ) -> Backbone:
     """Build a frozen feature network, on the host.
 
@@ -171,11 +183,12 @@ def build_backbone(
             only.
         join: Join the stages' channels into one level, each enlarged to the first one's grid.
         neighbourhood: Average each stage over this many positions a side first; odd, 1 for none.
+        image: Give the image itself too, at this side in pixels, as the last level, or as the only one.
     Raises:
         InputError: The model, its stages or its weights cannot be had; the line says what to do.
     """
     indices = tuple(out_indices)
-    if not indices or any(b <= a for a, b in zip((-1, *indices), indices, strict=False)):
+    if not (indices or image) or any(b <= a for a, b in zip((-1, *indices), indices, strict=False)):
         raise InputError(
             f"features.out_indices: expected rising stages from 0, such as [2, 3], found {list(indices)}"
         )
@@ -187,10 +200,11 @@ def build_backbone(
         )
     if neighbourhood < 1 or neighbourhood % 2 == 0:
         raise InputError(f"features.neighbourhood: expected an odd number from 1, found {neighbourhood}")
-    network = create_feature_network(name, indices, weights)
+    # Without stages the network is there for its normalisation alone.
+    network = create_feature_network(name, indices or (0,), weights)
     return Backbone(
         network, name=name, out_indices=indices, pyramid=tuple(pyramid) if pyramid else None,
-        join=join, neighbourhood=neighbourhood,
+        join=join, neighbourhood=neighbourhood, image=image,
     )  # fmt: skip
 
 

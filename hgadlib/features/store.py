@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -59,6 +59,15 @@ class Features:
     def channels(self) -> list[int]:
         """C_l per level."""
         return [level.shape[-1] for level in self.levels]
+
+    def take(self, indices: NDArray[np.int64]) -> Features:
+        """Take some of the images, without a copy where they lie side by side."""
+        first, count = (int(indices[0]) if len(indices) else 0), len(indices)
+        if np.array_equal(indices, np.arange(first, first + count)):
+            levels = tuple(level[first : first + count] for level in self.levels)
+        else:
+            levels = tuple(level[torch.from_numpy(indices).to(level.device)] for level in self.levels)
+        return replace(self, levels=levels)
 
     def batch(self, indices: Tensor, device: torch.device | str | None = None) -> list[Tensor]:
         """Fetch images (B,) as (B, H_l * W_l, C_l) float32 per level, to a device or where they lie."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from hgadlib.baselines import METHODS
 from hgadlib.baselines.neighbours import Neighbours
+from hgadlib.baselines.one_for_one import OneForOne, model_type
 from hgadlib.config import Config
 from hgadlib.datasets.images import load_images
 from hgadlib.datasets.records import ImageRecord
@@ -23,6 +26,7 @@ from hgadlib.evaluation.evaluate import Evaluation, Protocol, evaluate, level_va
 from hgadlib.evaluation.likelihoods import compare_likelihoods
 from hgadlib.evaluation.predict import predict_batches
 from hgadlib.features.store import spread_sample
+from hgadlib.method import Method
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_history, read_metrics
 from hgadlib.runs.gallery import gallery, write_maps
@@ -35,7 +39,7 @@ from hgadlib.training import calibrate, fit
 _SAMPLE, _BATCH = 64, 32
 
 
-def build_model(config: Config, inputs: Inputs) -> HGAD:
+def build_model(config: Config, inputs: Inputs) -> Method:
     """Build the model for these inputs: seeded, on their device, initialised from training features."""
     torch.manual_seed(config.seed)
     names, shape = inputs.dataset.classes, (inputs.train.channels, inputs.train.grids)
@@ -43,6 +47,10 @@ def build_model(config: Config, inputs: Inputs) -> HGAD:
     if config.method == "neighbours":
         of = inputs.train, inputs.train_classes
         return Neighbours.for_features(names, *of, per_dimension=per_dimension).to(inputs.device)
+    if config.method != "hgad":
+        make: Any = METHODS[config.method]
+        model: Method = make(names, *shape, baseline=config.baseline)
+        return model.to(inputs.device)
     model = HGAD(names, *shape, flow=config.flow, prior=config.prior, per_dimension=per_dimension)
     model.to(inputs.device)
     # As many of each class, so that no class outweighs another.
@@ -75,7 +83,7 @@ def train_model(
     progress: bool = True,
     group: Group = ALONE,
     observer: Observer | None = None,
-) -> HGAD:
+) -> Method:
     """Train, or load what this run has trained already; resumes from the run's checkpoint.
 
     The calibrated model is saved in the run's directory, with its history. Of processes that train together
@@ -90,11 +98,13 @@ def train_model(
         run.start(inputs.identity())
     group.wait()  # from here on what lies in the directory is this run's
     if run.model.is_file():
-        return METHODS[config.method].load(run.model, inputs.device)
+        return model_type(config).load(run.model, inputs.device)
+    if config.setting == "one_for_one":
+        return _train_each(config, inputs, run, progress=progress, group=group)
     model = build_model(config, inputs)
     if group.is_main:
         run.write_environment(inputs.device, processes=group.size)
-    if isinstance(model, Neighbours):  # nothing is learnt: no epochs to follow
+    if not model.learns:  # one pass: no epochs to follow
         if group.is_main:
             run.write_history(
                 model.fit(inputs.train, inputs.train_classes, inputs.calibration, seed=config.seed)
@@ -105,10 +115,10 @@ def train_model(
     if every and group.is_main:
         class_masks(config, inputs)  # a bad one ends the run now and not after some epochs
 
-    def look(epoch: int, current: HGAD) -> dict[str, float]:
+    def look(epoch: int, current: Method) -> dict[str, float]:
         if not every or (epoch % every and epoch != last):
             return {}
-        if observer is not None and epoch:
+        if observer is not None and epoch and isinstance(current, HGAD):
             observer.measure(epoch, current)
         if epoch == last:
             return {}  # finish_run evaluates the trained model
@@ -130,7 +140,37 @@ def train_model(
     return model
 
 
-def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols: bool = True) -> Result:
+def _train_each(
+    config: Config, inputs: Inputs, run: RunDirectory, *, progress: bool, group: Group
+) -> OneForOne:
+    """Train a model for each class, each in a run of its own below the run's directory; resumes likewise.
+
+    The history has the means over the classes, of an epoch, and the sum of their seconds.
+    """
+    models, histories = [], []
+    for k, name in enumerate(inputs.dataset.classes):
+        own = replace(
+            config, setting="unified", run_dir=str(run.path / "classes" / f"{k:03d}"),
+            train=replace(config.train, evaluate_every=0),
+        )  # fmt: skip
+        if progress and group.is_main:
+            tqdm.write(f"class {name}, {k + 1} of {len(inputs.dataset.classes)}", file=sys.stderr)
+        part = RunDirectory.open(own)
+        models.append(train_model(own, inputs.only(k), part, progress=progress, group=group))
+        histories.append(read_history(part.path) if group.is_main else pd.DataFrame())
+    model = OneForOne(models).to(inputs.device)
+    if group.is_main:
+        run.write_environment(inputs.device, processes=group.size)
+        history = pd.concat(histories).groupby("epoch", as_index=False).mean()
+        history["seconds"] *= len(models)
+        history["images_per_s"] = len(inputs.train) / history["seconds"]
+        run.write_history(history)
+        calibrate(model, inputs.train, inputs.train_classes, inputs.calibration)
+        model.save(run.model)
+    return model
+
+
+def evaluate_model(config: Config, inputs: Inputs, model: Method, *, all_protocols: bool = True) -> Result:
     """Evaluate a calibrated model on the test set by every protocol or only the first; writes nothing.
 
     With all protocols also by inferred classes, where the model can tell some apart.
@@ -149,15 +189,15 @@ def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols
     headline = under(Protocol(config.score.normalisation, config.criterion))
     seconds = time.perf_counter() - started
     criteria = get_args(Criterion) if model.has_entropy else ("likelihood",)
-    ways = [Protocol(name, criterion) for name in ("inductive", "transductive") for criterion in criteria]
-    if model.is_calibrated:  # models of before lack the statistics
-        ways += [Protocol("calibrated", criterion) for criterion in criteria]
+    names: list[Any] = ["inductive", "transductive"] if model.has_constants else []
+    names += ["calibrated"] if model.is_calibrated else []  # models of before lack the statistics
+    ways = [Protocol(name, criterion) for name in names for criterion in criteria]
     rest = [under(way) for way in ways if all_protocols and way != headline.protocol]
     by_protocol = {found.protocol.name: found for found in (headline, *rest)}
     n_classes = len(model.classes)
     likelihoods = compare_likelihoods(values.log_prob, *truth, labelled=labelled, n_classes=n_classes)
     inferred = {}
-    if all_protocols and model.has_entropy and n_classes > 1:
+    if all_protocols and isinstance(model, HGAD) and model.has_entropy and n_classes > 1:
         inferred = evaluate_inferred(
             model, inputs.test, values, *truth,
             score=config.score, protocol=headline.protocol, labelled=labelled,
@@ -165,7 +205,7 @@ def evaluate_model(config: Config, inputs: Inputs, model: HGAD, *, all_protocols
     return Result(values, headline, likelihoods, by_protocol, seconds, inferred)
 
 
-def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -> Result:
+def finish_run(config: Config, inputs: Inputs, model: Method, run: RunDirectory) -> Result:
     """Evaluate the trained model and complete the run's record; a whole record is read, not made again."""
     run.start(inputs.identity())
     result = evaluate_model(config, inputs, model, all_protocols=not run.complete)
@@ -184,7 +224,7 @@ def finish_run(config: Config, inputs: Inputs, model: HGAD, run: RunDirectory) -
 
 
 def predict_files(
-    config: Config, inputs: Inputs, model: HGAD, records: Sequence[ImageRecord]
+    config: Config, inputs: Inputs, model: Method, records: Sequence[ImageRecord]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Score images of known class from their files, by the run's settings: see :func:`predict_batches`."""
     images = load_images(
@@ -196,7 +236,7 @@ def predict_files(
     return predict_batches(inputs.backbone, model, images, names, score=config.score, dtype=dtype)
 
 
-def prediction_rate(config: Config, inputs: Inputs, model: HGAD, *, images: int = 64) -> float:
+def prediction_rate(config: Config, inputs: Inputs, model: Method, *, images: int = 64) -> float:
     """Measure images per second from file to map, on some test images after a warm-up batch."""
     # Spread over the test set: image files of different classes differ in size.
     records = inputs.dataset.test[:: max(1, len(inputs.dataset.test) // images)][:images]

@@ -80,6 +80,23 @@ class Inputs:
             self._masks[key] = load_masks(records, size=size, resize=resize, num_workers=workers)
         return self._masks[key]
 
+    def only(self, k: int) -> Inputs:
+        """Take the images of one class alone."""
+        data = self.dataset
+
+        def own(part: Features | None, records: tuple[ImageRecord, ...]) -> Features | None:
+            return None if part is None else part.take(np.flatnonzero(data.class_idx(records) == k))
+
+        records = tuple(record for record in data.records if record.class_name == data.classes[k])
+        return replace(
+            self,
+            dataset=replace(data, classes=(data.classes[k],), records=records),
+            train=self.train.take(np.flatnonzero(self.train_classes == k)),
+            test=self.test.take(np.flatnonzero(self.test_classes == k)),
+            held_out=own(self.held_out, data.held_out),
+            threshold=own(self.threshold, data.threshold),
+        )
+
     def identity(self) -> dict[str, Any]:
         """Identify these images, see :func:`identify`."""
         return identify(self.dataset)
@@ -126,6 +143,7 @@ def prepare(config: Config, *, progress: bool = True, tested: bool = True) -> In
     backbone = build_backbone(
         features.backbone, out_indices=features.out_indices, pyramid=features.pyramid,
         weights=features.weights, join=features.join, neighbourhood=features.neighbourhood,
+        image=features.image,
     ).to(device)  # fmt: skip
 
     def of(records: tuple[ImageRecord, ...]) -> Features:
