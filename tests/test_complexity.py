@@ -18,7 +18,6 @@ from hgadbook.complexity import (
     benchmark_ratios,
     beside_paper,
     cost_table,
-    count_multiply_adds,
     coupling_multiply_adds,
     measure_complexity,
     measure_throughput,
@@ -28,8 +27,10 @@ from hgadbook.complexity import (
     stage_choices,
 )
 from hgadlib.config import FlowConfig, PriorConfig, config_from_dict, project_dir
+from hgadlib.features.backbone import build_backbone
 from hgadlib.flow import FeatureFlow
 from hgadlib.model import HGAD
+from hgadlib.runs.cost import cost, count_multiply_adds
 from hgadlib.runs.ledger import read_records
 from hgadlib.scoring import upsampling_matrix
 
@@ -107,6 +108,12 @@ def test_parts_and_parameters(measured: Complexity) -> None:
         prior=PriorConfig(covariance="identity", n_centers=3),
     )
     assert measured.flow + measured.prior == sum(p.numel() for p in model.parameters())
+    backbone = build_backbone("tf_efficientnet_lite0", out_indices=(1, 2))
+    found = cost(backbone, model, 64)
+    costs = measured.multiply_adds
+    assert found["multiply_adds"] == {"backbone": costs["backbone"], "method": costs["flow"] + costs["prior"]}
+    assert found["numbers"]["learnt"] == measured.flow + measured.prior
+    assert found["numbers"]["backbone"] == measured.frozen
     assert measured.total == sum(measured.multiply_adds.values())
     # A step is forward and backward: more than twice the forward pass, less than four times.
     forward = measured.multiply_adds["flow"] + measured.multiply_adds["prior"]

@@ -22,6 +22,7 @@ from hgadlib.errors import InputError
 from hgadlib.evaluation.likelihoods import stored_histograms
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PIXEL_METRICS
 from hgadlib.figures import auroc_table, log_likelihood_histograms
+from hgadlib.method import Method
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_config, read_history, read_metrics
 from hgadlib.runs.experiment import build_model, evaluate_model, finish_run, predict_files, train_model
@@ -42,7 +43,7 @@ class Done:
     root: Path
     config: Config
     inputs: Inputs
-    model: HGAD
+    model: Method
     run: RunDirectory
     result: Result
 
@@ -94,6 +95,8 @@ def test_metrics_json_is_the_contract(done: Done) -> None:
     assert found["memory"]["peak_host_mb"] > 50
     assert found["memory"]["peak_device_mb"] is None
     assert found["counts"]["train"] == 12
+    assert found["cost"]["numbers"]["learnt"] == sum(p.numel() for p in done.model.parameters())
+    assert found["cost"]["multiply_adds"]["backbone"] > found["cost"]["multiply_adds"]["method"] > 1e5
     assert len(found["other_protocols"]) == 9
     assert set(found["inferred"]) == {"accuracy", "mean", "per_class"}
     assert 0 <= found["inferred"]["accuracy"] <= 1 and set(found["inferred"]["mean"]) == METRICS

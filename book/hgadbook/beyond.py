@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -86,7 +87,7 @@ def held_out(class_idx: Classes, share: float, *, seed: int = 0) -> NDArray[np.b
 
 def train_in_memory(config: Config, inputs: Inputs) -> HGAD:
     """Train and calibrate a model on these inputs; no run directory is written."""
-    model, own = build_model(config, inputs), inputs.train_classes
+    model, own = cast(HGAD, build_model(config, inputs)), inputs.train_classes
     fit(model, inputs.train, own, train=config.train, loss=config.loss, seed=config.seed, progress=False)
     return model
 

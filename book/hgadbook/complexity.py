@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -23,7 +23,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hgadbook.paper import read_table
 from hgadlib.config import Config, project_dir
@@ -34,6 +33,7 @@ from hgadlib.features.extract import dataset_features
 from hgadlib.figures.theme import ANOMALOUS_COLOR, PALETTE
 from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
+from hgadlib.runs.cost import count_multiply_adds
 from hgadlib.runs.experiment import build_model, prediction_rate
 from hgadlib.runs.hardware import select_device
 from hgadlib.runs.inputs import Inputs
@@ -84,32 +84,6 @@ class Complexity:
             "features, every epoch": once * self.epochs,
             "flow and prior": images * self.epochs * self.step,
         }
-
-
-def _addmm(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
-def _mv(matrix: Sequence[int], vector: Sequence[int], **_: Any) -> int:
-    return 2 * matrix[0] * matrix[1]
-
-
-# The counter sees into our autograd functions, but knows neither products that add in place nor products
-# with a vector: without the first, most of the subnets would be missing.
-_UNKNOWN_TO_TORCH = {torch.ops.aten.addmm_: _addmm, torch.ops.aten.mv: _mv}
-
-
-def count_multiply_adds(call: Callable[[], object]) -> int:
-    """Count the multiply-adds of the products and convolutions in a call, its backward passes included.
-
-    >>> a, b = torch.zeros(2, 3), torch.zeros(3, 5)
-    >>> count_multiply_adds(lambda: torch.zeros(2, 5).addmm_(a, b))
-    30
-    """
-    with FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
-        call()
-    # The counter doubles every multiply-add.
-    return counter.get_total_flops() // 2
 
 
 def learnable(modules: Iterable[nn.Module]) -> int:

@@ -7,7 +7,7 @@ import io
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -322,7 +322,7 @@ def open_explorer(config: Config, *, progress: bool = True) -> Explorer:
         else finish_run(config, inputs, model, run).values
     )
     source = f"{'/'.join(run.path.parts[-4:])}, {'found finished' if finished else 'a small run'}"
-    return Explorer(config, inputs, model, values, source=source)
+    return Explorer(config, inputs, cast(HGAD, model), values, source=source)
 
 
 def overview(explorer: Explorer) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -59,10 +59,10 @@ def train_flow(config: Config, inputs: Inputs, run: RunDirectory, *, progress: b
     The chapters on Sec. 3.2 share their runs, so that all of them train by this function.
     """
     run.start(inputs.identity())  # what another run left there is out of the way before anybody looks
-    if run.model.is_file() or not config.train.evaluate_every:
-        return train_model(config, inputs, run, progress=progress)
-    record = CouplingRecord(run.path / "coupling.csv", inputs, class_masks(config, inputs))
-    return train_model(config, inputs, run, progress=progress, observer=record)
+    record = None
+    if not run.model.is_file() and config.train.evaluate_every:
+        record = CouplingRecord(run.path / "coupling.csv", inputs, class_masks(config, inputs))
+    return cast(HGAD, train_model(config, inputs, run, progress=progress, observer=record))
 
 
 @dataclass(frozen=True)

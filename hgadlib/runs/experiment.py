@@ -49,7 +49,9 @@ def build_model(config: Config, inputs: Inputs) -> Method:
         return Neighbours.for_features(names, *of, per_dimension=per_dimension).to(inputs.device)
     if config.method != "hgad":
         make: Any = METHODS[config.method]
-        model: Method = make(names, *shape, baseline=config.baseline)
+        own = config.features  # what a student is made of
+        more = {"backbone": own.backbone, "stages": own.out_indices} if config.method == "stfpm" else {}
+        model: Method = make(names, *shape, baseline=config.baseline, **more)
         return model.to(inputs.device)
     model = HGAD(names, *shape, flow=config.flow, prior=config.prior, per_dimension=per_dimension)
     model.to(inputs.device)
@@ -219,7 +221,7 @@ def finish_run(config: Config, inputs: Inputs, model: Method, run: RunDirectory)
     rate = prediction_rate(config, inputs, model)
     run.write_arrays("scores", scores_record(inputs, result))
     write_maps(run.path / "maps", gallery(config, inputs, result))
-    metrics = metrics_record(config, inputs, result, history, predict_images_per_s=rate)
+    metrics = metrics_record(config, inputs, model, result, history, predict_images_per_s=rate)
     return replace(result, metrics=run.finish(metrics))
 
 

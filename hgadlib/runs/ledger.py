@@ -31,7 +31,7 @@ def record_of(run: Path, note: str = "") -> dict[str, Any]:
     metrics, config, history = read_metrics(run), read_config(run), read_history(run)
     return {
         **{key: metrics[key] for key in _KEPT},
-        **{key: metrics[key] for key in ("inferred",) if key in metrics},
+        **{key: metrics[key] for key in ("inferred", "cost") if key in metrics},
         "note": note,
         "other_protocols": {name: found["mean"] for name, found in metrics["other_protocols"].items()},
         **{key: metrics[key] for key in ("memory", "counts")},

@@ -11,6 +11,8 @@ import pandas as pd
 from hgadlib.config import Config
 from hgadlib.evaluation.evaluate import Evaluation
 from hgadlib.evaluation.likelihoods import Likelihoods
+from hgadlib.method import Method
+from hgadlib.runs.cost import cost
 from hgadlib.runs.hardware import peak_memory
 from hgadlib.runs.inputs import Inputs, image_name
 from hgadlib.scoring import LevelValues
@@ -38,7 +40,13 @@ class Result:
 
 
 def metrics_record(
-    config: Config, inputs: Inputs, result: Result, history: pd.DataFrame, *, predict_images_per_s: float
+    config: Config,
+    inputs: Inputs,
+    model: Method,
+    result: Result,
+    history: pd.DataFrame,
+    *,
+    predict_images_per_s: float,
 ) -> dict[str, Any]:
     """Compose metrics.json, but for the run's name: plain values, None where a metric has no meaning."""
     dataset, labels, labelled = inputs.dataset, inputs.test_labels, inputs.test_labelled
@@ -60,6 +68,7 @@ def metrics_record(
             "predict_images_per_s": round(predict_images_per_s, 2),
         },
         "memory": peak_memory(inputs.device),
+        "cost": cost(inputs.backbone, model, config.data.image_size),
         "counts": {
             "train": len(dataset.train),
             **({"held_out": len(held_out)} if held_out is not None else {}),
