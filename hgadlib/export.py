@@ -350,9 +350,10 @@ def export(detector: Detector, path: Path | str) -> Path:
 
     if path.suffix == ".md":
         raise InputError(f"{path}: the model card takes this name; export to {path.stem}.onnx, say")
-    method = detector.config_.method
-    if method != "hgad":
-        raise InputError(f"export: expected a detector of method hgad, found {method}; save it instead")
+    config = detector.config_
+    if config.method != "hgad" or config.setting != "unified":
+        found = f"{config.method}, {config.setting}"
+        raise InputError(f"export: expected method hgad, unified, found {found}; save it instead")
     height, width = (detector.config_.data.image_size + extra for extra in (24, 37))
     example = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8), torch.tensor([-1, 0])
     batch, *sides = (torch.export.Dim(name) for name in ("batch", "height", "width"))

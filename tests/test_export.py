@@ -239,10 +239,16 @@ def test_a_missing_package_is_one_line(package: str, folder: Path, monkeypatch: 
     assert not (folder / "x.onnx").exists()
 
 
-def test_a_baseline_is_not_exported(folder: Path) -> None:
-    detector = fitted(folder / "neighbours", method="neighbours")
-    with pytest.raises(InputError, match="method hgad, found neighbours"):
-        detector.export(folder / "neighbours.onnx")
+@pytest.mark.parametrize("other", [{"method": "neighbours"}, {"setting": "one_for_one"}])
+def test_another_method_is_saved_but_not_exported(other: dict[str, str], folder: Path) -> None:
+    name = next(iter(other.values()))
+    detector = fitted(folder / name, **other)
+    with pytest.raises(InputError, match=f"method hgad, unified, found .*{name}"):
+        detector.export(folder / f"{name}.onnx")
+    read = Detector.load(detector.save(folder / f"{name}.safetensors"))
+    image = np.full((40, 40, 3), 90, np.uint8)
+    one, other_one = (next(of.predict(image, class_name=of.classes_[0])) for of in (detector, read))
+    assert one.score == pytest.approx(other_one.score, rel=1e-6)
 
 
 def example() -> str:
