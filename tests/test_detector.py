@@ -36,8 +36,8 @@ from hgadlib.config import FlowConfig, PriorConfig, load_config
 from hgadlib.detector import UNLIKE, Detector, Prediction, _digest
 from hgadlib.errors import InputError
 from hgadlib.evaluation.thresholds import Normals, images_needed
-from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.method import read_tensors, write_tensors
+from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 from hgadlib.runs.directory import RunDirectory, read_metrics
 from hgadlib.runs.experiment import train_model
@@ -979,8 +979,9 @@ def fitted(folder):
     assert spec["metrics"] == read_metrics(folder / "run")
     for name in ("timing", "memory"):
         del spec["metrics"][name]
-    del spec["trained_on"]["environment"]
-    return tensors, spec, (folder / "parts.md").read_text(), (folder / "out").read_text()
+    commit = str(spec["trained_on"].pop("environment")["commit"])  # another one while this runs is no fault
+    card = (folder / "parts.md").read_text().replace(commit, "")
+    return tensors, spec, card, (folder / "out").read_text()
 
 
 def predicted(folder, out):
@@ -1030,9 +1031,10 @@ for words, n in ((FIT, n_fits), (PREDICT, n_predictions)):
     assert expected == (words is PREDICT)
     result = fitted(whole) if words is FIT else (predicted(whole, "out"), maps(whole))
     model = (whole / "parts.safetensors").read_bytes()
-    for number, share in enumerate(map(float, sys.argv[5 : 5 + n] if words is FIT else sys.argv[5 + n_fits :])):
+    own = sys.argv[5 : 5 + n] if words is FIT else sys.argv[5 + n_fits :]
+    for number, share in enumerate(own):
         folder = home / f"{words[0]}{number}"
-        killed(words, folder, number, share, took, changes)
+        killed(words, folder, number, float(share), took, changes)
         if words is PREDICT:  # what was said before stands
             before = predicted(folder, "killed")
             assert before == result[0][: len(before)]
