@@ -82,8 +82,9 @@ def add_to(commands: Any) -> None:
     one = _verb(
         commands, "watch", watch, "judge files as they arrive in a folder",
         "Judge the images of a folder, then each that arrives, until Ctrl-C. A file\n"
-        "is read once its size and time stay the same for an interval; one that is\n"
-        "half written is tried again when it changes. No name is judged twice.\n\n" + _JUDGED,
+        "is read once its size and time of change stay the same for an interval, and\n"
+        "read again after they change: a camera may write one name over and over. One\n"
+        "that is half written is tried again when it changes.\n\n" + _JUDGED,
         "hgad watch parts.safetensors inbox/ --new-only --overlays maps",
         "hgad watch parts.safetensors inbox/ --format jsonl | ./reject.sh",
     )  # fmt: skip
@@ -258,7 +259,8 @@ def watch(options: argparse.Namespace) -> int:
     if not options.interval > 0:
         raise InputError(f"--interval: expected more than 0 seconds, found {options.interval:g}")
     _apart(options.overlays, folder)
-    done = set(_present(folder)) if options.new_only else set()
+    # What was judged, with its size and time of change: a name may come again.
+    done = _present(folder) if options.new_only else {}
     detector, output = _load(options), _Judgements(options)
     now: dict[Path, tuple[int, int]] = {}
     refused: dict[Path, tuple[int, int]] = {}
@@ -271,19 +273,21 @@ def watch(options: argparse.Namespace) -> int:
     try:
         while True:
             before, found = now, _present(folder)
-            now = {path: facts for path, facts in found.items() if path not in done}
-            for path in [path for path in refused if path not in now]:  # gone
+            now = {path: facts for path, facts in found.items() if done.get(path) != facts}
+            for path in [path for path in refused if path not in now]:  # gone, or as it was judged
                 del refused[path]
             ready = [path for path, facts in now.items() if before.get(path) == facts != refused.get(path)]
             for one in detector.predict(ready, class_name=options.class_name, on_error=refuse):
-                done.add(Path(one.name))
+                path = Path(one.name)
+                done[path] = now[path]
+                refused.pop(path, None)
                 output.show(one)
-            if options.once and all(refused.get(p) == facts for p, facts in now.items() if p not in done):
+            if options.once and all(facts in (done.get(p), refused.get(p)) for p, facts in now.items()):
                 break
             time.sleep(options.interval)
     except KeyboardInterrupt:
         pass
-    output.unreadable = len(refused.keys() - done)
+    output.unreadable = len(refused)
     output.summarise(detector)
     return output.status
 

@@ -257,8 +257,7 @@ def test_watch_waits_for_files_that_are_half_written(
 
     def nothing() -> None: ...
 
-    def touch() -> None:
-        os.utime(good / "a.png", (1, 1))
+    def litter() -> None:
         (good / ".hidden.png").write_bytes(whole)
         (good / "words.txt").write_text("none")
 
@@ -266,7 +265,7 @@ def test_watch_waits_for_files_that_are_half_written(
     steps = [
         lambda: add(whole[:quarter]),  # growing: not read
         lambda: add(whole[quarter : 2 * quarter]), nothing,  # the same for an interval: tried, refused
-        nothing, touch, nothing, lambda: add(whole[2 * quarter :]), nothing,  # judged, then Ctrl-C
+        nothing, litter, nothing, lambda: add(whole[2 * quarter :]), nothing,  # judged, then Ctrl-C
     ]  # fmt: skip
     stepped(monkeypatch, *steps)
     assert main(["watch", made.model, str(good)]) == 1
@@ -275,6 +274,43 @@ def test_watch_waits_for_files_that_are_half_written(
     assert rows(seen.out)[1]["is_anomalous"]
     assert seen.err.count("not yet: ") == 1 and "2 image(s): 1 anomalous" in seen.err
     assert "0 unreadable" in seen.err
+
+
+def test_watch_judges_a_name_again_when_its_file_changes(
+    made: Made, good: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shot, whole = good / "a.png", (good / "a.png").read_bytes()
+    buffer = io.BytesIO()
+    picture("square", 200, spot=True).save(buffer, "PNG")
+
+    def write_it(content: bytes, moment: int) -> Callable[[], None]:
+        def act() -> None:
+            shot.write_bytes(content)
+            os.utime(shot, (moment, moment))
+
+        return act
+
+    def nothing() -> None: ...
+
+    steps = [
+        nothing, nothing, nothing,  # judged once, and not again
+        write_it(buffer.getvalue(), 1), nothing, nothing,  # another image of that name: once more
+        write_it(whole, 2), write_it(whole[:50], 3), nothing,  # overwritten sooner than an interval; half
+        write_it(whole, 4), nothing, nothing,
+        lambda: os.utime(shot, (5, 5)), nothing, nothing,  # the same image, taken again
+    ]  # fmt: skip
+    for words in ([], ["--new-only"]):
+        write_it(whole, 0)()
+        stepped(monkeypatch, *steps)
+        assert main(["watch", made.model, str(good), *words]) == 1
+        seen = capsys.readouterr()
+        found = [row["is_anomalous"] for row in rows(seen.out)]
+        assert found == [False, True, False, False][len(words) :]
+        assert {row["name"] for row in rows(seen.out)} == {str(shot)}
+        assert seen.err.count("not yet: ") == 1 and "0 unreadable" in seen.err
+    stepped(monkeypatch, nothing, write_it(b"broken", 6), nothing, nothing)
+    assert main(["watch", made.model, str(good)]) == 2
+    assert "1 unreadable" in capsys.readouterr().err
 
 
 def test_watch_leaves_out_what_was_there_and_counts_what_stays_broken(
