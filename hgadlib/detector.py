@@ -242,37 +242,39 @@ class Detector(BaseEstimator):
             InputError: The images or settings are wrong, or too few to choose thresholds on.
             FloatingPointError: The loss is no longer finite.
         """
-        needed = images_needed(self.false_alarm_rate)
+        images_needed(self.false_alarm_rate)  # refuses a wrong one before any work
         with ExitStack() as stack:
             given = self._parameters(images, stack)
             config = load_config(given)
-            inputs = prepare(config, progress=progress, tested=False)
-            counts = {name: 0 for name in inputs.dataset.classes}
-            for record in inputs.dataset.threshold:
-                counts[record.class_name] += 1
-            if (found := sum(counts.values())) < needed:
-                raise InputError(
-                    f"a false alarm rate of {self.false_alarm_rate:g} takes at least {needed} normal images "
-                    f"kept aside, found {found} (threshold_share {self.threshold_share:g} of "
-                    f"{len(inputs.dataset.records) - len(inputs.dataset.test)}); give more images, a larger "
-                    "threshold_share, or allow a higher rate"
-                )
+            inputs = prepare(config, progress=progress, tested=False, check=self._check_enough)
             run = RunDirectory.open(config)
             model = train_model(config, inputs, run, progress=progress)
             self.metrics_ = finish_run(config, inputs, model, run).metrics if inputs.dataset.test else {}
         self.config_, self.model_, self.backbone_ = config, cast(HGAD, model.eval()), inputs.backbone
         self.classes_ = inputs.dataset.classes
         self.bit_depth_ = config.data.bit_depth or inputs.dataset.bit_depth
+        counts = _count(inputs.dataset)
         self.trained_on_ = {
             "dataset": inputs.dataset.name, "train": len(inputs.dataset.train),
-            "held_out": len(inputs.dataset.held_out), "threshold": counts, "seed": config.seed,
-            "images": _count(inputs.dataset),
+            "held_out": len(inputs.dataset.held_out), "seed": config.seed,
+            "threshold": {name: own["threshold"] for name, own in counts.items()}, "images": counts,
             "environment": environment(inputs.device),
         }  # fmt: skip
         self.remarks_ = (*inputs.dataset.skipped, *inputs.dataset.remarks)
         self.normals_, self.reference_, usual = self._look_at_normals(inputs)
         self.typical_ = _typical([usual[name] for name in self.classes_])
         return self
+
+    def _check_enough(self, dataset: Dataset) -> None:
+        """Refuse a dataset of which too few images are kept aside for the rate that is promised."""
+        needed, found = images_needed(self.false_alarm_rate), len(dataset.threshold)
+        if found < needed:
+            raise InputError(
+                f"a false alarm rate of {self.false_alarm_rate:g} takes at least {needed} normal images "
+                f"kept aside, found {found} (threshold_share {self.threshold_share:g} of "
+                f"{len(dataset.records) - len(dataset.test)}); give more images, a larger "
+                "threshold_share, or allow a higher rate"
+            )
 
     def _parameters(self, images: Any, stack: ExitStack) -> dict[str, Any]:
         """Compose the parameters of the run; images in memory go to a folder that the stack removes."""

@@ -203,13 +203,15 @@ def test_fit_refuses_in_one_line(images: Any, expected: str, home: Path) -> None
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_too_few_images_say_how_many_and_nothing_is_trained(home: Path) -> None:
+def test_too_few_images_say_how_many_before_any_work(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HGAD_CACHE", str(home / "cache of few"))
     detector = tiny(home / "few", false_alarm_rate=0.01)
     with pytest.raises(
         InputError, match=r"0\.01 takes at least 99 .* found 3 \(threshold_share 0\.2 of 15\)"
     ):
         detector.fit(pictures(0, 15), progress=False)
-    assert not (home / "few" / "model.safetensors").exists() and not hasattr(detector, "model_")
+    assert not (home / "few").exists() and not hasattr(detector, "model_")
+    assert not list((home / "cache of few").glob("*/manifest.json")), "features were computed"
     with pytest.raises(InputError, match=r"between 0 and 1, found 1\.5"):
         Detector(false_alarm_rate=1.5).fit(pictures(0, 15))
 

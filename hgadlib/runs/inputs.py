@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -123,10 +124,14 @@ def identify(dataset: Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prepare(config: Config, *, progress: bool = True, tested: bool = True) -> Inputs:
+def prepare(
+    config: Config, *, progress: bool = True, tested: bool = True,
+    check: Callable[[Dataset], None] | None = None,
+) -> Inputs:  # fmt: skip
     """Load the dataset and compute its features, or find them in the cache.
 
-    Without ``tested`` a dataset may have no test images.
+    Without ``tested`` a dataset may have no test images. ``check`` is called with the dataset once its images
+    are parted, before any work on them, and may refuse it.
     An InputError on a device, dataset, image or weights file that is not there or not usable.
     """
     device = select_device(config.device)
@@ -138,6 +143,8 @@ def prepare(config: Config, *, progress: bool = True, tested: bool = True) -> In
     dataset = hold_out(hold_out(dataset, data.threshold, "threshold"), data.held_out)
     if tested and not dataset.test:
         raise InputError(f"{dataset.root}: expected test images to evaluate on, found none; add some")
+    if check is not None:
+        check(dataset)
     if data.classes == "folders":
         dataset.class_idx(dataset.test)  # refuses images of no known class before any work
     backbone = build_backbone(
