@@ -223,6 +223,7 @@ class Detector(BaseEstimator):
     model_: HGAD
     backbone_: Backbone
     normals_: dict[str, Normals]
+    all_normals_: Normals
     reference_: dict[str, NDArray[np.float32]]
     typical_: NDArray[np.float64]
     bit_depth_: int
@@ -262,6 +263,7 @@ class Detector(BaseEstimator):
         }  # fmt: skip
         self.remarks_ = (*inputs.dataset.skipped, *inputs.dataset.remarks)
         self.normals_, self.reference_, usual = self._look_at_normals(inputs)
+        self.all_normals_ = Normals.together(list(self.normals_.values()))
         self.typical_ = _typical([usual[name] for name in self.classes_])
         return self
 
@@ -316,7 +318,7 @@ class Detector(BaseEstimator):
                         scores[self.classes_[k]].append(found.scores[i].item())
                         pooled[self.classes_[k]].append(found.pooled[i])
                         peaks[self.classes_[k]].append(found.maps[i].amax().item())
-        normals = {name: Normals.of(own, peaks[name]) for name, own in scores.items() if own}
+        normals = {name: Normals(np.array(own), np.array(peaks[name])) for name, own in scores.items() if own}
         return normals, {name: torch.stack(own).numpy() for name, own in pooled.items() if own}, usual
 
     @torch.inference_mode()
@@ -433,7 +435,7 @@ class Detector(BaseEstimator):
         own = self.normals_.get(class_name)
         if own is not None and len(own.scores) >= images_needed(self.false_alarm_rate):
             return own, "class"
-        return Normals.together(list(self.normals_.values())), "all classes"
+        return self.all_normals_, "all classes"
 
     def evaluate(self, images: Path | str, *, progress: bool = True) -> dict[str, Any]:
         """Test on labelled images: a folder or a dataset with a test set.
@@ -564,6 +566,7 @@ class Detector(BaseEstimator):
         calibrate(made.model_, train, inputs.train_classes, inputs.calibration, only=[k])
         normals, reference, usual = made._look_at_normals(inputs)
         made.normals_, made.reference_ = self.normals_ | normals, self.reference_ | reference
+        made.all_normals_ = Normals.together(list(made.normals_.values()))
         pooled = float(np.mean(self.typical_[:, 1] ** 2))
         made.typical_ = np.insert(self.typical_, k, _typical([usual[name]], pooled), axis=0)
         counts = {
@@ -712,6 +715,7 @@ class Detector(BaseEstimator):
             for k, name in enumerate(names)
             if f"{k}.scores" in stored
         }
+        detector.all_normals_ = Normals.together(list(detector.normals_.values()))
         detector.reference_ = {names[int(k)]: value.numpy() for k, value in part("reference").items()}
         detector.typical_ = tensors["typical"].numpy()
         detector.trained_on_, detector.metrics_ = spec["trained_on"], spec["metrics"]

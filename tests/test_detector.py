@@ -449,7 +449,7 @@ def test_a_folder_is_read_with_all_below_but_no_litter(detector: Detector, home:
 def test_false_alarms_over_200_splits_are_as_promised() -> None:
     rng, n, new, splits = np.random.default_rng(0), 39, 400, 200
     scores, peaks = rng.gamma(2, size=(2, splits, n + new)) * np.array([1, 3])[:, None, None]
-    kept = [Normals.of(scores[i, :n], peaks[i, :n]) for i in range(splits)]
+    kept = [Normals(scores[i, :n], peaks[i, :n]) for i in range(splits)]
     for rate in (0.05, 0.1, 0.25):
         # The k-th smallest of n is exceeded with a probability that is Beta distributed.
         k = math.ceil(round((n + 1) * (1 - rate), 9))
@@ -468,7 +468,7 @@ def test_a_real_detectors_false_alarms_are_as_promised(detector: Detector) -> No
     rng, n, alarms, marked = np.random.default_rng(0), 29, [], []
     for _ in range(200):
         order = rng.permutation(len(found))
-        kept = Normals.of(scores[order[:n]], maps[order[:n]].max((1, 2)))
+        kept = Normals(scores[order[:n]], maps[order[:n]].max((1, 2)))
         alarms.append((scores[order[n:]] > kept.threshold(RATE)).mean())
         threshold = kept.pixel_threshold(RATE)
         marked.append((maps[order[n:]] > threshold).any((1, 2)).mean())
@@ -496,6 +496,12 @@ def test_a_class_of_few_images_has_the_threshold_of_all(home: Path) -> None:
     assert (other.class_name, other.promise) == ("red", "class")
     together = Normals.together(list(found.normals_.values()))
     assert one.threshold == together.threshold(RATE) and len(together.scores) == 11
+    assert one.pixel_threshold == together.pixel_threshold(RATE)
+    assert (one.p_value, one.percentile) == (together.p_value(one.score), together.percentile(one.score))
+    sorts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "sort", lambda *given, **more: sorts.append(given))
+        assert list(found.predict(pictures(1, 3, fresh=True))) and not sorts, "once, not for each image"
     assert "| green | 2 |" in found.card() and "| all classes |" in found.card()
     # One image has no deviation, so any other of its class would be unlike it.
     assert found.typical_[0, 1] > 0.5 * found.typical_[2, 1]

@@ -7,6 +7,7 @@ import pytest
 
 from hgadlib.errors import InputError
 from hgadlib.evaluation.thresholds import (
+    Normals,
     binomial_rate,
     conformal_p_values,
     conformal_threshold,
@@ -51,6 +52,22 @@ def test_p_values_say_the_same_as_the_threshold() -> None:
     assert conformal_p_values([5.0], np.full(3, 5.0)).tolist() == [1.0]
 
 
+def test_normal_images_say_what_their_scores_say_in_any_order() -> None:
+    rng = np.random.default_rng(2)
+    scores, new = rng.normal(size=40).round(1), rng.normal(0.5, 2, size=50).round(1)  # with ties
+    peaks = rng.gamma(2, size=40)
+    normals = Normals(scores, peaks)
+    for rate in (0.05, 0.1, 0.3):
+        assert normals.threshold(rate) == conformal_threshold(scores, rate)
+        assert normals.pixel_threshold(rate) == conformal_threshold(peaks, rate)
+    assert [normals.p_value(score) for score in new] == conformal_p_values(new, scores).tolist()
+    below = [100 * (scores < score).mean() for score in new]
+    assert [normals.percentile(score) for score in new] == pytest.approx(below)
+    together = Normals.together([normals, Normals(new, new)])
+    assert together.threshold(0.1) == conformal_threshold([*scores, *new], 0.1)
+    assert together.pixel_threshold(0.1) == conformal_threshold([*peaks, *new], 0.1)
+
+
 def test_counts_have_exact_intervals() -> None:
     none = binomial_rate(np.zeros(20, bool))
     assert (none.value, none.low) == (0, 0)
@@ -69,3 +86,12 @@ def test_bad_input() -> None:
         conformal_p_values([np.inf], [1.0])
     with pytest.raises(InputError, match=r"found shape \(0,\)"):
         conformal_threshold([], 0.5)
+    good = np.arange(3.0)
+    for bad in (np.array([1.0, np.nan]), np.zeros(0), np.zeros((2, 2))):
+        for given in ((bad, good), (good, bad)):
+            with pytest.raises(InputError, match="expected"):
+                Normals(*given)
+    with pytest.raises(InputError, match="finite"):
+        Normals(good, good).p_value(np.nan)
+    with pytest.raises(InputError, match="at least 4 held-out normal images, found 3"):
+        Normals(good, good).threshold(0.2)

@@ -48,15 +48,19 @@ def conformal_threshold(scores: ArrayLike, false_alarm_rate: float) -> float:
     >>> conformal_threshold([3, 1, 2, 4, 5, 6, 7, 8, 9], 0.2)
     8.0
     """
-    values = _check_scores(scores)
+    return _threshold(np.sort(_check_scores(scores)), false_alarm_rate)
+
+
+def _threshold(rising: NDArray[np.float64], false_alarm_rate: float) -> float:
+    """Choose it as :func:`conformal_threshold`, of scores that were checked and sorted."""
     # (n + 1)(1 - rate) of 19 and 0.05 is a little more than 19 in binary; it is 19.
-    rank = max(1, math.ceil(round((len(values) + 1) * (1 - _check_rate(false_alarm_rate)), 9)))
-    if rank > len(values):
+    rank = max(1, math.ceil(round((len(rising) + 1) * (1 - _check_rate(false_alarm_rate)), 9)))
+    if rank > len(rising):
         raise InputError(
             f"a false alarm rate of {false_alarm_rate:g} takes at least {images_needed(false_alarm_rate)} "
-            f"held-out normal images, found {len(values)}; hold out more, or allow a higher rate"
+            f"held-out normal images, found {len(rising)}; hold out more, or allow a higher rate"
         )
-    return float(np.sort(values)[rank - 1])
+    return float(rising[rank - 1])
 
 
 def conformal_p_values(scores: ArrayLike, held_out: ArrayLike) -> NDArray[np.float64]:
@@ -75,37 +79,44 @@ def conformal_p_values(scores: ArrayLike, held_out: ArrayLike) -> NDArray[np.flo
     >>> conformal_p_values([0.0, 2.5, 9.0], [1.0, 2.0, 3.0]).tolist()
     [1.0, 0.5, 0.25]
     """
-    known, new = np.sort(_check_scores(held_out)), _finite(scores)
-    return (1 + len(known) - np.searchsorted(known, new, side="left")) / (len(known) + 1)
+    return _p_values(_finite(scores), np.sort(_check_scores(held_out)))
+
+
+def _p_values(new: NDArray[np.float64], rising: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (1 + len(rising) - np.searchsorted(rising, new, side="left")) / (len(rising) + 1)
 
 
 @dataclass(frozen=True)
 class Normals:
     """What normal images score that took no part in making the scores: of one class, or of several together.
 
+    They are checked and sorted here, once; each image to judge is then a search.
+
     Attributes:
-        scores: Image scores, (n,), rising.
-        peaks: Largest value of each image's map, (n,), rising.
+        scores: Image scores, (n,), in any order; kept rising.
+        peaks: Largest value of each image's map, (n,), in any order; kept rising.
+    Raises:
+        InputError: A value is not finite, or there is none.
     """
 
     scores: NDArray[np.float64]
     peaks: NDArray[np.float64]
 
-    @staticmethod
-    def of(scores: ArrayLike, peaks: ArrayLike) -> Normals:
-        """Sort both; an InputError where one is not finite or there is none."""
-        return Normals(np.sort(_check_scores(scores)), np.sort(_check_scores(peaks)))
+    def __post_init__(self) -> None:
+        """Check and sort both."""
+        for name in ("scores", "peaks"):
+            object.__setattr__(self, name, np.sort(_check_scores(getattr(self, name))))
 
     @staticmethod
     def together(parts: Sequence[Normals]) -> Normals:
         """Pool classes."""
-        return Normals.of(
+        return Normals(
             np.concatenate([part.scores for part in parts]), np.concatenate([part.peaks for part in parts])
         )
 
     def threshold(self, false_alarm_rate: float) -> float:
         """Return the image score that at most this share of new normal images exceeds."""
-        return conformal_threshold(self.scores, false_alarm_rate)
+        return _threshold(self.scores, false_alarm_rate)
 
     def pixel_threshold(self, false_alarm_rate: float) -> float:
         """Return the value that at most this share of new normal images exceeds *anywhere* in its map.
@@ -113,11 +124,11 @@ class Normals:
         Pixels of an image depend on each other, so nothing is promised of their number, only of images
         without any.
         """
-        return conformal_threshold(self.peaks, false_alarm_rate)
+        return _threshold(self.peaks, false_alarm_rate)
 
     def p_value(self, score: float) -> float:
         """See :func:`conformal_p_values`."""
-        return float(conformal_p_values([score], self.scores)[0])
+        return float(_p_values(_finite(score), self.scores))
 
     def percentile(self, score: float) -> float:
         """Return the share of these images that score less, in percent."""
