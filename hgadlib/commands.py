@@ -31,7 +31,7 @@ from hgadlib.files import cache_dir, user_path
 from hgadlib.progress import progress_bar
 
 if TYPE_CHECKING:
-    from hgadlib.detector import Detector, Prediction
+    from hgadlib.detector import AddedClass, Detector, Prediction
 
 _JUDGED = """\
 Exit status: 0 all images are normal, 1 some are anomalous, 2 wrong input or
@@ -105,6 +105,24 @@ def add_to(commands: Any) -> None:
     _model(one)
     one.add_argument("folder", metavar="FOLDER", help="in MVTec AD's layout, with a test set; or a dataset")
     one.add_argument("--json", action="store_true", help="all of it, as JSON")
+    _device(one)
+
+    one = _verb(
+        commands, "add-class", add_class, "a class more, without training",
+        "Learn one more class from its good products without training, in minutes and\n"
+        "without the other classes' images, and write a detector. The others' images\n"
+        "may be taken for the new class: --test says what it costs them.",
+        "hgad add-class parts.safetensors nuts nut --out more.safetensors",
+        "hgad add-class parts.safetensors nuts nut --out more.safetensors --test all",
+    )  # fmt: skip
+    _model(one)
+    one.add_argument("folder", metavar="FOLDER", help="good products of this class alone")
+    one.add_argument("name", metavar="NAME", help="of the new class")
+    one.add_argument("--out", type=Path, required=True, metavar="FILE",
+                     help="detector to write; MODEL stays unless it is named here")  # fmt: skip
+    one.add_argument("--test", metavar="FOLDER",
+                     help="labelled images, as of hgad evaluate, before and after")  # fmt: skip
+    one.add_argument("--json", action="store_true", help="the report as JSON")
     _device(one)
 
     one = _verb(
@@ -195,11 +213,7 @@ def _judging(one: argparse.ArgumentParser) -> None:
 
 def fit(options: argparse.Namespace) -> int:
     """Learn from a folder of good products and save a detector."""
-    out = user_path(options.out or Path(f"{Path(options.folder).resolve().name}.safetensors"))
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {out}: expected a name that ends on .safetensors")
-    if not out.parent.is_dir():  # known before hours of training, not after
-        raise InputError(f"--out {out}: no such folder; make {out.parent} first")
+    out = _writable(options.out or Path(f"{Path(options.folder).resolve().name}.safetensors"))
     overrides = {}
     for key, text in options.set:
         try:
@@ -341,6 +355,56 @@ def evaluate(options: argparse.Namespace) -> int:
     _say(options, f"{promise}; brackets hold 95 % intervals", "next:",
          f"  hgad predict {model} IMAGES --overlays maps")  # fmt: skip
     return 0
+
+
+def add_class(options: argparse.Namespace) -> int:
+    """Learn a class more without training, and save the detector that knows it."""
+    out = _writable(options.out)
+    test = None if options.test is None else user_path(Path(options.test))
+    if test is not None and not test.is_dir():  # known before the work, not after
+        raise InputError(f"--test {test}: no such folder")
+    if not user_path(Path(options.folder)).is_dir():
+        raise InputError(f"{options.folder}: no such folder")
+    detector = _load(options)
+    made, report = detector.add_class(options.name, options.folder, test=test, progress=not options.quiet)
+    made.save(out)
+    if options.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        _print_added(report)
+    for text in made.remarks_:
+        _say(options, f"note: {text}")
+    _say(options, f"{out} ({out.stat().st_size / 1e6:.1f} MB), card {out.with_suffix('.md')}",
+         "next:", f"  hgad predict {shlex.quote(str(out))} IMAGES --overlays maps")  # fmt: skip
+    return 0
+
+
+def _print_added(report: AddedClass) -> None:
+    """Print what a class was learnt from and what it costs, where that was measured."""
+    name = _shown(report.name)
+    head = ("class", "train", "calibrate", "threshold", "rate promised over")
+    _print_table([head, (name, *map(str, report.images.values()), report.promise)])
+    if report.taken is None or report.missed is None:
+        return
+    print()
+    rows: list[tuple[str, ...]] = [("mean of", "image AUROC", "pixel AUROC", "AUPRO")]
+    before, after = report.others_before, report.others_after
+    for text, own in (("others, before", before), ("others, after", after), (name, report.own)):
+        if own:
+            rows.append((text, *(_number(own[column]) for column in ("image_auroc", "pixel_auroc", "aupro"))))
+    _print_table(rows)
+    print(f"\nothers taken for {name}, %: {report.taken}")
+    print(f"{name} taken for another, %: {report.missed}")
+
+
+def _writable(out: Path) -> Path:
+    """Check where a detector is to be written: known before the work, not after."""
+    out = user_path(out)
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out}: expected a name that ends on .safetensors")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: no such folder; make {out.parent} first")
+    return out
 
 
 def export(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ def picture(kind: str, seed: int, *, spot: bool = False, light: int = 0) -> Imag
     """A noisy picture of one of two kinds, 64x64; a spot is its defect."""
     rng = np.random.default_rng([len(kind), seed])
     pixels = rng.integers(90 + light, 120 + light, (64, 64, 3)).astype(np.uint8)
-    pixels[16:48, 16:48, 0 if kind == "disc" else 1] = 220
+    pixels[16:48, 16:48, ("disc", "square", "ring").index(kind)] = 220
     if spot:
         pixels[20:40, 20:40] = 0
     return Image.fromarray(pixels)
@@ -356,6 +357,49 @@ def test_evaluate_prints_metrics_and_rates(
     assert [cell.strip() for cell in row] == ["disc", full["false_alarms"]["disc"], full["found"]["disc"]]
 
 
+def test_add_class_writes_another_detector_and_says_what_it_costs(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, out = Path(made.model).read_bytes(), tmp_path / "more.safetensors"
+    new = write(tmp_path / "rings", "ring", range(30))
+    write(tmp_path / "all" / "ring" / "train" / "good", "ring", range(30, 31))
+    write(tmp_path / "all" / "ring" / "test" / "good", "ring", range(100, 104))
+    write(tmp_path / "all" / "ring" / "test" / "spot", "ring", range(200, 204), spot=True)
+    for kind in ("disc", "square"):
+        shutil.copytree(made.images / kind, tmp_path / "all" / kind)
+    words = ["add-class", made.model, str(new), "ring", "--out", str(out), "--device", "cpu"]
+    assert main(words) == 0
+    seen = capsys.readouterr()
+    assert [line.split() for line in seen.out.splitlines()] == [
+        ["class", "train", "calibrate", "threshold", "rate", "promised", "over"],
+        ["ring", "11", "11", "8", "class"],
+    ]
+    assert str(out) in seen.err and f"hgad predict {out}" in seen.err
+    assert Path(made.model).read_bytes() == before and out.with_suffix(".md").is_file()
+    grown = Detector.load(out)
+    assert grown.classes_ == ("disc", "ring", "square")
+    assert {one.class_name for one in grown.predict(tmp_path / "all" / "ring" / "test" / "good")} == {"ring"}
+    # What it costs; and MODEL itself is written where --out names it.
+    copy = shutil.copy(made.model, tmp_path / "copy.safetensors")
+    words = ["add-class", str(copy), str(new), "ring", "--out", str(copy), "--test", str(tmp_path / "all")]
+    assert main([*words, "--quiet"]) == 0
+    seen = capsys.readouterr()
+    blocks = [block.splitlines() for block in seen.out.split("\n\n")]
+    assert not seen.err and all(len(line) <= 80 for block in blocks for line in block)
+    names = [line.split("  ")[0] for line in blocks[1]]
+    assert names == ["mean of", "others, before", "others, after", "ring"]
+    assert blocks[2][0].startswith("others taken for ring, %: ") and blocks[2][0].endswith("of 16")
+    assert blocks[2][1].startswith("ring taken for another, %: ") and blocks[2][1].endswith("of 8")
+    assert Detector.load(copy).classes_ == grown.classes_
+    words[1] = made.model
+    assert main([*words, "--json", "--quiet"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert f"{report['own']['image_auroc']:.4f}" == blocks[1][3].split()[1]
+    assert report["taken"] == blocks[2][0].rpartition(": ")[2]
+    assert main(["add-class", str(copy), str(new), "ring", "--out", str(out), "--quiet"]) == 2
+    assert "does not know, found 'ring'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_export_writes_a_file_that_validate_finds_equal(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -507,6 +551,10 @@ def test_doctor_works_without_torch(tmp_path: Path) -> None:
         (["fit", ".", "--set", "data.sise", "3"], "data.sise"),
         (["fit", ".", "--false-alarm-rate", "2"], "false alarm rate between 0 and 1"),
         (["evaluate", "MODEL", "none"], "no such folder"),
+        (["add-class", "MODEL", "none", "ring", "--out", "x.safetensors"], "none: no such folder"),
+        (["add-class", "MODEL", ".", "ring", "--out", "x.pt"], "ends on .safetensors"),
+        (["add-class", "MODEL", ".", "a/b", "--out", "x.safetensors"], "a name that a folder can have"),
+        (["add-class", "MODEL", ".", "ring", "--out", "x.safetensors", "--test", "none"], "no such folder"),
         (["drift", "MODEL", "."], "expected images, found none"),
         (["export", "words.safetensors"], "words.safetensors"),
     ],
@@ -551,7 +599,7 @@ def test_help_reads_well_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {one.prog: one.format_help() for one in parsers(_parser())}
     for name, text in texts.items():
         assert all(len(line) <= 80 for line in text.splitlines()), name
-    for verb in ("fit", "predict", "watch", "evaluate", "export", "validate", "drift", "doctor"):
+    for verb in ("fit", "predict", "watch", "evaluate", "add-class", "export", "validate", "drift", "doctor"):
         text = texts[f"hgad {verb}"]
         assert "\nexamples:\n  hgad" in text and len(text.splitlines()) <= 45
         assert f"\n    {verb} " in texts["hgad"]
