@@ -86,7 +86,8 @@ class Prediction:
         is_unknown: Whether it is anomalous all over, as of no known class; see :data:`UNLIKE`. An image below
             the threshold never is, so this costs no false alarm.
         promise: Whose false alarms the threshold bounds: "class", or "all classes" where the class has too
-            few images for a threshold of its own.
+            few images for a threshold of its own. The bound is for images whose class is given or rightly
+            inferred: one that is taken for another class meets that class's threshold, and often exceeds it.
         anomaly_map: (S, S) float32.
         pixel_threshold: Above it a pixel is marked; at most the same share of normal images has one.
         image: The image at the map's size, (S, S, 3) uint8.
@@ -766,7 +767,8 @@ choose thresholds; seed {seed}.{added}
 
 An image is called anomalous above its class's threshold: on average at most {rate:g} % of new normal
 images, if they come from where the images kept aside came from. A pixel is marked above the pixel
-threshold: at most the same share of normal images has one.
+threshold: at most the same share of normal images has one. Both hold for images whose class is given or
+rightly inferred: one that is taken for another class meets that class's threshold.
 
 | class | images kept aside | threshold | pixel threshold | promise over |
 |---|---|---|---|---|

@@ -503,6 +503,7 @@ def test_a_class_of_few_images_has_the_threshold_of_all(home: Path) -> None:
         patch.setattr(np, "sort", lambda *given, **more: sorts.append(given))
         assert list(found.predict(pictures(1, 3, fresh=True))) and not sorts, "once, not for each image"
     assert "| green | 2 |" in found.card() and "| all classes |" in found.card()
+    assert "whose class is given or\nrightly inferred" in found.card()
     # One image has no deviation, so any other of its class would be unlike it.
     assert found.typical_[0, 1] > 0.5 * found.typical_[2, 1]
     assert images_needed(RATE) == 9
