@@ -43,25 +43,31 @@ def add_to(commands: Any) -> None:
     one = _verb(
         commands, "fit", fit, "learn from a folder of good products, save a detector",
         "Learn from images of good products, choose thresholds, and write a detector:\n"
-        "one file that needs nothing else, with a model card (.md) beside it. A\n"
-        "fit that was interrupted goes on from its run directory.",
+        "one file that needs nothing else, with a model card (.md) beside it. The same\n"
+        "command goes on where it was interrupted.",
         "hgad data check parts                      look through the images first",
         "hgad fit parts --false-alarm-rate 0.02     parts.safetensors, parts.md",
         "hgad fit parts --set data.resize pad       any setting of params/*.yaml",
     )  # fmt: skip
-    one.add_argument("folder", metavar="FOLDER", help="CLASS/*.png, or MVTec AD's layout, or a dataset: demo")
+    one.add_argument(
+        "folder", metavar="FOLDER", help="CLASS/*.png, MVTec AD's layout, or a dataset's name: demo"
+    )
     one.add_argument(
         "--out", type=Path, metavar="FILE", help="detector to write (default: FOLDER.safetensors)"
     )
     one.add_argument("--false-alarm-rate", type=float, default=0.05, metavar="R",
                      help="share of good products that may be called anomalous (default: 0.05)")  # fmt: skip
     one.add_argument("--threshold-share", type=float, default=0.2, metavar="S",
-                     help="share of the images kept aside for thresholds (default: 0.2)")  # fmt: skip
+                     help="share of each class's images that is kept aside to choose thresholds on "
+                          "(default: 0.2)")  # fmt: skip
     one.add_argument(
         "--epochs", type=int, metavar="N", help="passes over the images (default: as configured)"
     )
-    one.add_argument("--experiment", default="hgad", metavar="NAME", help="a file of params/experiments")
-    one.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+    one.add_argument("--experiment", default="hgad", metavar="NAME",
+                     help="settings: a file of params/experiments (default: hgad)")  # fmt: skip
+    one.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all that is drawn (default: 0)"
+    )
     one.add_argument("--run-dir", type=Path, metavar="DIR", help="run directory (default: runs/...)")
     one.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"),
                      help="any setting by its dotted name")  # fmt: skip
@@ -89,26 +95,29 @@ def add_to(commands: Any) -> None:
         "hgad watch parts.safetensors inbox/ --format jsonl | ./reject.sh",
     )  # fmt: skip
     _model(one)
-    one.add_argument("folder", type=Path, metavar="FOLDER", help="with all folders in it")
-    one.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="(default: 1)")
+    one.add_argument("folder", type=Path, metavar="FOLDER", help="to watch, with all folders in it")
+    one.add_argument("--interval", type=float, default=1.0, metavar="SECONDS",
+                     help="between two looks at the folder (default: 1)")  # fmt: skip
     one.add_argument("--new-only", action="store_true", help="leave out the images that are there already")
     one.add_argument("--once", action="store_true", help="stop when no new image is left")
     _judging(one)
 
     one = _verb(
-        commands, "evaluate", evaluate, "metrics on labelled images",
-        "Test a detector on labelled images: AUROC, AUPRO, and at its thresholds the\n"
-        "false alarms and the defects found, with 95 % intervals.",
+        commands, "evaluate", evaluate, "test a detector on labelled images",
+        "Test a detector on labelled images: AUROC and AUPRO; false alarms and defects\n"
+        "found at its thresholds, with 95 % intervals.",
         "hgad evaluate parts.safetensors parts",
         "hgad evaluate parts.safetensors parts --json > metrics.json",
     )  # fmt: skip
     _model(one)
-    one.add_argument("folder", metavar="FOLDER", help="in MVTec AD's layout, with a test set; or a dataset")
-    one.add_argument("--json", action="store_true", help="all of it, as JSON")
+    one.add_argument(
+        "folder", metavar="FOLDER", help="MVTec AD's layout, with a test set; or a dataset's name"
+    )
+    one.add_argument("--json", action="store_true", help="all of it as JSON")
     _device(one)
 
     one = _verb(
-        commands, "add-class", add_class, "a class more, without training",
+        commands, "add-class", add_class, "learn one class more, without training",
         "Learn one more class from its good products without training, in minutes and\n"
         "without the other classes' images, and write a detector. The others' images\n"
         "may be taken for the new class: --test says what it costs them.",
@@ -133,7 +142,8 @@ def add_to(commands: Any) -> None:
         "hgad validate parts.safetensors parts.onnx today/",
     )  # fmt: skip
     _model(one)
-    one.add_argument("out", type=Path, nargs="?", metavar="ONNX", help="(default: MODEL, ending on .onnx)")
+    one.add_argument("out", type=Path, nargs="?", metavar="ONNX",
+                     help="file to write (default: MODEL, ending on .onnx)")  # fmt: skip
 
     one = _verb(
         commands, "validate", validate, "compare an ONNX file with its detector",
@@ -149,10 +159,10 @@ def add_to(commands: Any) -> None:
 
     one = _verb(
         commands, "drift", drift, "are today's images still like the normal ones?",
-        "Test whether new images are like the normal ones that were kept aside, by\n"
-        "their scores and their features; a p-value by permutation. It asks for any\n"
-        "difference: light, camera, supplier, and also very many defects. A few\n"
-        "anomalous images pass. Images that the detector was trained on are not new.\n\n"
+        "Test whether new images are like the normal ones that the fit kept aside, by\n"
+        "their scores and their features; a p-value by permutation. It finds any\n"
+        "difference: light, camera, supplier, and very many defects; a few anomalous\n"
+        "images pass. Take new images: those of the fit tell nothing.\n\n"
         "Exit status: 0 no drift found, 1 drift, 2 wrong input or an image that\n"
         "cannot be read.",
         "hgad drift parts.safetensors today/",
@@ -161,9 +171,9 @@ def add_to(commands: Any) -> None:
     _model(one)
     one.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders, or - for names on stdin")
     one.add_argument("--level", type=float, default=0.01, metavar="P",
-                     help="share of days on which a false one may be called (default: 0.01)")  # fmt: skip
-    one.add_argument("--json", action="store_true", help="as JSON")
-    one.add_argument("--class", dest="class_name", metavar="NAME", help="class of all images")
+                     help="share of days without a drift that may be called one (default: 0.01)")  # fmt: skip
+    one.add_argument("--json", action="store_true", help="the result as JSON")
+    _class(one)
     _device(one)
     _batch_size(one)
 
@@ -191,7 +201,7 @@ def _verb(
 
 
 def _model(one: argparse.ArgumentParser) -> None:
-    one.add_argument("model", type=Path, metavar="MODEL", help="a file that hgad fit wrote")
+    one.add_argument("model", type=Path, metavar="MODEL", help="detector that hgad fit wrote")
 
 
 def _device(one: argparse.ArgumentParser) -> None:
@@ -204,11 +214,15 @@ def _batch_size(one: argparse.ArgumentParser) -> None:
 
 def _judging(one: argparse.ArgumentParser) -> None:
     one.add_argument("--format", choices=("table", "jsonl", "csv"),
-                     help="(default: table on a terminal, else jsonl)")  # fmt: skip
+                     help="of the lines (default: table on a terminal, else jsonl)")  # fmt: skip
     one.add_argument("--overlays", type=Path, metavar="DIR", help="write each image under its map there")
-    one.add_argument("--class", dest="class_name", metavar="NAME",
-                     help="class of all images (default: each image's is inferred)")  # fmt: skip
+    _class(one)
     _device(one)
+
+
+def _class(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--class", dest="class_name", metavar="NAME",
+                     help="class of all images (default: inferred for each)")  # fmt: skip
 
 
 def fit(options: argparse.Namespace) -> int:
