@@ -17,7 +17,7 @@ READY := $(VENV)/.ready
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/_*' ! -path '*/.*'
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint lab ablations prior clean distclean
+.PHONY: help book test lint lab ablations prior baselines clean distclean
 
 help:
 	@echo "make book   run every chapter and build the HTML book"
@@ -26,6 +26,7 @@ help:
 	@echo "make lab    open the chapters in JupyterLab"
 	@echo "make ablations  run what is missing of the grid for Tab. 3 (hours)"
 	@echo "make prior  run what is missing of the comparison of priors (hours)"
+	@echo "make baselines  run what is missing of the comparison of methods (hours)"
 	@echo "make clean  remove the built book and caches (keeps .venv, data, runs)"
 	@echo "make distclean  the same, and .venv"
 	@echo "Each first installs the pinned requirements into .venv, once."
@@ -70,6 +71,11 @@ ablations: $(READY)
 
 prior: $(READY)
 	@$(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID) --config grid=$(GRID_NAME) $(CONFIG)
+
+baselines: $(READY)
+	@for grid in baselines baselines_one_for_one; do \
+	  $(BIN)/python -m snakemake --workflow-profile workflow/profiles/local $(GRID) --config grid=$$grid $(CONFIG) \
+	    || exit; done
 
 clean:
 	rm -rf book/_executed book/_build .pytest_cache .mypy_cache .ruff_cache

@@ -173,7 +173,9 @@ class BaselineConfig:
     channels: Annotated[Whole, Field(ge=1, le=65536)] = 100
     """Channels drawn of all (PaDiM)."""
     coreset: Annotated[Real, Field(gt=0, le=1)] = 0.1
-    """Share of the training features kept (PatchCore)."""
+    """Share of the candidates kept (PatchCore)."""
+    candidates: Annotated[Whole, Field(ge=1, le=10**8)] = 100_000
+    """Training features that a bank is chosen of at most, drawn at random (PatchCore)."""
     width: Annotated[Whole, Field(ge=1, le=4096)] = 128
     """Channels of the layers of what is trained."""
     layers: Annotated[Whole, Field(ge=1, le=64)] = 4
@@ -581,10 +583,16 @@ def read_params(name: Any, folder: Path) -> dict[str, Any]:
 
 
 def run_dir(config: Config) -> Path:
-    """Return the run's directory: as configured, else runs/<dataset>/<experiment>/seed<k> in the project."""
+    """Return the run's directory: as configured, else runs/ and its name, in the project."""
     if config.run_dir is not None:
         return user_path(config.run_dir)
-    return project_dir() / "runs" / config.dataset / config.experiment / f"seed{config.seed}"
+    return project_dir() / "runs" / run_name(config)
+
+
+def run_name(config: Config) -> str:
+    """Name a run: <dataset>/<experiment>/seed<k>; the experiment's part says where each class has a model."""
+    setting = "" if config.setting == "unified" else f"-{config.setting}"
+    return f"{config.dataset}/{config.experiment}{setting}/seed{config.seed}"
 
 
 def training_key(config: Config, *, seed: bool = True) -> str:

@@ -209,7 +209,7 @@ def prior_lead(runs: PriorRuns, ours: str, theirs: str, *, draw: int = 0) -> tup
     return 100 * found, 100 * draws
 
 
-def _lead_text(lead: tuple[float, np.ndarray] | None) -> str:
+def lead_text(lead: tuple[float, np.ndarray] | None) -> str:
     if lead is None:
         return "not measured"
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(lead[0], *interval(lead[1]))
@@ -233,7 +233,7 @@ def prior_table(images: str, runs: PriorRuns, name: str = "prior") -> Styler:
         flow = "affine" if experiment == "hgad" else experiment.split("_")[-1]
         for title, other in (("single", f"prior_single_{flow}"), ("neighbours", "baseline_neighbours")):
             compared = other in experiments and other != experiment
-            line[f"image, to {title}"] = _lead_text(prior_lead(runs, experiment, other)) if compared else "–"
+            line[f"image, to {title}"] = lead_text(prior_lead(runs, experiment, other)) if compared else "–"
         line["runs"] = records_cell([record["record"] for record in of.values()])
     table = pd.DataFrame.from_dict(lines, orient="index")
     return styled(table, name=f"{name}-{images}", caption=f"<b>{html.escape(images)}</b>", markup=["runs"])
@@ -253,7 +253,7 @@ def prior_verdicts(found: Mapping[str, PriorRuns]) -> list[str]:
             for images, lead in known.items():
                 low, high = interval(lead[1])
                 word = "better" if low > 0 else "worse" if high < 0 else "not told apart"
-                said.append(f"{images}: {_ROWS[ours]} beside {_ROWS[theirs]}: {_lead_text(lead)}, {word}")
+                said.append(f"{images}: {_ROWS[ours]} beside {_ROWS[theirs]}: {lead_text(lead)}, {word}")
     return said
 
 

@@ -1,0 +1,118 @@
+"""The comparison of all methods out of synthetic records: rows, leads, ranks, the paper's ordering, costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from hgadbook import rivals
+from hgadlib.config import run_name
+from hgadlib.runs.grid import load_grid
+
+# How far a method parts normal from anomalous images; HGAD is better than all but one.
+GAINS = {"hgad": 1.5, "baseline_gaussians": 0.4, "baseline_neighbours": 2.5, "baseline_cflow": 0.5}
+
+
+def record(name: str, seed: int, *, grid: str = "baselines", dataset: str = "demo") -> dict[str, Any]:
+    """A record of two classes of 60 images; without unified training all is a little better."""
+    config = load_grid(grid).config(dataset, name, seed)
+    gain = GAINS[name] + (0.3 if grid != "baselines" else 0.0)
+    rng, per_class, scores = np.random.default_rng(7), {}, {}
+    for k in ("b", "a"):
+        labels, hard = np.arange(60) % 2, rng.normal(size=60)
+        own = hard + 0.2 * np.random.default_rng([seed, len(name)]).normal(size=60) + gain * labels
+        scores[k] = {"labels": "".join(map(str, labels)), "scores": " ".join(f"{x:.4g}" for x in own)}
+        auroc = float(roc_auc_score(labels, own))
+        per_class[k] = {"image_auroc": auroc, "pixel_auroc": None, "aupro": None}
+    means = {key: [v[key] for v in per_class.values()] for key in ("image_auroc",)}
+    return {
+        "dataset": dataset, "experiment": name, "seed": seed, "per_class": per_class,
+        "mean": {"image_auroc": float(np.mean(means["image_auroc"])), "pixel_auroc": None, "aupro": None},
+        "protocol": {"normalisation": config.score.normalisation, "criterion": config.criterion},
+        "config": config.identity(), "data": {"digest": dataset}, "image_scores": scores, "epochs": 3,
+        "record": f"{dataset}-{name}-{seed}", "timing": {"train_s": 61.2, "predict_images_per_s": 4.5},
+        "environment": {"device": "a processor"}, "note": "beside other work: its times are no measure",
+        "cost": {
+            "multiply_adds": {"backbone": 2 * 10**9, "method": 10**9},
+            "numbers": {"backbone": 5, "learnt": 3 * 10**6, "stored": 0},
+        },
+    }  # fmt: skip
+
+
+def found(datasets: tuple[str, ...] = ("demo", "elpv")) -> list[dict[str, Any]]:
+    made = [record(name, seed, dataset=d) for d in datasets for name in GAINS for seed in (0, 1)]
+    return [*made, record("hgad", 0, grid="baselines_one_for_one")]
+
+
+def test_runs_of_both_settings_are_told_apart() -> None:
+    together, apart = (rivals.rival_runs(found(), setting) for setting in ("unified", "one_for_one"))
+    assert list(together) == ["demo", "elpv"]
+    assert all(set(runs) == set(GAINS) for runs in together.values())
+    assert {images: list(runs) for images, runs in apart.items()} == {"demo": ["hgad"]}
+    config = load_grid("baselines_one_for_one").config("demo", "hgad", 0)
+    assert run_name(config) == "demo/hgad-one_for_one/seed0"
+
+
+def test_every_method_of_a_grid_has_a_title() -> None:
+    for name in ("baselines", "baselines_one_for_one"):
+        assert set(load_grid(name).experiments) <= set(rivals.TITLES)
+
+
+def test_the_table_is_sorted_and_sets_models_of_one_class_beside() -> None:
+    together, apart = (rivals.rival_runs(found(), setting) for setting in ("unified", "one_for_one"))
+    table = rivals.accuracy_table("demo", together["demo"], apart["demo"]).data  # type: ignore[attr-defined]
+    assert list(table.index) == [
+        "neighbours, a bank per class", "HGAD", "CFLOW", "a Gaussian per class",
+    ]  # fmt: skip
+    assert table.loc["HGAD", "HGAD's lead, image"] == "–"
+    assert table.loc["CFLOW", "HGAD's lead, image"].startswith("+")
+    assert table.loc["neighbours, a bank per class", "HGAD's lead, image"].startswith("-")
+    one, other = apart["demo"]["hgad"][0]["mean"], together["demo"]["hgad"][0]["mean"]
+    gain = 100 * (one["image_auroc"] - other["image_auroc"])
+    assert table.loc["HGAD", "gain apart"] == f"{gain:+.1f}" and gain > 1
+    assert table.loc["CFLOW", "apart"] == table.loc["CFLOW", "gain apart"] == "–"
+
+
+def test_the_papers_ordering_gets_a_verdict_each() -> None:
+    table = rivals.ordering_table(rivals.rival_runs(found())).data  # type: ignore[attr-defined]
+    assert table.loc["CFLOW", "paper"] == "+9.4" and table.loc["CFLOW", "verdict"] == "seen"
+    assert table.loc["neighbours, a bank per class", "verdict"] == "HGAD behind"
+    assert table.loc["a Gaussian per class", "verdict"] == "HGAD ahead"
+    assert table.loc["neighbours, a bank per class", "paper"] == "–"
+    GAINS["baseline_cflow"] = 2.5
+    try:
+        table = rivals.ordering_table(rivals.rival_runs(found())).data  # type: ignore[attr-defined]
+    finally:
+        GAINS["baseline_cflow"] = 0.5
+    assert table.loc["CFLOW", "verdict"] == "opposite"
+    assert rivals.ordering_table({}).data.empty  # type: ignore[attr-defined]
+
+
+def test_ranks_are_of_the_classes_that_all_have() -> None:
+    values = rivals.class_ranks(rivals.rival_runs(found()))
+    assert values.shape == (4, 4) and list(values.index[:2]) == ["HGAD", "CFLOW"]
+    partly = [r for r in found() if (r["dataset"], r["experiment"]) != ("elpv", "baseline_cflow")]
+    assert "CFLOW" not in rivals.class_ranks(rivals.rival_runs(partly)).index
+    assert rivals.class_ranks({}).empty
+    ax = rivals.rank_diagram(values)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names[:2] == ["neighbours, a bank per class", "HGAD"]
+    # Four methods over four classes: ranks 1 and 4 are further apart than 2.35, neighbours in rank are not.
+    assert rivals.critical_difference(4, 4) == pytest.approx(2.345, abs=1e-3)
+    bars = [line for line in ax.lines if len(set(line.get_xdata())) == 1]
+    assert [list(bar.get_ydata()) for bar in bars] == [[0, 2], [1, 3]]
+    plt.close("all")
+
+
+def test_costs_are_of_the_same_runs_and_busy_machines_are_named() -> None:
+    runs = rivals.rival_runs(found())["demo"]
+    table = rivals.cost_table("demo", runs).data  # type: ignore[attr-defined]
+    row = table.loc["HGAD"]
+    assert row["multiply-adds (G)"] == "3.0" and row["learnt (M)"] == "3.0" and row["needs"] == "classes"
+    assert row["measured on"] == "a processor, busy" and row["fit (s)"] == "61"
+    del runs["hgad"][0]["cost"]  # a record of before
+    assert rivals.cost_table("demo", runs).data.loc["HGAD", "learnt (M)"] == "–"  # type: ignore[attr-defined]
