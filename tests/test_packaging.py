@@ -6,15 +6,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import tomllib
 import venv
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from packaging.markers import Marker
@@ -22,6 +25,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from PIL import Image
 
 import hgadlib
 
@@ -186,6 +190,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "env"
 
 
+def shots(folder: Path, kind: int, seeds: range, *, spot: bool = False) -> None:
+    """Write pictures of one of two kinds, 64x64; a spot is their defect."""
+    folder.mkdir(parents=True)
+    for seed in seeds:
+        rng = np.random.default_rng([kind, seed])
+        pixels = rng.integers(90, 120, (64, 64, 3)).astype(np.uint8)
+        pixels[16:48, 16:48, kind] = 220
+        if spot:
+            pixels[20:40, 20:40] = 0
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the environment's programs lie elsewhere")
 class TestWheel:
     @staticmethod
@@ -220,3 +236,64 @@ class TestWheel:
         assert json.loads((run / "metrics.json").read_text())["mean"]["image_auroc"] > 0
         # The same names work for who does not want a command.
         assert "experiment" in self.run(installed, tmp_path, "hgad", "grid", "list", "ablations")
+
+    @pytest.mark.slow
+    def test_the_readme_s_quick_start_works_as_it_stands(self, installed: Path, tmp_path: Path) -> None:
+        # Small and short is the one thing that is not as a reader would have it; and the export, which takes
+        # longer than all the rest, has tests of its own.
+        small = {
+            "data.image_size": "64", "features.pyramid": "null", "score.map_size": "32", "flow.layers": "2",
+        }  # fmt: skip
+        more = " ".join(f"--set {name} {value}" for name, value in small.items())
+        shots(tmp_path / "nuts", 1, range(30))
+        shots(tmp_path / "parts" / "bolts" / "train" / "good", 0, range(245))
+        shots(tmp_path / "parts" / "bolts" / "test" / "good", 0, range(300, 306))
+        shots(tmp_path / "parts" / "bolts" / "test" / "spot", 0, range(400, 404), spot=True)
+        shots(tmp_path / "today", 0, range(500, 520))
+        shots(tmp_path / "inbox", 0, range(600, 602), spot=True)
+        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HGAD_DATA")}
+        env |= {
+            "HGAD_CACHE": str(tmp_path / ".cache"), "OMP_NUM_THREADS": "1",
+            "PATH": os.pathsep.join((str(installed / "bin"), env["PATH"])),
+        }  # fmt: skip
+        section = (ROOT / "README.md").read_text().partition("## From a folder to decisions")[2]
+        section = section.partition("\n## ")[0]
+        (commands,), (code,) = (
+            re.findall(rf"```{kind}\n(.*?)```", section, re.S) for kind in ("bash", "python")
+        )
+        out, verbs = tmp_path / "out", set()
+        for line in commands.splitlines():
+            if "hgad export" in line:
+                continue
+            words = line.replace("hgad fit ", f"hgad fit --epochs 1 {more} ")
+            verbs.add(verb := words.partition("hgad ")[2].split()[0])
+            words = f"exec {words}" if verb == "watch" else words  # so that Ctrl-C reaches it
+            with out.open("w") as stream:
+                process = subprocess.Popen(
+                    ["sh", "-c", words],
+                    cwd=tmp_path,
+                    env=env,
+                    stdout=stream,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                while verb == "watch" and process.poll() is None and out.read_text().count("\n") < 2:
+                    time.sleep(0.05)
+                if verb == "watch":
+                    process.send_signal(signal.SIGINT)
+                error = process.communicate(timeout=300)[1]
+            expected = {"predict": (0, 1), "drift": (0, 1), "watch": (1,)}.get(verb, (0,))
+            assert process.returncode in expected and "Traceback" not in error, f"{line}\n{error}"
+        assert verbs >= {"doctor", "fit", "evaluate", "predict", "watch", "drift", "add-class"}
+        for name in ("parts.safetensors", "parts.md", "more.safetensors", "more.md"):
+            assert (tmp_path / name).is_file()
+        assert len((tmp_path / "today.jsonl").read_text().splitlines()) == 20
+        assert len(list((tmp_path / "maps").iterdir())) == 20
+        given = {name: yaml.safe_load(value) for name, value in small.items()}
+        code = code.replace("Detector(", f"Detector(epochs=1, overrides={given}, ")
+        code = code.replace('detector.export("parts.onnx")', "")
+        done = subprocess.run(
+            ["python", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("bolts") == 20
