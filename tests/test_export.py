@@ -242,7 +242,7 @@ def test_a_missing_package_is_one_line(package: str, folder: Path, monkeypatch: 
 @pytest.mark.parametrize("other", [{"method": "neighbours"}, {"setting": "one_for_one"}])
 def test_another_method_is_saved_but_not_exported(other: dict[str, str], folder: Path) -> None:
     name = next(iter(other.values()))
-    detector = fitted(folder / name, **other)
+    detector = fitted(folder / name, 0, **other)
     with pytest.raises(InputError, match=f"method hgad, unified, found .*{name}"):
         detector.export(folder / f"{name}.onnx")
     read = Detector.load(detector.save(folder / f"{name}.safetensors"))
