@@ -1,0 +1,67 @@
+"""What PaDiM and PatchCore share: normal features kept of all classes together, or of each by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgadlib.config import BaselineConfig
+from hgadlib.errors import InputError
+from hgadlib.method import Method
+
+
+class Banks(Method):
+    """A method of one pass that compares an image with one bank of several.
+
+    Args:
+        classes: Names of the K classes.
+        channels: C of each level.
+        grids: (H, W) of each level.
+        baseline: bank "all" makes one bank, "class" one of each class's images.
+    """
+
+    learns = False
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        channels: Sequence[int],
+        grids: Sequence[tuple[int, int]],
+        *,
+        baseline: BaselineConfig,
+    ) -> None:
+        super().__init__(classes, channels, grids)
+        self.baseline = baseline
+        self.n_banks = 1 if baseline.bank == "all" else len(self.classes)
+
+    def bank(self, class_idx: Tensor) -> Tensor:
+        """Find the bank of each image, (B,)."""
+        return torch.zeros_like(class_idx) if self.baseline.bank == "all" else class_idx
+
+    def images(self, class_idx: np.ndarray) -> list[Tensor]:
+        """List the training images of each bank.
+
+        Raises:
+            InputError: A bank has none.
+        """
+        bank = self.bank(torch.as_tensor(class_idx, dtype=torch.int64))
+        found = [(bank == k).nonzero()[:, 0] for k in range(self.n_banks)]
+        for name, own in zip(self.classes, found, strict=False):
+            if not len(own):
+                raise InputError(f"class {name!r}: expected training images, found none; add some")
+        return found
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the constructor's arguments as plain values."""
+        return super().architecture() | {"baseline": dataclasses.asdict(self.baseline)}
+
+    @classmethod
+    def restored(cls, architecture: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """Build the model that :meth:`architecture` describes, with these weights."""
+        spec = architecture | {"baseline": BaselineConfig(**architecture["baseline"])}
+        return super().restored(spec, tensors)
