@@ -123,8 +123,6 @@ def test_jitter_is_in_proportion_to_the_norm_and_of_training_alone() -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
     joined = model.joined(waves(2)[0].batch(torch.arange(2)))
     assert torch.equal(model.rebuilt(joined), model.rebuilt(joined))
     model.train()
