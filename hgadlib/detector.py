@@ -86,8 +86,8 @@ class Prediction:
         is_unknown: Whether it is anomalous all over, as of no known class; see :data:`UNLIKE`. An image below
             the threshold never is, so this costs no false alarm.
         promise: Whose false alarms the threshold bounds: "class", or "all classes" where the class has too
-            few images for a threshold of its own. The bound is for images whose class is given or rightly
-            inferred: one that is taken for another class meets that class's threshold, and often exceeds it.
+            few images for a threshold of its own. Where the class is inferred it bounds those of images that
+            are taken for it, for so were the images kept aside.
         anomaly_map: (S, S) float32.
         pixel_threshold: Above it a pixel is marked; at most the same share of normal images has one.
         image: The image at the map's size, (S, S, 3) uint8.
@@ -225,6 +225,8 @@ class Detector(BaseEstimator):
     backbone_: Backbone
     normals_: dict[str, Normals]
     all_normals_: Normals
+    inferred_normals_: dict[str, Normals]
+    all_inferred_normals_: Normals
     reference_: dict[str, NDArray[np.float32]]
     typical_: NDArray[np.float64]
     bit_depth_: int
@@ -263,9 +265,10 @@ class Detector(BaseEstimator):
             "environment": environment(inputs.device),
         }  # fmt: skip
         self.remarks_ = (*inputs.dataset.skipped, *inputs.dataset.remarks)
-        self.normals_, self.reference_, usual = self._look_at_normals(inputs)
-        self.all_normals_ = Normals.together(list(self.normals_.values()))
-        self.typical_ = _typical([usual[name] for name in self.classes_])
+        kept = self._look_at_normals(inputs)
+        self.reference_ = kept.reference
+        self._set_normals(kept.given, kept.inferred)
+        self.typical_ = _typical([kept.usual[name] for name in self.classes_])
         return self
 
     def _check_enough(self, dataset: Dataset) -> None:
@@ -296,15 +299,20 @@ class Detector(BaseEstimator):
         _write_folder(images if isinstance(images, Mapping) else {"object": images}, folder, depth)
         return given | {"dataset": "folder", "data_root": str(folder)}
 
-    def _look_at_normals(
-        self, inputs: Inputs
-    ) -> tuple[dict[str, Normals], dict[str, NDArray[np.float32]], dict[str, list[float]]]:
-        """Judge the images kept aside; return by class scores, features, and how likely they usually are."""
+    def _set_normals(self, given: dict[str, Normals], inferred: dict[str, Normals]) -> None:
+        """Take what the images kept aside score, by the class that was given and by that inferred."""
+        self.normals_, self.inferred_normals_ = given, inferred
+        self.all_normals_, self.all_inferred_normals_ = (
+            Normals.together(list(of.values())) for of in (given, inferred)
+        )
+
+    def _look_at_normals(self, inputs: Inputs) -> _Kept:
+        """Judge the images kept aside, as members of their classes and of those that are inferred."""
         dataset = inputs.dataset
-        scores: dict[str, list[float]] = {name: [] for name in self.classes_}
-        pooled: dict[str, list[Tensor]] = {name: [] for name in self.classes_}
-        peaks: dict[str, list[float]] = {name: [] for name in self.classes_}
+        found_as: dict[bool, dict[str, list[tuple[float, float]]]] = {True: {}, False: {}}
+        pooled: dict[str, list[Tensor]] = {}
         usual: dict[str, list[float]] = {name: [] for name in self.classes_}
+        infers = len(self.classes_) > 1 and self.model_.has_entropy
         # The flow has seen neither; of those held out only the scores were calibrated.
         parts = (("threshold", inputs.threshold), ("held_out", inputs.held_out))
         for split, features in parts:
@@ -312,15 +320,25 @@ class Detector(BaseEstimator):
                 continue
             labels = torch.from_numpy(dataset.class_idx(getattr(dataset, split)))
             for index, batch in features.batches(torch.arange(len(labels)).split(_BATCH), inputs.device):
-                found = self._judge([level.float() for level in batch], labels[index])
-                for i, k in enumerate(labels[index].tolist()):
-                    usual[self.classes_[k]].append(found.usual[i].item())
+                given = self._judge([level.float() for level in batch], labels[index])
+                for i, k in enumerate(given.class_idx.tolist()):
+                    usual[self.classes_[k]].append(given.usual[i].item())
                     if split == "threshold":
-                        scores[self.classes_[k]].append(found.scores[i].item())
-                        pooled[self.classes_[k]].append(found.pooled[i])
-                        peaks[self.classes_[k]].append(found.maps[i].amax().item())
-        normals = {name: Normals(np.array(own), np.array(peaks[name])) for name, own in scores.items() if own}
-        return normals, {name: torch.stack(own).numpy() for name, own in pooled.items() if own}, usual
+                        pooled.setdefault(self.classes_[k], []).append(given.pooled[i])
+                if split != "threshold":
+                    continue
+                # Scored as new images without a class are, they bound the false alarms of just those.
+                inferred = self._judge([level.float() for level in batch], None) if infers else given
+                for as_given, found in ((True, given), (False, inferred)):
+                    for i, k in enumerate(found.class_idx.tolist()):
+                        pair = found.scores[i].item(), found.maps[i].amax().item()
+                        found_as[as_given].setdefault(self.classes_[k], []).append(pair)
+        by_given, by_inferred = (
+            {name: Normals(*np.array(pairs).T) for name, pairs in sorted(of.items())}
+            for of in found_as.values()
+        )
+        reference = {name: torch.stack(own).numpy() for name, own in pooled.items()}
+        return _Kept(by_given, by_inferred, reference, usual)
 
     @torch.inference_mode()
     def _judge(self, features: Sequence[Tensor], class_idx: Tensor | None) -> _Judged:
@@ -410,12 +428,12 @@ class Detector(BaseEstimator):
         own = None if class_name is None else torch.full((len(batch),), self.classes_.index(class_name))
         found = self._judge(features, own)
         seconds = (time.perf_counter() - started) / len(batch)
-        return [self._prediction(one, found, i, seconds) for i, one in enumerate(batch)]
+        return [self._prediction(one, found, i, seconds, own is None) for i, one in enumerate(batch)]
 
-    def _prediction(self, one: _Loaded, found: _Judged, i: int, seconds: float) -> Prediction:
+    def _prediction(self, one: _Loaded, found: _Judged, i: int, seconds: float, inferred: bool) -> Prediction:
         k, score = int(found.class_idx[i]), float(found.scores[i])
         name = self.classes_[k]
-        normals, promise = self.normals_for(name)
+        normals, promise = self.normals_for(name, inferred=inferred)
         threshold = normals.threshold(self.false_alarm_rate)
         mean, std = self.typical_[k]
         unknown = score > threshold and bool((mean - float(found.usual[i])) / std > UNLIKE)
@@ -426,17 +444,25 @@ class Detector(BaseEstimator):
             found.pooled[i].numpy(),
         )  # fmt: skip
 
-    def normals_for(self, class_name: str) -> tuple[Normals, str]:
+    def normals_for(self, class_name: str, *, inferred: bool = False) -> tuple[Normals, str]:
         """Return the normal images that a class's threshold is chosen on, and "class" or "all classes".
 
         Those of the class where they are enough for the false alarm rate, else those of all classes: then the
         rate is bounded over images of all classes together, and that of one class may lie above it.
+
+        Args:
+            class_name: Of the images to judge.
+            inferred: Whether that is what the model takes them for: then those of the images kept aside count
+                that it takes for this class too, whatever they are, scored as such.
         """
         self._check_fitted()
-        own = self.normals_.get(class_name)
+        of, together = self.normals_, self.all_normals_
+        if inferred:
+            of, together = self.inferred_normals_, self.all_inferred_normals_
+        own = of.get(class_name)
         if own is not None and len(own.scores) >= images_needed(self.false_alarm_rate):
             return own, "class"
-        return self.all_normals_, "all classes"
+        return together, "all classes"
 
     def evaluate(self, images: Path | str, *, progress: bool = True) -> dict[str, Any]:
         """Test on labelled images: a folder or a dataset with a test set.
@@ -565,11 +591,17 @@ class Detector(BaseEstimator):
             held_out, threshold,
         )  # fmt: skip
         calibrate(made.model_, train, inputs.train_classes, inputs.calibration, only=[k])
-        normals, reference, usual = made._look_at_normals(inputs)
-        made.normals_, made.reference_ = self.normals_ | normals, self.reference_ | reference
-        made.all_normals_ = Normals.together(list(made.normals_.values()))
+        kept, before = made._look_at_normals(inputs), self.inferred_normals_
+        made.reference_ = self.reference_ | kept.reference
+        # The other classes' images are not there to be judged anew: those of them that would now be taken for
+        # the new class still count for their own.
+        both = {
+            own: Normals.together([of[own] for of in (before, kept.inferred) if own in of])
+            for own in sorted(before.keys() | kept.inferred)
+        }
+        made._set_normals(self.normals_ | kept.given, both)
         pooled = float(np.mean(self.typical_[:, 1] ** 2))
-        made.typical_ = np.insert(self.typical_, k, _typical([usual[name]], pooled), axis=0)
+        made.typical_ = np.insert(self.typical_, k, _typical([kept.usual[name]], pooled), axis=0)
         counts = {
             split: len(part) for split, part in zip(("train", "held_out", "threshold"), parts, strict=True)
         }
@@ -632,11 +664,13 @@ class Detector(BaseEstimator):
         tensors = {f"model.{name}": value for name, value in self.model_.state_dict().items()}
         folded = self.backbone_.network.state_dict()
         tensors |= {f"backbone.{name}": value for name, value in folded.items()}
-        for name, normals in self.normals_.items():
-            k = self.classes_.index(name)
-            tensors[f"normals.{k}.scores"] = torch.from_numpy(normals.scores)
-            tensors[f"normals.{k}.peaks"] = torch.from_numpy(normals.peaks)
-            tensors[f"reference.{k}"] = torch.from_numpy(self.reference_[name])
+        for kind, of in (("normals", self.normals_), ("inferred", self.inferred_normals_)):
+            for name, normals in of.items():
+                k = self.classes_.index(name)
+                tensors[f"{kind}.{k}.scores"] = torch.from_numpy(normals.scores)
+                tensors[f"{kind}.{k}.peaks"] = torch.from_numpy(normals.peaks)
+        for name, own in self.reference_.items():
+            tensors[f"reference.{self.classes_.index(name)}"] = torch.from_numpy(own)
         tensors["typical"] = torch.from_numpy(self.typical_)
         config = self.config_.to_dict()
         # Paths of this machine say nothing on another.
@@ -710,13 +744,18 @@ class Detector(BaseEstimator):
             HGAD, model_type(config).restored(spec["architecture"], part("model")).to(target)
         )
         detector.classes_, detector.bit_depth_ = detector.model_.classes, spec["bit_depth"]
-        stored, names = part("normals"), detector.classes_
-        detector.normals_ = {
-            name: Normals(*(stored[f"{k}.{what}"].numpy() for what in ("scores", "peaks")))
-            for k, name in enumerate(names)
-            if f"{k}.scores" in stored
-        }
-        detector.all_normals_ = Normals.together(list(detector.normals_.values()))
+        names = detector.classes_
+
+        def normals(stored: dict[str, Tensor]) -> dict[str, Normals]:
+            return {
+                name: Normals(*(stored[f"{k}.{what}"].numpy() for what in ("scores", "peaks")))
+                for k, name in enumerate(names)
+                if f"{k}.scores" in stored
+            }
+
+        # Files of before have none of inferred classes: then those of the true ones must do, as they did.
+        given = normals(part("normals"))
+        detector._set_normals(given, normals(part("inferred")) or given)
         detector.reference_ = {names[int(k)]: value.numpy() for k, value in part("reference").items()}
         detector.typical_ = tensors["typical"].numpy()
         detector.trained_on_, detector.metrics_ = spec["trained_on"], spec["metrics"]
@@ -767,8 +806,8 @@ choose thresholds; seed {seed}.{added}
 
 An image is called anomalous above its class's threshold: on average at most {rate:g} % of new normal
 images, if they come from where the images kept aside came from. A pixel is marked above the pixel
-threshold: at most the same share of normal images has one. Both hold for images whose class is given or
-rightly inferred: one that is taken for another class meets that class's threshold.
+threshold: at most the same share of normal images has one. Both hold where the class is given (the
+thresholds below) and where it is inferred: then the images kept aside were judged without their class too.
 
 | class | images kept aside | threshold | pixel threshold | promise over |
 |---|---|---|---|---|
@@ -794,6 +833,16 @@ class _Judged:
     sure: Tensor
     usual: Tensor
     pooled: Tensor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the images kept aside are like, by class: "given" and "inferred" say by which."""
+
+    given: dict[str, Normals]
+    inferred: dict[str, Normals]
+    reference: dict[str, NDArray[np.float32]]
+    usual: dict[str, list[float]]
 
 
 @dataclass(frozen=True)

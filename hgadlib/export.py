@@ -190,7 +190,8 @@ class Decision(nn.Module):
             eye = torch.eye(config.data.image_size)[None, None]
             shrunk = F.interpolate(eye, (size, len(eye[0, 0])), mode="bilinear", antialias=True)
             self.register_buffer(f"shrink_{size}", shrunk[0, 0])
-        own = [detector.normals_for(name)[0] for name in detector.classes_]
+        # First of the classes as they are given, then as they are inferred.
+        own = [detector.normals_for(n, inferred=i)[0] for i in (False, True) for n in detector.classes_]
         kept = max(len(normals.scores) for normals in own)
         # What is missing counts as less than any score.
         scores = np.full((len(own), kept), -np.inf)
@@ -210,17 +211,18 @@ class Decision(nn.Module):
         """Judge B images; see the module's text for inputs and outputs."""
         pixels = (self.resize(images) * self._own("scale") + self._own("offset")).permute(0, 3, 1, 2)
         values, class_idx = self._values(self._features(pixels), class_id)
+        row = torch.where(class_id < 0, class_idx + len(self.model.classes), class_idx)
         scores, maps = self._scores(values, class_idx)
         last = values.log_prob[-1].flatten(1)
         # The median, of an even number the lower one.
         usual = last.topk((last.shape[1] + 1) // 2, largest=False).values[:, -1]
         mean, std = self._own("typical")[class_idx].unbind(1)
         exact = scores.double()
-        anomalous = exact > self._own("thresholds")[class_idx]
+        anomalous = exact > self._own("thresholds")[row]
         unknown = anomalous & ((mean - usual.double()) / std > UNLIKE)
-        as_much = (self._own("normal_scores")[class_idx] >= exact[:, None]).double().sum(1)
-        p_value = (1 + as_much) / (self._own("kept")[class_idx] + 1)
-        pixel = self._own("pixel_thresholds")[class_idx].float()
+        as_much = (self._own("normal_scores")[row] >= exact[:, None]).double().sum(1)
+        p_value = (1 + as_much) / (self._own("kept")[row] + 1)
+        pixel = self._own("pixel_thresholds")[row].float()
         return scores, p_value.float(), anomalous, class_idx, maps, unknown, pixel
 
     def _own(self, name: str) -> Tensor:

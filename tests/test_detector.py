@@ -33,6 +33,8 @@ from small import CHANNELS, FLOW, GRIDS, PRIOR, features, image_folder
 from torch import Tensor
 
 from hgadlib.config import FlowConfig, PriorConfig, load_config
+from hgadlib.datasets import load_dataset
+from hgadlib.datasets.validation import hold_out
 from hgadlib.detector import UNLIKE, Detector, Prediction, _digest
 from hgadlib.errors import InputError
 from hgadlib.evaluation.thresholds import Normals, images_needed
@@ -487,6 +489,35 @@ def test_a_real_detectors_false_alarms_are_as_promised(detector: Detector) -> No
     np.testing.assert_allclose([p.score for p in inferred], scores, atol=1e-3)
 
 
+def test_thresholds_of_inferred_classes_are_of_images_judged_without_their_class(home: Path) -> None:
+    # Two classes that nobody can tell apart, and one that everybody can.
+    root = home / "alike"
+    for name, kind, first in (("one", 0, 0), ("other", 0, 45), ("green", 1, 0)):
+        (root / name).mkdir(parents=True)
+        for i in range(first, first + 45):
+            Image.fromarray(picture(kind, i)).save(root / name / f"{i:03d}.png")
+    found = tiny(home / "alike run").fit(root, progress=False)
+    kept = hold_out(load_dataset("folder", root=root), 0.2, "threshold").threshold
+    judged = list(found.predict([record.path for record in kept]))
+    by_class: dict[str, list[Prediction]] = {}
+    for prediction in judged:
+        by_class.setdefault(prediction.class_name, []).append(prediction)
+    assert any(p.class_name != Path(p.name).parent.name for p in judged)
+    assert {n: len(own.scores) for n, own in found.normals_.items()} == {n: 9 for n in found.classes_}
+    for name, own in by_class.items():
+        normals = found.inferred_normals_[name]
+        np.testing.assert_allclose(normals.scores, sorted(p.score for p in own), atol=1e-2)
+        np.testing.assert_allclose(normals.peaks, sorted(p.anomaly_map.max() for p in own), atol=1e-2)
+        expected, promise = found.normals_for(name, inferred=True)
+        assert {(p.threshold, p.promise) for p in own} == {(expected.threshold(RATE), promise)}
+    assert sum(len(own.scores) for own in found.inferred_normals_.values()) == len(kept)
+    given = only(found.predict(kept[0].path, class_name="one"))
+    assert given.threshold == found.normals_["one"].threshold(RATE)
+    read = Detector.load(found.save(home / "alike.safetensors"))
+    again = list(read.predict([record.path for record in kept]))
+    assert [p.threshold for p in again] == [p.threshold for p in judged]
+
+
 def test_a_class_of_few_images_has_the_threshold_of_all(home: Path) -> None:
     classes = {"red": pictures(0, 45), "green": pictures(1, 8), "blue": pictures(2, 2)}
     found = tiny(home / "few of one").fit(classes, progress=False)
@@ -503,7 +534,7 @@ def test_a_class_of_few_images_has_the_threshold_of_all(home: Path) -> None:
         patch.setattr(np, "sort", lambda *given, **more: sorts.append(given))
         assert list(found.predict(pictures(1, 3, fresh=True))) and not sorts, "once, not for each image"
     assert "| green | 2 |" in found.card() and "| all classes |" in found.card()
-    assert "whose class is given or\nrightly inferred" in found.card()
+    assert "judged without their class too" in found.card()
     # One image has no deviation, so any other of its class would be unlike it.
     assert found.typical_[0, 1] > 0.5 * found.typical_[2, 1]
     assert images_needed(RATE) == 9
