@@ -21,7 +21,7 @@ from hgadlib.figures.tables import styled
 from hgadlib.figures.theme import PALETTE
 
 TITLES = {
-    "hgad": "HGAD", "baseline_cflow": "CFLOW", "baseline_fastflow": "FastFlow", "baseline_padim": "PaDiM",
+    "hgad": "HGAD", "fast": "HGAD at 256 pixels", "baseline_cflow": "CFLOW", "baseline_fastflow": "FastFlow", "baseline_padim": "PaDiM",
     "baseline_patchcore": "PatchCore", "baseline_bank_all": "neighbours, one bank",
     "baseline_neighbours": "neighbours, a bank per class", "baseline_gaussians": "a Gaussian per class",
     "baseline_uniad": "UniAD", "baseline_stfpm": "STFPM", "baseline_draem": "DRAEM", "baseline_pmad": "PMAD",
@@ -31,7 +31,7 @@ TITLES = {
 _PAPER = {name: {"STFPM": "MKD"}.get(title, title) for name, title in TITLES.items()}
 # What a method must be told beside the images, by experiment; others take normal images of no named class.
 _NEEDS = {
-    "hgad": "classes", "baseline_neighbours": "classes", "baseline_gaussians": "classes",
+    "hgad": "classes", "fast": "classes", "baseline_neighbours": "classes", "baseline_gaussians": "classes",
     "baseline_draem": "drawn defects", "baseline_omnial": "drawn defects",
 }  # fmt: skip
 

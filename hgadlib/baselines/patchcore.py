@@ -11,7 +11,7 @@ k-centre selection on a random projection psi to 128 dimensions (Johnson-Lindens
 farthest from those chosen; the nearest by exact search; the blur of the map.
 
 Not: this library's backbone in place of WideResNet50, whose channels are few enough to need no pooling to
-1024; its stages of strides 16 and 32 in place of 8 and 16, which find less here; images of 256 pixels in
+1024; its stages of strides 16 and 32, as of the default, in place of 8 and 16; images of 256 pixels in
 place of a crop of 224. The image's score is the maximum of the blurred map; the published one is that of the
 distances before the blur, re-weighted by the neighbours of the nearest feature. Selection starts from one
 feature drawn.
