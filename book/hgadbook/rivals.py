@@ -21,11 +21,11 @@ from hgadlib.figures.tables import styled
 from hgadlib.figures.theme import PALETTE
 
 TITLES = {
-    "hgad": "HGAD", "fast": "HGAD at 256 pixels", "baseline_cflow": "CFLOW", "baseline_fastflow": "FastFlow", "baseline_padim": "PaDiM",
-    "baseline_patchcore": "PatchCore", "baseline_bank_all": "neighbours, one bank",
-    "baseline_neighbours": "neighbours, a bank per class", "baseline_gaussians": "a Gaussian per class",
-    "baseline_uniad": "UniAD", "baseline_stfpm": "STFPM", "baseline_draem": "DRAEM", "baseline_pmad": "PMAD",
-    "baseline_omnial": "OmniAL",
+    "hgad": "HGAD", "fast": "HGAD at 256 pixels", "baseline_cflow": "CFLOW", "baseline_fastflow": "FastFlow",
+    "baseline_padim": "PaDiM", "baseline_patchcore": "PatchCore",
+    "baseline_bank_all": "neighbours, one bank", "baseline_neighbours": "neighbours, a bank per class",
+    "baseline_gaussians": "a Gaussian per class", "baseline_uniad": "UniAD", "baseline_stfpm": "STFPM",
+    "baseline_draem": "DRAEM", "baseline_pmad": "PMAD", "baseline_omnial": "OmniAL",
 }  # fmt: skip
 """Methods by experiment, as the tables name them."""
 _PAPER = {name: {"STFPM": "MKD"}.get(title, title) for name, title in TITLES.items()}
