@@ -4,7 +4,7 @@ As published: stages brought to the coarsest one's grid, features jittered in tr
 decoder whose attentions all mask a neighbourhood, a query for each position in each layer of the decoder,
 learnt positions, the squared error as loss, its root as map. Not as published: the backbone is this library's
 (EfficientNet-B4 there), the optimiser Adam (AdamW there), the map blurred before the maximum is an image's
-score (mean over 16 x 16 pixels there). Smaller than published: 2 layers of 128 channels, by its experiment,
+score (mean over 16 x 16 pixels there). Smaller than published, by its experiment: 2 layers of 128 channels
 (4 of 256), fewer steps, no dropout of the attentions' weights, which is slow on a processor.
 """
 
