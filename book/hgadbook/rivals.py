@@ -150,7 +150,7 @@ def rank_diagram(values: pd.DataFrame) -> Axes:
         if last > max(reached, first):
             ax.plot([ranks.iloc[last] + 0.12] * 2, [first, last], color="0.4", linewidth=2)
             reached = last
-    ax.set_xlim(1, len(ranks) + 0.5)
+    ax.set_xlim(0.8, len(ranks) + 0.5)
     ax.set_xlabel(f"mean rank over {values.shape[1]} classes (critical difference {apart:.1f})")
     ax.spines[["top", "right", "left"]].set_visible(False)
     return ax
