@@ -79,10 +79,10 @@ def said() -> list[subprocess.CompletedProcess[str]]:
 def calibrated(folder: Path, said: list[subprocess.CompletedProcess[str]]) -> tuple[Detector, Path]:
     detector, path = fitted(folder / "calibrated"), folder / "calibrated.onnx"
     # Where the class is inferred, other images are compared with.
-    lower = {
-        name: Normals(own.scores - 0.25, own.peaks - 0.5) for name, own in detector.inferred_normals_.items()
+    other = {
+        name: Normals(own.scores + 0.25, own.peaks + 0.5) for name, own in detector.inferred_normals_.items()
     }
-    detector._set_normals(detector.normals_, lower)
+    detector._set_normals(detector.normals_, other)
     saved = detector.save(folder / "saved.safetensors")
     code = (
         "import sys; from hgadlib import Detector; Detector.load(sys.argv[1]).export(sys.argv[2]);"
