@@ -126,7 +126,7 @@ def critical_difference(count: int, classes: int, level: float = 0.05) -> float:
     1.25
     """
     q = float(stats.studentized_range.ppf(1 - level, count, np.inf)) / np.sqrt(2)
-    return q * float(np.sqrt(count * (count + 1) / (6 * classes)))
+    return float(q * np.sqrt(count * (count + 1) / (6 * classes)))
 
 
 def rank_diagram(values: pd.DataFrame) -> Axes:
