@@ -104,6 +104,16 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def inferred_values(self, features: Sequence[Tensor]) -> tuple[LevelValues, Tensor, Tensor]:
+        """Infer each image's class and compute its values under it; see :meth:`hgadlib.model.HGAD`'s.
+
+        Raises:
+            InputError: The method cannot tell classes apart.
+        """
+        raise InputError(
+            f"class inference: {type(self).__name__} tells no classes apart; say which class each image is of"
+        )
+
     def losses(
         self, features: Sequence[Tensor], class_idx: Tensor, **settings: Any
     ) -> list[dict[str, Tensor]]:

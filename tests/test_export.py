@@ -246,7 +246,10 @@ def test_a_missing_package_is_one_line(package: str, folder: Path, monkeypatch: 
     assert not (folder / "x.onnx").exists()
 
 
-@pytest.mark.parametrize("other", [{"method": "neighbours"}, {"setting": "one_for_one"}])
+PADIM = {"method": "padim", "score.normalisation": "raw", "score.map_levels": "all"}
+
+
+@pytest.mark.parametrize("other", [{"method": "neighbours"}, PADIM, {"setting": "one_for_one"}])
 def test_another_method_is_saved_but_not_exported(other: dict[str, str], folder: Path) -> None:
     name = next(iter(other.values()))
     detector = fitted(folder / name, 0, **other)
@@ -256,6 +259,8 @@ def test_another_method_is_saved_but_not_exported(other: dict[str, str], folder:
     image = np.full((40, 40, 3), 90, np.uint8)
     one, other_one = (next(of.predict(image, class_name=of.classes_[0])) for of in (detector, read))
     assert one.score == pytest.approx(other_one.score, rel=1e-6)
+    with pytest.raises(InputError, match=r"class inference: .* say which class each image is"):
+        next(read.predict(image))
 
 
 def example() -> str:
