@@ -39,6 +39,7 @@ from hgadlib.evaluation.class_inference import infer_classes
 from hgadlib.evaluation.drift import Drift, Sample, find_drift
 from hgadlib.evaluation.evaluate import Evaluation, score_images
 from hgadlib.evaluation.thresholds import UNLIKE, Normals, Rate, binomial_rate, images_needed
+from hgadlib.fast.memory import in_parts
 from hgadlib.features.backbone import Backbone, build_backbone, flatten_maps
 from hgadlib.features.extract import dataset_features
 from hgadlib.features.store import Features, spread_sample
@@ -420,6 +421,10 @@ class Detector(BaseEstimator):
             yield from self._decide(batch, class_name)
 
     def _decide(self, batch: list[_Loaded], class_name: str | None) -> list[Prediction]:
+        parts = in_parts(lambda part: self._decide_together(batch[part], class_name), len(batch))
+        return [prediction for part in parts for prediction in part]
+
+    def _decide_together(self, batch: list[_Loaded], class_name: str | None) -> list[Prediction]:
         started = time.perf_counter()
         with torch.inference_mode():
             maps = self.backbone_(torch.stack([one.tensor for one in batch]).to(self.model_.device))

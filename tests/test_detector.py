@@ -1102,3 +1102,52 @@ def test_a_kill_loses_nothing_and_the_same_command_ends_the_same(tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 20, done.stdout
+
+
+# Memory
+
+
+def test_a_device_out_of_memory_gets_fewer_images_at_a_time(
+    detector: Detector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(0, 5, fresh=True)
+    expected = [p.score for p in detector.predict(images, class_name="red")]
+    tried: list[int] = []
+    real = HGAD.level_values
+
+    def short(model: HGAD, features: list[Tensor], class_idx: Tensor) -> Any:
+        tried.append(len(class_idx))
+        if len(class_idx) > 1:
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return real(model, features, class_idx)
+
+    monkeypatch.setattr(HGAD, "level_values", short)
+    found = [p.score for p in detector.predict(images, class_name="red")]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert tried == [5, 2, 1, 1, 1, 1, 1]
+
+    def none(model: HGAD, features: list[Tensor], class_idx: Tensor) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(HGAD, "level_values", none)
+    with pytest.raises(InputError, match=r"does not hold the work on one image \(tried to allocate 2 GiB\)"):
+        list(detector.predict(images, class_name="red"))
+
+
+def test_features_and_values_of_a_test_set_too(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, images = detector.backbone_, torch.rand(5, 3, 64, 64)
+    with torch.inference_mode():
+        expected = backbone(images)
+        real = type(backbone)._stages
+        tried: list[int] = []
+
+        def short(own: Any, part: Tensor) -> Any:
+            tried.append(len(part))
+            if len(part) > 2:
+                raise torch.OutOfMemoryError
+            return real(own, part)
+
+        monkeypatch.setattr(type(backbone), "_stages", short)
+        for one, other in zip(backbone(images), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert max(tried) > 2 and sum(n for n in tried if n <= 2) == 5 * len(backbone.pyramid or (1,))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hgadlib.config import ScoreConfig
 from hgadlib.evaluation.metrics import IMAGE_METRICS, PixelMetrics, image_metrics, mean_metrics
+from hgadlib.fast.memory import in_parts
 from hgadlib.features.store import Features
 from hgadlib.method import Method
 from hgadlib.scoring import (
@@ -71,8 +72,12 @@ def level_values(
     parts = []
     images = torch.arange(len(labels)) if images is None else images
     for index, batch in features.batches(images.split(_BATCH), model.device):
-        values = model.level_values(batch, labels[index.to(model.device)])
-        parts.append(values.to("cpu"))
+        own = labels[index.to(model.device)]
+
+        def some(part: slice, batch: list[Tensor] = batch, own: Tensor = own) -> LevelValues:
+            return model.level_values([level[part] for level in batch], own[part]).to("cpu")
+
+        parts += in_parts(some, len(own))
     return LevelValues.cat(parts)
 
 

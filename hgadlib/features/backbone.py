@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hgadlib.errors import InputError
 from hgadlib.fast.convolution import fold_batch_norms
+from hgadlib.fast.memory import in_parts
 from hgadlib.features import weights as sources
 from hgadlib.features.weights import BUNDLED
 
@@ -110,12 +111,11 @@ class Backbone(nn.Module):
         return maps + itself
 
     def _in_parts(self, images: Tensor) -> list[Tensor]:
-        """Run few images at a time, to stay in a processor's cache: Lite0 at 512 is half as fast again."""
+        """Run few images at a time, to stay in a processor's cache (Lite0 at 512 is half as fast again)."""
         size = max(1, _PART_PIXELS // (images.shape[-2] * images.shape[-1]))
-        if images.device.type != "cpu" or len(images) <= size:
-            return self._stages(images)
-        parts = [self._stages(part) for part in images.split(size)]
-        return [torch.cat(level) for level in zip(*parts, strict=True)]
+        size = size if images.device.type == "cpu" else len(images)
+        parts = in_parts(lambda part: self._stages(images[part]), len(images), size)
+        return parts[0] if len(parts) == 1 else [torch.cat(level) for level in zip(*parts, strict=True)]
 
     def _stages(self, images: Tensor) -> list[Tensor]:
         try:
