@@ -512,7 +512,7 @@ class Detector(BaseEstimator):
             raise InputError(f"{dataset.root}: expected test images to evaluate on, found none")
         dataset.class_idx(dataset.test)
         test = self._features(dataset.test, progress)
-        return Inputs(dataset, self.backbone_, _some(test, np.zeros(0, int)), test, self.model_.device)
+        return Inputs(dataset, self.backbone_, test.take(np.zeros(0, int)), test, self.model_.device)
 
     def _features(self, records: Sequence[ImageRecord], progress: bool) -> Features:
         data, dtype = self.config_.data, self.config_.features.dtype
@@ -590,7 +590,7 @@ class Detector(BaseEstimator):
         made.model_ = self.model_.with_class(name, batches, seed=config.seed)
         made.classes_ = made.model_.classes
         k = made.classes_.index(name)
-        none = _some(train, np.zeros(0, int))
+        none = train.take(np.zeros(0, int))
         inputs = Inputs(
             replace(dataset, classes=made.classes_), self.backbone_, train, none, self.model_.device,
             held_out, threshold,
@@ -881,15 +881,11 @@ def _typical(usual: Sequence[Sequence[float]], pooled: float | None = None) -> N
     return np.stack([means, np.maximum(deviations, 1e-3)], axis=1)
 
 
-def _some(features: Features, index: NDArray[np.int64]) -> Features:
-    return replace(features, levels=tuple(level[torch.from_numpy(index)] for level in features.levels))
-
-
 def _tested(inputs: Inputs, name: str, *, alone: bool) -> Inputs | None:
     """Take the test images of one class alone, or of all others; None where there are none."""
     of = np.array([(record.class_name == name) == alone for record in inputs.dataset.test], dtype=bool)
     records = tuple(record for record, taken in zip(inputs.dataset.test, of, strict=True) if taken)
-    test = _some(inputs.test, np.flatnonzero(of))
+    test = inputs.test.take(np.flatnonzero(of))
     classes = tuple(own for own in inputs.dataset.classes if (own == name) == alone)
     dataset = replace(inputs.dataset, classes=classes, records=records)
     return replace(inputs, dataset=dataset, test=test) if records else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -296,6 +297,19 @@ class Method(nn.Module):
                 f"{' '.join(str(error).split())[:200]}"
             ) from None
         return model.to(device)
+
+
+def one_pass(total: float, started: float, images: int) -> pd.DataFrame:
+    """Compose the history of a method that learns in one pass.
+
+    Args:
+        total: What stands for the loss.
+        started: When it began, by :func:`time.perf_counter`.
+        images: That it learnt from.
+    """
+    seconds = time.perf_counter() - started
+    row = {"epoch": 1, "total": total, "seconds": seconds, "images_per_s": images / seconds}
+    return pd.DataFrame([row])
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hgadlib.baselines.baseline import Baseline
 from hgadlib.config import BaselineConfig
 from hgadlib.errors import InputError
-from hgadlib.method import Method
 
 
-class Banks(Method):
+class Banks(Baseline):
     """A method of one pass that compares an image with one bank of several.
 
     Args:
@@ -35,8 +33,7 @@ class Banks(Method):
         *,
         baseline: BaselineConfig,
     ) -> None:
-        super().__init__(classes, channels, grids)
-        self.baseline = baseline
+        super().__init__(classes, channels, grids, baseline=baseline)
         self.n_banks = 1 if baseline.bank == "all" else len(self.classes)
 
     def bank(self, class_idx: Tensor) -> Tensor:
@@ -55,13 +52,3 @@ class Banks(Method):
             if not len(own):
                 raise InputError(f"class {name!r}: expected training images, found none; add some")
         return found
-
-    def architecture(self) -> dict[str, Any]:
-        """Return the constructor's arguments as plain values."""
-        return super().architecture() | {"baseline": dataclasses.asdict(self.baseline)}
-
-    @classmethod
-    def restored(cls, architecture: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """Build the model that :meth:`architecture` describes, with these weights."""
-        spec = architecture | {"baseline": BaselineConfig(**architecture["baseline"])}
-        return super().restored(spec, tensors)

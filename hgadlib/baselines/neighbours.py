@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hgadlib.config import FlowConfig, PriorConfig
 from hgadlib.features.store import Features
+from hgadlib.method import one_pass
 from hgadlib.model import HGAD
 from hgadlib.scoring import LevelValues
 
@@ -113,9 +114,7 @@ class Neighbours(HGAD):
 
         self.calibrate(values(features, class_idx, owners), values(*held_out) if held_out else ())
         total = -float(torch.stack(sums).sum()) / (len(class_idx) * len(self.grids))
-        seconds = time.perf_counter() - started
-        row = {"epoch": 1, "total": total, "seconds": seconds, "images_per_s": len(class_idx) / seconds}
-        return pd.DataFrame([row])
+        return one_pass(total, started, len(class_idx))
 
     def _densities(
         self,

@@ -31,6 +31,7 @@ from torch import Tensor
 from hgadlib.baselines.banks import Banks
 from hgadlib.config import BaselineConfig
 from hgadlib.features.store import Features
+from hgadlib.method import one_pass
 from hgadlib.scoring import LevelValues
 
 # The variance that the paper adds to each channel.
@@ -108,12 +109,7 @@ class PaDiM(Banks):
                     factor[k, at] = torch.linalg.solve_triangular(root, identity, upper=False)
                     sums += (x @ factor[k, at].mT).norm(dim=-1).sum()
                 count += len(images) * stored.shape[1]
-        seconds = time.perf_counter() - started
-        row = {
-            "epoch": 1, "total": float(sums) / count, "seconds": seconds,
-            "images_per_s": len(class_idx) / seconds,
-        }  # fmt: skip
-        return pd.DataFrame([row])
+        return one_pass(float(sums) / count, started, len(class_idx))
 
     @torch.inference_mode()
     def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:

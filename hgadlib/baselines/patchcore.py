@@ -38,6 +38,7 @@ from hgadlib.baselines.banks import Banks
 from hgadlib.baselines.neighbours import nearest
 from hgadlib.config import BaselineConfig
 from hgadlib.features.store import Features
+from hgadlib.method import one_pass
 from hgadlib.scoring import LevelValues
 
 # Dimensions that a coreset is chosen in.
@@ -110,11 +111,7 @@ class PatchCore(Banks):
                     rows, sums = rows[chosen], sums + float(squares.sqrt().sum())
                 self.register_buffer(f"bank_{level}_{k}", rows.contiguous())
                 count += len(drawn)
-        seconds = time.perf_counter() - started
-        row = {
-            "epoch": 1, "total": sums / count, "seconds": seconds, "images_per_s": len(class_idx) / seconds
-        }  # fmt: skip
-        return pd.DataFrame([row])
+        return one_pass(sums / count, started, len(class_idx))
 
     @torch.inference_mode()
     def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hgadlib.baselines.baseline import Baseline
 from hgadlib.config import BaselineConfig
 from hgadlib.errors import InputError
-from hgadlib.method import Method
 from hgadlib.scoring import LevelValues
 
 
-class PixelMethod(Method):
+class PixelMethod(Baseline):
     """A method that takes the image alone, the last level of the features, and gives each pixel a value.
 
     A subclass gives :meth:`image_losses` and :meth:`image_maps`.
@@ -44,8 +43,8 @@ class PixelMethod(Method):
                 f"features.image: expected the image's side, for {type(self).__name__} sees pixels, found "
                 f"levels of {list(channels)} channels without the image; set it, such as to 128"
             )
-        super().__init__(classes, channels, grids, value_grids=grids[-1:])
-        self.baseline, self.side = baseline, self.grids[-1][0]
+        super().__init__(classes, channels, grids, baseline=baseline, value_grids=grids[-1:])
+        self.side = self.grids[-1][0]
 
     def image_losses(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the loss terms of normal images, (B, 3, S, S), with their "total"."""
@@ -76,17 +75,6 @@ class PixelMethod(Method):
     def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
         """Compute the maps' negatives, as of :meth:`Method.level_values`; the class has no part in them."""
         return LevelValues((-self.image_maps(self.images(features)),), ())
-
-    def architecture(self) -> dict[str, Any]:
-        """Return the constructor's arguments as plain values."""
-        return super().architecture() | {"baseline": dataclasses.asdict(self.baseline)}
-
-    @classmethod
-    def restored(cls, architecture: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """Build the model that :meth:`architecture` describes, with these weights."""
-        model = cls(**architecture | {"baseline": BaselineConfig(**architecture["baseline"])})
-        model.load_state_dict(tensors)
-        return model
 
 
 def check_halvings(side: int, layers: int) -> None:

@@ -15,22 +15,21 @@ all that counts here; and its map is the loss's gradient with respect to the ima
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
+from hgadlib.baselines.baseline import Baseline
 from hgadlib.config import BaselineConfig
 from hgadlib.errors import InputError
 from hgadlib.features.backbone import create_feature_network
-from hgadlib.method import Method
 from hgadlib.scoring import LevelValues
 
 
-class STFPM(Method):
+class STFPM(Baseline):
     r"""How far the maps of a student are from those of its teacher, which it has learnt on normal images.
 
     .. math:: s = \prod_l U_l\,\tfrac12\Big\lVert \frac{t_l}{\lVert t_l\rVert} -
@@ -61,8 +60,9 @@ class STFPM(Method):
         backbone: str,
         stages: Sequence[int],
     ) -> None:
-        super().__init__(classes, channels, grids, value_grids=[max(grids[:-1], default=(1, 1))])
-        self.baseline, self.backbone, self.stages = baseline, backbone, tuple(stages)
+        finest = max(grids[:-1], default=(1, 1))
+        super().__init__(classes, channels, grids, baseline=baseline, value_grids=[finest])
+        self.backbone, self.stages = backbone, tuple(stages)
         self.student = untrained(backbone, self.stages)
         self.eval()
         with torch.no_grad():
@@ -120,14 +120,7 @@ class STFPM(Method):
 
     def architecture(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain values."""
-        own = {"baseline": asdict(self.baseline), "backbone": self.backbone, "stages": list(self.stages)}
-        return super().architecture() | own
-
-    @classmethod
-    def restored(cls, architecture: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """Build the model that :meth:`architecture` describes, with these weights."""
-        baseline = BaselineConfig(**architecture["baseline"])
-        return super().restored(architecture | {"baseline": baseline}, tensors)
+        return super().architecture() | {"backbone": self.backbone, "stages": list(self.stages)}
 
 
 def untrained(backbone: str, stages: tuple[int, ...]) -> nn.Module:

@@ -11,16 +11,15 @@ score (mean over 16 x 16 pixels there). Smaller than published, by its experimen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hgadlib.baselines.baseline import Baseline
 from hgadlib.config import BaselineConfig
 from hgadlib.errors import InputError
-from hgadlib.method import Method
 from hgadlib.scoring import LevelValues
 
 WINDOW = 7
@@ -33,7 +32,7 @@ _DROPOUT = 0.1
 _WIDENING = 4  # hidden width of a feed-forward layer over its width
 
 
-class UniAD(Method):
+class UniAD(Baseline):
     r"""Features rebuilt from features elsewhere; anomalous ones are rebuilt as normal ones.
 
     .. math:: s = \lVert \hat f(f_{\text{elsewhere}}) - f \rVert_2
@@ -58,8 +57,8 @@ class UniAD(Method):
         *,
         baseline: BaselineConfig,
     ) -> None:
-        super().__init__(classes, channels, grids, value_grids=[grids[-1]])
-        self.baseline, width = baseline, baseline.width
+        super().__init__(classes, channels, grids, baseline=baseline, value_grids=[grids[-1]])
+        width = baseline.width
         if width % HEADS:
             raise InputError(f"baseline.width: expected a multiple of {HEADS}, found {width}")
         (height, breadth), dim = self.value_grids[0], sum(self.channels)
@@ -143,16 +142,6 @@ class UniAD(Method):
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             rebuilt = self.rebuilt(x)
         return [{"total": F.mse_loss(rebuilt.float(), x)}]
-
-    def architecture(self) -> dict[str, Any]:
-        """Return the constructor's arguments as plain values."""
-        return super().architecture() | {"baseline": asdict(self.baseline)}
-
-    @classmethod
-    def restored(cls, architecture: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """Build the model that :meth:`architecture` describes, with these weights."""
-        baseline = BaselineConfig(**architecture["baseline"])
-        return super().restored(architecture | {"baseline": baseline}, tensors)
 
 
 class Attention(nn.Module):

@@ -161,7 +161,7 @@ def prepare(
         )  # fmt: skip
 
     train = of(dataset.train)
-    none = replace(train, levels=tuple(level[:0] for level in train.levels))
+    none = train.take(np.zeros(0, np.int64))
     test = of(dataset.test) if dataset.test else none
     held_out, threshold = (of(part) if part else None for part in (dataset.held_out, dataset.threshold))
     if data.classes == "discovered":
