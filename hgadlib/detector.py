@@ -569,8 +569,9 @@ class Detector(BaseEstimator):
         """
         self._check_fitted()
         config = self.config_
-        if config.method != "hgad":
-            raise InputError(f"expected a detector of method hgad, found {config.method}; fit it anew")
+        if config.method != "hgad" or config.setting != "unified":
+            found = config.method if config.setting == "unified" else "a model for each class"
+            raise InputError(f"expected a detector of method hgad, found {found}; fit it anew")
         with tempfile.TemporaryDirectory(prefix="hgad-") as folder:
             _write_folder({name: images}, Path(folder), self.bit_depth_)
             dataset = load_dataset("folder", root=folder, bit_depth=self.bit_depth_)

@@ -819,6 +819,10 @@ def test_add_class_of_few_images_and_to_a_baseline(
     monkeypatch.setattr(detector, "config_", replace(detector.config_, method="neighbours"))
     with pytest.raises(InputError, match="expected a detector of method hgad, found neighbours"):
         detector.add_class("blue", pictures(2, 6), progress=False)
+    one_for_one = replace(detector.config_, method="hgad", setting="one_for_one")
+    monkeypatch.setattr(detector, "config_", one_for_one)
+    with pytest.raises(InputError, match="method hgad, found a model for each class; fit it anew"):
+        detector.add_class("blue", pictures(2, 6), progress=False)
 
 
 # Malformed and adversarial
