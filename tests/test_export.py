@@ -299,3 +299,31 @@ def test_the_example_runs_without_torch(calibrated: tuple[Detector, Path], tmp_p
             Image.open(tmp_path / "marked.png").resize(one.mask.shape, Image.Resampling.NEAREST)
         )
         assert (marked == (255, 0, 0)).all(-1).any() == one.mask.any()
+
+
+def test_500_malformed_inputs_of_the_file_are_judged_or_refused(calibrated: tuple[Detector, Path]) -> None:
+    detector, path = calibrated
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    rng, judged, refused, n_classes = np.random.default_rng(0), 0, 0, len(detector.classes_)
+    dtypes = [np.uint8] * 6 + [np.int8, np.uint16, np.int64, np.float32, np.float64, np.bool_]
+    for number in range(500):
+        sides = [int(n) for n in rng.integers(0, 90, 2) if rng.random() < 0.95]
+        shape = (int(rng.integers(0, 3)), *sides, int(rng.choice([3, 3, 3, 3, 1, 4])))
+        images = rng.integers(0, 2, shape).astype(dtypes[rng.integers(len(dtypes))])
+        images = images * 255 if images.dtype == np.uint8 else images
+        count = shape[0] if rng.random() < 0.9 else int(rng.integers(0, 4))
+        class_id = rng.integers(-2, n_classes + 2, count) if number % 2 else np.full(count, -1)
+        try:
+            found = session.run(None, {"images": images, "class_id": class_id})
+        except Exception as error:  # the runtime's own, in words
+            assert str(error), number
+            refused += 1
+        else:
+            judged += 1
+            for values in found:
+                assert np.isfinite(values).all(), number
+            # One class id may stand for all images; of none there is nothing to refuse.
+            if shape[0]:
+                assert (class_id < n_classes).all(), number
+                assert len(class_id) in (1, shape[0]) or shape[0] == 1, number
+    assert min(judged, refused) > 50
