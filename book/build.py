@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINE = 79  # terminal columns
 WIDE = 600  # CSS pixels; a wider figure scrolls on a telephone, see book.css
 RUN_IT = "how-to-run"  # id of the cell at the end of each page
+SVG = "image/svg+xml"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -214,6 +215,14 @@ def pictures_of(cell: Any) -> list[Any]:
     return [out for out in cell.outputs if out.output_type in ("display_data", "execute_result")]
 
 
+def size_of(output: Any) -> tuple[float, float]:
+    """Read width and height of a picture in CSS pixels out of its SVG; zeros where it is none."""
+    sides = re.search(r'<svg [^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', output.get("data", {}).get(SVG, ""))
+    if sides is None:
+        return 0.0, 0.0
+    return float(sides[1]) * 96 / 72, float(sides[2]) * 96 / 72
+
+
 def prepare_figure(cell: Any, *, page: str) -> None:
     """Give a captioned figure its text for those who do not see it, and refuse a caption without one figure.
 
@@ -228,7 +237,7 @@ def prepare_figure(cell: Any, *, page: str) -> None:
         return
     name, caption = (str(options["figure"].get(key, "")) for key in ("name", "caption"))
     shown = pictures_of(cell)
-    if len(shown) != 1 or "image/png" not in shown[0].data:
+    if len(shown) != 1 or not {SVG, "image/png"} & set(shown[0].data):
         kinds = ", ".join(next(iter(out.data)) for out in shown) or "none"
         raise BuildError(
             f"chapter {page}: a caption belongs to a cell that gives one figure, cell {cell.id} gave: {kinds}"
@@ -271,10 +280,8 @@ def stage_notebook(executed: Path, target: Path, *, page: str) -> None:
             # Progress bars are widgets: a page without a kernel cannot show them.
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
             for output in cell.outputs:
-                size = output.get("metadata", {}).get("image/png", {})
-                # Both sides fixed would squeeze a figure that is wider than its column.
-                height = size.pop("height", 0)
-                if size.get("width", 0) > max(WIDE, 1.3 * height):
+                width, height = size_of(output)
+                if width > max(WIDE, 1.3 * height):
                     options = cell.metadata.setdefault("mystnb", {}).setdefault("image", {})
                     options["classes"] = "wide-figure"
             prepare_figure(cell, page=page)

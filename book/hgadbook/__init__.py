@@ -7,12 +7,16 @@ import inspect
 import logging
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
+from matplotlib.figure import Figure
 
+from hgadbook.figure_data import data_of
 from hgadlib.errors import InputError
 from hgadlib.files import FileError
 
@@ -34,8 +38,42 @@ def setup() -> None:
         return
     # FloatingPointError: training has diverged, and the line says which settings to change.
     shell.set_custom_exc((InputError, FloatingPointError, FileError), _one_line)
-    # Torch's exports need the retina pixels, the page both.
-    shell.run_line_magic("config", "InlineBackend.figure_formats = ['retina']")
+    shell.run_line_magic("config", "InlineBackend.figure_formats = ['svg']")
+    shell.display_formatter.mimebundle_formatter.for_type(Figure, _data_and_runs)
+
+
+def verdict(*sentences: str) -> Markdown:
+    """Say what a chapter found, as a list; computed, so that a sentence changes with its numbers.
+
+    The build shows the one cell tagged ``verdict`` of a chapter in a box under the chapter's title, wherever
+    in the chapter it is computed.
+
+    Raises:
+        ValueError: There is no sentence.
+    """
+    if not sentences:
+        raise ValueError("expected at least one sentence for a verdict, found none")
+    return Markdown("\n".join(f"- {sentence}" for sentence in sentences))
+
+
+def behind(figure: Figure, runs: Iterable[str | Mapping[str, Any] | Path]) -> None:
+    """Note which runs a figure shows; the build links them beside its data.
+
+    Args:
+        figure: Before it is displayed.
+        runs: Names of committed records or the records themselves; or directories of runs made here.
+    """
+    names = (str(run["record"]) if isinstance(run, Mapping) else str(run) for run in runs)
+    figure.hgad_runs = sorted({*getattr(figure, "hgad_runs", ()), *names})  # type: ignore[attr-defined]
+
+
+def _data_and_runs(figure: Figure) -> tuple[dict[str, str], dict[str, Any]]:
+    """Give a displayed figure's data (text/csv) and runs to the notebook, beside its picture."""
+    data = data_of(figure)
+    # Six digits are more than a figure shows.
+    bundle = {} if data.empty else {"text/csv": data.to_csv(index=False, float_format="%.6g")}
+    runs = getattr(figure, "hgad_runs", [])
+    return bundle, {"hgad_runs": runs} if runs else {}
 
 
 def _one_line(
@@ -57,7 +95,7 @@ def show_source(*functions: Callable[..., Any]) -> None:
     Args:
         *functions: Functions, methods or classes of the library.
     """
-    from IPython.display import Markdown, display
+    from IPython.display import display
 
     for function in functions:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
