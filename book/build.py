@@ -33,6 +33,8 @@ LINE = 79  # terminal columns
 WIDE = 600  # CSS pixels; a wider figure scrolls on a telephone, see book.css
 RUN_IT = "how-to-run"  # id of the cell at the end of each page
 SVG = "image/svg+xml"
+CSV = "text/csv"
+SHOWN_RUNS = 3  # behind a figure, one by one; more are folded
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -144,17 +146,23 @@ def dependencies(notebook: Path, *, root: Path) -> set[Path]:
 
 
 def chapter_digest(notebook: Path, *, root: Path, parameters: dict[str, Any]) -> str:
-    """Digest everything that a chapter's outputs depend on, see `dependencies`."""
-    extra = (sorted(parameters.items()), sys.version_info[:2])
-    return digest(dependencies(notebook, root=root), root=root, extra=extra)
+    """Digest everything that a chapter's outputs depend on, see `dependencies`: its code, not its text."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    code = [(cell.id, cell.source, tags_of(cell)) for cell in cells if cell.cell_type == "code"]
+    extra = (code, sorted(parameters.items()), sys.version_info[:2])
+    return digest(dependencies(notebook, root=root) - {notebook}, root=root, extra=extra)
 
 
-def executed_digest(executed: Path) -> str | None:
-    """Read the digest that an executed chapter was made from, None where there is no such chapter."""
+def tags_of(cell: Any) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def made_from(executed: Path) -> tuple[str | None, float | None]:
+    """Read what an executed chapter was made from, as a digest, and the seconds it took; None if unknown."""
     if not executed.is_file():
-        return None
-    found: str | None = nbformat.read(executed, as_version=4).metadata.get("hgad_digest")
-    return found
+        return None, None
+    metadata = nbformat.read(executed, as_version=4).metadata
+    return metadata.get("hgad_digest"), metadata.get("hgad_seconds")
 
 
 def describe_failure(error: PapermillExecutionError, *, page: str, kept: str) -> str:
@@ -182,7 +190,7 @@ def execute(notebook: Path, executed: Path, *, root: Path, parameters: dict[str,
     executed.parent.mkdir(parents=True, exist_ok=True)
     partial = executed.with_name(f".{executed.stem}.{os.getpid()}.ipynb")
     failed = executed.with_name(f"{executed.stem}.failed.ipynb")
-    made_from = chapter_digest(notebook, root=root, parameters=parameters)
+    start, code = time.monotonic(), chapter_digest(notebook, root=root, parameters=parameters)
     bar = {"ncols": LINE, "leave": False} if sys.stderr.isatty() else False
     try:
         papermill.execute_notebook(
@@ -196,7 +204,7 @@ def execute(notebook: Path, executed: Path, *, root: Path, parameters: dict[str,
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
         done = nbformat.read(partial, as_version=4)
-        done.metadata["hgad_digest"] = made_from
+        done.metadata |= {"hgad_digest": code, "hgad_seconds": round(time.monotonic() - start, 1)}
         nbformat.write(done, partial)
         os.replace(partial, executed)
         failed.unlink(missing_ok=True)
@@ -217,26 +225,35 @@ def pictures_of(cell: Any) -> list[Any]:
 
 def size_of(output: Any) -> tuple[float, float]:
     """Read width and height of a picture in CSS pixels out of its SVG; zeros where it is none."""
-    sides = re.search(r'<svg [^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', output.get("data", {}).get(SVG, ""))
+    sides = re.search(
+        r'<svg [^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', output.get("data", {}).get(SVG, "")
+    )
     if sides is None:
         return 0.0, 0.0
     return float(sides[1]) * 96 / 72, float(sides[2]) * 96 / 72
 
 
 def prepare_figure(cell: Any, *, page: str) -> None:
-    """Give a captioned figure its text for those who do not see it, and refuse a caption without one figure.
+    """Give a captioned figure its text for those who do not see it, and refuse what they could not read.
 
     Args:
-        cell: An executed code cell; its metadata may hold `mystnb: {figure: {name, caption}}`.
+        cell: An executed code cell; its metadata may hold `mystnb: {figure: {name, caption}}`, or where the
+            cell gives several figures, `mystnb: {image: {alt}}`.
         page: Of the book, for messages.
     Raises:
-        BuildError: The cell did not give exactly one figure, or its name is not one that text can refer to.
+        BuildError: A captioned cell did not give exactly one figure, its name is not one that text can refer
+            to, or a cell gave a figure without a caption or an alternative text.
     """
     options = cell.metadata.get("mystnb", {})
+    shown = pictures_of(cell)
     if "figure" not in options:
+        if any(SVG in out.data for out in shown) and not options.get("image", {}).get("alt"):
+            raise BuildError(
+                f"chapter {page}: cell {cell.id} gives a figure without a caption; add one, or a text "
+                "for those who do not see it as mystnb: {image: {alt: ...}}"
+            )
         return
     name, caption = (str(options["figure"].get(key, "")) for key in ("name", "caption"))
-    shown = pictures_of(cell)
     if len(shown) != 1 or not {SVG, "image/png"} & set(shown[0].data):
         kinds = ", ".join(next(iter(out.data)) for out in shown) or "none"
         raise BuildError(
@@ -246,6 +263,89 @@ def prepare_figure(cell: Any, *, page: str) -> None:
         raise BuildError(f"chapter {page}: cell {cell.id} needs a caption and a name like fig-{page}-what")
     plain = re.sub(r"\{[\w:]+\}`[^`]*`|[*_`$\\{}]", "", caption)
     options.setdefault("image", {}).setdefault("alt", " ".join(plain.split()))
+
+
+def data_and_runs(cell: Any, *, page: str, root: Path, target: Path) -> str:
+    """Lay a cell's figures' data and runs beside the pages, and write the line that links them.
+
+    Args:
+        cell: An executed code cell; its figures carry their data as text/csv, and the names of committed
+            records, or the paths of files and run directories below root, as `hgad_runs` in their metadata.
+        page: Of the book.
+        root: Of the repository.
+        target: Root of the pages' sources.
+    Returns:
+        MyST, empty where a cell has neither.
+    Raises:
+        BuildError: A run is not there.
+    """
+    figure = cell.metadata.get("mystnb", {}).get("figure", {})
+    tables, runs = list[str](), dict[str, Path]()
+    for number, output in enumerate((out for out in pictures_of(cell) if SVG in out.data), start=1):
+        if table := output.data.get(CSV):
+            name = figure.get("name") or f"{page.replace('/', '-')}-{cell.id}-{number}"
+            (target / "figure_data").mkdir(exist_ok=True)
+            (target / "figure_data" / f"{name}.csv").write_text(table, encoding="utf-8")
+            tables.append(
+                f"{{download}}`data {f'{number} ' if tables else ''}(CSV) </figure_data/{name}.csv>`"
+            )
+        for name in output.metadata.get("hgad_runs", ()):
+            places = (root / "results" / "runs" / name, root / name / "metrics.json", root / name)
+            found = next((place for place in places if place.is_file()), None)
+            if found is None:
+                raise BuildError(f"chapter {page}: cell {cell.id} names the run {name}, which is not there")
+            runs[name] = found
+    links = []
+    for name, file in runs.items():
+        kept = f"{Path(name).as_posix().replace('/', '-')}{'' if name.endswith(file.suffix) else file.suffix}"
+        (target / "figure_runs").mkdir(exist_ok=True)
+        shutil.copy(file, target / "figure_runs" / kept)
+        links.append(f"{{download}}`{name.removesuffix(file.suffix)} </figure_runs/{kept}>`")
+    if not tables and not links:
+        return ""
+    lines = [", ".join(tables + (links if len(links) <= SHOWN_RUNS else []))]
+    if len(links) > SHOWN_RUNS:
+        lines += [f"<details><summary>{len(links)} runs</summary>", ", ".join(links), "</details>"]
+    return "\n\n".join([":::{div} figure-data", *filter(None, lines), ":::"])
+
+
+def lift_verdict(cells: list[Any], *, page: str) -> None:
+    """Show the output of the cell tagged `verdict` in a box under the chapter's title, not at its own place.
+
+    Raises:
+        BuildError: There are several, or one gave something else than one Markdown text.
+    """
+    found = [cell for cell in cells if "verdict" in tags_of(cell)]
+    if not found:
+        return
+    texts = [
+        text for cell in found for out in cell.outputs if (text := out.get("data", {}).get("text/markdown"))
+    ]
+    if len(found) != 1 or len(texts) != 1 or len(found[0].outputs) != 1:
+        raise BuildError(f"chapter {page}: expected one cell tagged verdict that gives one Markdown text")
+    box = f":::{{admonition}} In short\n:class: verdict\n{texts[0]}\n:::"
+    cells.remove(found[0])
+    title = next(
+        cell for cell in cells if cell.cell_type == "markdown" and re.search(r"^# ", cell.source, re.M)
+    )
+    title.source = re.sub(r"^# .*$", lambda line: f"{line[0]}\n\n{box}", title.source, count=1, flags=re.M)
+
+
+def with_outputs(source: Path, executed: Any) -> list[Any]:
+    """Give the cells of a chapter as its file has them now, its code with the outputs of the execution.
+
+    Only text may have changed since, see `chapter_digest`.
+    """
+    done = {cell.id: cell for cell in executed.cells}
+    injected = [cell for cell in executed.cells if "injected-parameters" in tags_of(cell)]
+    cells = []
+    for cell in nbformat.read(source, as_version=4).cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = done[cell.id].outputs, done[cell.id].execution_count
+        cells.append(cell)
+        if "parameters" in tags_of(cell):
+            cells += injected
+    return cells
 
 
 def run_it(page: str, parameters: dict[str, Any]) -> str:
@@ -262,51 +362,75 @@ def run_it(page: str, parameters: dict[str, Any]) -> str:
     )
 
 
-def stage_notebook(executed: Path, target: Path, *, page: str) -> None:
-    """Copy an executed chapter for the page, without what only a live kernel or this machine can use.
+def stage_notebook(source: Path, executed: Path, target: Path, *, page: str, root: Path, pages: Path) -> None:
+    """Write an executed chapter for the page, without what only a live kernel or this machine can use.
 
+    Args:
+        source: The chapter as stored, whose text counts.
+        executed: Its executed copy, whose outputs count.
+        target: The file to write.
+        page: Its name.
+        root: Of the repository.
+        pages: Root of the pages' sources.
     Raises:
-        BuildError: A caption has no figure, or more than one.
+        BuildError: A caption has no figure, or more than one; a verdict is none; a run is not there.
     """
     notebook = nbformat.read(executed, as_version=4)
     parameters = notebook.metadata.get("papermill", {}).get("parameters", {})
-    for key in ("widgets", "papermill", "hgad_digest"):
+    for key in ("widgets", "papermill", "hgad_digest", "hgad_seconds"):
         notebook.metadata.pop(key, None)
-    for cell in notebook.cells:
+    cells = with_outputs(source, notebook)
+    lift_verdict(cells, page=page)
+    notebook.cells = []
+    for cell in cells:
+        notebook.cells.append(cell)
         cell.metadata.pop("papermill", None)
-        if "injected-parameters" in cell.metadata.get("tags", []):
+        if "injected-parameters" in tags_of(cell):
             cell.metadata["tags"].append("hide-input")
-        if cell.cell_type == "code":
-            # Progress bars are widgets: a page without a kernel cannot show them.
-            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
-            for output in cell.outputs:
-                width, height = size_of(output)
-                if width > max(WIDE, 1.3 * height):
-                    options = cell.metadata.setdefault("mystnb", {}).setdefault("image", {})
-                    options["classes"] = "wide-figure"
-            prepare_figure(cell, page=page)
+        if cell.cell_type != "code":
+            continue
+        # Progress bars are widgets: a page without a kernel cannot show them.
+        cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+        sizes = map(size_of, cell.outputs)
+        if any(width > max(WIDE, 1.3 * height) for width, height in sizes):
+            options = cell.metadata.setdefault("mystnb", {}).setdefault("image", {})
+            options["classes"] = "wide-figure"
+        prepare_figure(cell, page=page)
+        if links := data_and_runs(cell, page=page, root=root, target=pages):
+            notebook.cells.append(nbformat.v4.new_markdown_cell(links, id=f"{cell.id[:50]}-data"))
+        for output in pictures_of(cell):
+            output.data.pop(CSV, None)
     notebook.cells.append(nbformat.v4.new_markdown_cell(run_it(page, parameters), id=RUN_IT))
     nbformat.write(notebook, target)
 
 
 def stage(pages: Sequence[str], *, toc: dict[str, Any], root: Path, book: Path, target: Path) -> None:
-    """Lay out all that the pages are built from in one fresh folder: settings, text, executed chapters."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    shutil.copy(root / "_config.yml", target)
-    (target / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
-    shutil.copy(book / "references.bib", target)
-    for folder in ("figures", "assets"):
-        if (book / folder).is_dir():
-            shutil.copytree(book / folder, target / folder)
+    """Lay out all that the pages are built from in one folder: settings, text, executed chapters.
+
+    A file that has not changed keeps its time, so that its page is not built again.
+    """
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    shutil.copy(root / "_config.yml", fresh)
+    (fresh / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
+    shutil.copy(book / "references.bib", fresh)
+    shutil.copytree(book / "assets", fresh / "assets")
     for page in pages:
         source = source_of(page, book=book)
-        copy = target / source.relative_to(book)
+        copy = fresh / source.relative_to(book)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".ipynb":
-            stage_notebook(book / "_executed" / source.relative_to(book), copy, page=page)
+            executed = book / "_executed" / source.relative_to(book)
+            stage_notebook(source, executed, copy, page=page, root=root, pages=fresh)
         else:
             shutil.copy(source, copy)
+    for path in fresh.rglob("*"):
+        before = target / path.relative_to(fresh)
+        if path.is_file() and before.is_file() and path.read_bytes() == before.read_bytes():
+            os.utime(path, ns=(before.stat().st_atime_ns, before.stat().st_mtime_ns))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(fresh, target)
 
 
 def render(staged: Path, html: Path, *, strict: bool = True) -> None:
@@ -320,14 +444,14 @@ def render(staged: Path, html: Path, *, strict: bool = True) -> None:
     Raises:
         BuildError: Jupyter Book failed or warned; the message holds what it said.
     """
-    made_from = digest(staged.rglob("*"), root=staged, extra=strict)
+    sources = digest(staged.rglob("*"), root=staged, extra=strict)
     record = html / ".digest"
-    if record.is_file() and record.read_text() == made_from:
+    if record.is_file() and record.read_text() == sources:
         print("pages: up to date", flush=True)
         return
     print("pages: building ...", flush=True)
+    # Kept from build to build: it holds what Sphinx has read of the pages that have not changed.
     work = staged.with_name("work")
-    shutil.rmtree(work, ignore_errors=True)
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(staged)]
     command += ["--path-output", str(work), "--quiet"] + (["-W", "-n", "--keep-going"] if strict else [])
     done = subprocess.run(
@@ -335,14 +459,17 @@ def render(staged: Path, html: Path, *, strict: bool = True) -> None:
     )
     built = work / "_build" / "html"
     if done.returncode != 0 or not (built / "index.html").is_file():
+        # A page that was read with a warning would not warn again.
+        shutil.rmtree(work, ignore_errors=True)
         said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).replace(f"{staged}{os.sep}", "")
         warnings = [line for line in said.splitlines() if re.search(r"WARNING|ERROR|Error", line)]
         raise BuildError("\n".join(["the pages cannot be built:", *(warnings or said.splitlines()[-20:])]))
-    (built / ".digest").write_text(made_from)
+    new = html.with_name(f".{html.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(built, new)
+    (new / ".digest").write_text(sources)
     shutil.rmtree(html, ignore_errors=True)
-    html.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(built, html)
-    shutil.rmtree(work)
+    os.replace(new, html)
 
 
 def chapter_parameters(page: str, folder: Path | None) -> dict[str, Any]:
@@ -388,9 +515,8 @@ def build(
         parameters = chapter_parameters(page, params)
         executed = book / "_executed" / f"{page}.ipynb"
         label = f"chapter {page} ({number} of {len(notebooks)})"
-        if not fresh and executed_digest(executed) == chapter_digest(
-            notebook, root=root, parameters=parameters
-        ):
+        code = chapter_digest(notebook, root=root, parameters=parameters)
+        if not fresh and made_from(executed)[0] == code:
             print(f"{label}: up to date", flush=True)
             continue
         print(f"{label}: running ...", flush=True)

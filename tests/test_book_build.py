@@ -40,6 +40,13 @@ FIGURE = """import matplotlib.pyplot as plt
 plt.plot([1, 2])
 plt.show()
 print('beside the figure')"""
+# As hgadbook.setup makes them: SVG, with data and runs.
+DRAWN = """from IPython.display import display
+svg = '<svg xmlns="http://www.w3.org/2000/svg" width="720pt" height="72pt"></svg>'
+display({'image/svg+xml': svg, 'text/csv': 'x,y\\n1,2\\n', 'text/plain': 'a figure'}, raw=True,
+        metadata={'hgad_runs': ['one-hgad-seed0.json', 'runs/here']})"""
+VERDICT = """from IPython.display import Markdown
+Markdown("- It **holds**, see {ref}`first`.")"""
 
 
 def load_build() -> ModuleType:
@@ -53,13 +60,19 @@ def load_build() -> ModuleType:
 build = load_build()
 
 
-def write_chapter(path: Path, *code: str, captions: dict[int, tuple[str, str]] | None = None) -> None:
-    cells = [nbformat.v4.new_markdown_cell("(chapter)=\n# A chapter\n\n$$a^2 = b$$\n\nBack to {ref}`first`.")]
-    cells.append(nbformat.v4.new_code_cell("size = 1", metadata={"tags": ["parameters"]}))
+def write_chapter(
+    path: Path, *code: str, captions: dict[int, tuple[str, str]] | None = None, text: str = "Back to"
+) -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("(chapter)=\n# A chapter\n\n$$a^2 = b$$\n\n" + text + " {ref}`first`.")
+    ]
+    cells.append(nbformat.v4.new_code_cell("size = 1", metadata={"tags": ["parameters"]}, id="parameters"))
     for number, source in enumerate(code, start=1):
         name, caption = (captions or {}).get(number, ("", ""))
-        metadata = {"mystnb": {"figure": {"name": name, "caption": caption}}} if name else {}
-        cells.append(nbformat.v4.new_code_cell(source, metadata=metadata))
+        metadata: dict[str, Any] = {"tags": ["verdict"] if source == VERDICT else []}
+        if name:
+            metadata["mystnb"] = {"figure": {"name": name, "caption": caption}}
+        cells.append(nbformat.v4.new_code_cell(source, metadata=metadata, id=f"code-{number}"))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
@@ -87,8 +100,13 @@ class Scratch:
             "print('-'.join(['from', 'stderr']), file=sys.stderr)",
             FIGURE,
             "import pandas as pd\npd.DataFrame({'nats': [0.5, 12.25], 'what': ['a ' * 90, 'b']})",
-            captions={2: ("fig-chapter-line", CAPTION)},
+            DRAWN,
+            VERDICT,
+            captions={2: ("fig-chapter-line", CAPTION), 4: ("fig-chapter-drawn", "Drawn.")},
         )
+        for run in ("results/runs/one-hgad-seed0.json", "runs/here/metrics.json"):
+            (root / run).parent.mkdir(parents=True)
+            (root / run).write_text(f'{{"of": "{run}"}}')
         self.page: Path = build.build(root=root)
 
     def text(self, page: str) -> str:
@@ -198,7 +216,7 @@ def test_a_figure_has_its_caption_number_and_alternative_text(scratch: Scratch) 
     assert figure is not None
     assert 'alt="A line of x, see ."' in figure[1]
     assert "Figure 1" in figure[1] and "<em>line</em>" in figure[1]
-    assert page.count("<figure ") == 1
+    assert page.count("<figure ") == 2
     assert "beside the figure" in page.replace(figure[1], "")
 
 
@@ -220,6 +238,70 @@ def test_a_caption_without_its_figure_is_refused(code: str, name: str, said: str
     cell = nbformat.v4.new_code_cell(code, metadata=metadata, outputs=outputs)
     with pytest.raises(build.BuildError, match=said):
         build.prepare_figure(cell, page="chapter")
+
+
+def test_a_figure_without_words_is_refused() -> None:
+    output = nbformat.v4.new_output("display_data", data={"image/svg+xml": "<svg></svg>"})
+    cell = nbformat.v4.new_code_cell("draw()", outputs=[output])
+    with pytest.raises(build.BuildError, match="gives a figure without a caption"):
+        build.prepare_figure(cell, page="chapter")
+    cell.metadata["mystnb"] = {"image": {"alt": "A line."}}
+    build.prepare_figure(cell, page="chapter")
+
+
+def test_a_figure_links_its_data_and_its_runs(scratch: Scratch) -> None:
+    page = scratch.text("chapter.html")
+    links = re.findall(r'<a class="reference download internal"[^>]*href="([^"]+)"', page)
+    found = {Path(link).name: (scratch.page.parent / link).read_text() for link in links}
+    assert found["fig-chapter-drawn.csv"] == "x,y\n1,2\n"
+    assert found["one-hgad-seed0.json"] == '{"of": "results/runs/one-hgad-seed0.json"}'
+    assert found["runs-here.json"] == '{"of": "runs/here/metrics.json"}'
+
+
+def test_many_runs_are_folded_and_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    names = [f"run-{k}.json" for k in range(5)]
+    output = nbformat.v4.new_output(
+        "display_data", data={"image/svg+xml": "<svg></svg>"}, metadata={"hgad_runs": names}
+    )
+    cell = nbformat.v4.new_code_cell("draw()", outputs=[output])
+    (tmp_path / "results" / "runs").mkdir(parents=True)
+    for name in names[:4]:
+        (tmp_path / "results" / "runs" / name).write_text("{}")
+    with pytest.raises(build.BuildError, match=r"names the run run-4\.json, which is not there"):
+        build.data_and_runs(cell, page="a", root=tmp_path, target=tmp_path)
+    output.metadata["hgad_runs"] = names[:4]
+    assert "<summary>4 runs</summary>" in build.data_and_runs(cell, page="a", root=tmp_path, target=tmp_path)
+    output.metadata["hgad_runs"] = names[:3]
+    assert "<summary>" not in build.data_and_runs(cell, page="a", root=tmp_path, target=tmp_path)
+
+
+def test_the_verdict_stands_under_the_title(scratch: Scratch) -> None:
+    page = scratch.text("chapter.html").partition("</head>")[2]
+    title, verdict, text = (
+        page.index(mark) for mark in ("<h1>A chapter", "<strong>holds</strong>", "a^2 = b")
+    )
+    assert title < verdict < text
+    assert page.count("<strong>holds</strong>") == 1 and "Markdown(" not in re.sub(r"<[^>]*>", "", page)
+    cell = nbformat.v4.new_code_cell("1", metadata={"tags": ["verdict"]})
+    with pytest.raises(build.BuildError, match="one cell tagged verdict that gives one Markdown text"):
+        build.lift_verdict([cell], page="chapter")
+
+
+def test_a_change_of_text_runs_no_chapter_again(scratch: Scratch, capsys: pytest.CaptureFixture[str]) -> None:
+    stored, executed = scratch.chapter.read_bytes(), scratch.executed.read_bytes()
+    other = scratch.book / "_build" / "book" / "work" / "_build" / ".doctrees" / "first.doctree"
+    before = other.stat().st_mtime_ns
+    scratch.chapter.write_bytes(stored.replace(b"Back to", b"Again back to"))
+    try:
+        build.build(root=scratch.root)
+        assert "Again back to" in scratch.text("chapter.html") and "size 1" in scratch.text("chapter.html")
+        said = capsys.readouterr().out
+        assert "chapter chapter (1 of 1): up to date" in said and "pages: building" in said
+        assert scratch.executed.read_bytes() == executed
+        assert other.stat().st_mtime_ns == before
+    finally:
+        scratch.chapter.write_bytes(stored)
+        build.build(root=scratch.root)
 
 
 def test_a_chapter_says_how_to_make_it_again(scratch: Scratch) -> None:
@@ -295,6 +377,8 @@ def test_a_chapter_runs_again_when_notebook_pins_or_parameters_change(tmp_path: 
     assert changes.stale() and not changes.stale()
     write_chapter(tmp_path / "book" / "a.ipynb", "1 + 2")
     assert changes.stale()
+    write_chapter(tmp_path / "book" / "a.ipynb", "1 + 2", text="Forth to")
+    assert not changes.stale()
     for name in ("requirements.lock", "params/demo.yaml"):
         changes.write(name, "changed")
         assert changes.stale(), name
