@@ -150,6 +150,7 @@ def test_the_table_names_the_default(tmp_path: Path) -> None:
     styler = one_step_table(found)
     assert [value for _, value in styler.data.index] == ["half the stride (default)", "1"]  # type: ignore[attr-defined]
     assert ".row0" in styler.to_html() and "+1.00" in predicted_table(found).to_html()
+    assert "0000" not in predicted_table(found).to_html()  # AUROC has one decimal
 
 
 def test_the_verdict_counts_sets_and_places_the_default(tmp_path: Path) -> None:

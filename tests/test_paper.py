@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,12 +132,28 @@ def test_claims_name_rows_that_exist() -> None:
 
 def test_wide_table_is_the_printed_one() -> None:
     one = paper.as_printed("table1", "category")
+    assert next(iter(one)) == "HGAD" and set(one) == set(paper.read_table("table1")["method"])
     assert one.shape == (16, 9) and one.loc["Zipper", "HGAD"] == "100±0.04 / 99.0±0.09"
     six = paper.as_printed("table6", "category")
     assert six.loc["Transistor", "PaDiM"] == "unreadable"
     assert six.loc["Wood", "PMAD"] == "98.0 / 93.3?" and six.loc["Wood", "UniAD"] == "97.9 / 93.4"
     two = paper.as_printed("table2", "dataset")
     assert two.loc["BTAD", "OmniAL"] == "– / –" and two.loc["BTAD", "PMAD"] == "93.8 / 97.3"
+
+
+def test_main_numbers_have_the_best_other_method_of_each_metric() -> None:
+    found: Any = paper.main_numbers()
+    assert list(found.index) == ["mvtec", "btad", "mvtec3d", "visa", "union"]
+    assert found.loc["mvtec"].to_list() == ["98.4 / 97.9", "97.2 (OmniAL) / 98.3 (OmniAL)"]
+    assert found.loc["btad", "best other"] == "94.0 (UniAD) / 97.3 (PMAD)"
+
+
+def test_a_folded_table_says_how_many_rows_of_what_it_hides() -> None:
+    table = pd.DataFrame({"a": ["one cell", "x"]}, index=["first", "second"])
+    text = paper.folded(table.style, "runs of $5 <bolts>").data
+    assert text.startswith("<details><summary>2 rows: runs of $5 &lt;bolts&gt;</summary>")
+    assert text.endswith("</details>") and "one cell" in text
+    assert "<summary>1 row: a</summary>" in paper.folded(table[:1].style, "a").data
 
 
 def test_unknown_table_is_one_line() -> None:

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from hgadbook.results import candidate_gains, prior_lead, prior_runs, prior_table, prior_verdicts
+from hgadbook.results import (
+    candidate_gains,
+    lead_sentence,
+    prior_lead,
+    prior_runs,
+    prior_table,
+    prior_verdicts,
+)
 from hgadlib.runs.grid import load_grid
 
 GRID = load_grid("prior")
@@ -90,6 +97,28 @@ def test_verdicts_follow_from_the_intervals_also_over_sets() -> None:
     worse = [record("prior_identity_affine", 0, 0.1), record("baseline_neighbours", 0, 2.0)]
     assert [line.split(", ")[-1] for line in prior_verdicts(prior_runs(worse))] == ["worse"]
     assert prior_verdicts({}) == []
+
+
+def test_a_sentence_sums_the_leads_over_all_sets_up() -> None:
+    made = records() + [r for r in records(dataset="elpv") if "single" not in r["experiment"]]
+    found = prior_runs(made)
+    said = lead_sentence(found, "prior_covariance_affine", "the mixture")
+    start = (
+        "By image AUROC on 2 sets of images, the mixture detects better than one Gaussian for all classes (+"
+    )
+    assert said.startswith(start) and ", on demo only); not measurably better or worse than nearest" in said
+    mean = prior_verdicts(found)[-1]
+    assert (
+        mean.startswith("mean of 2 sets")
+        and mean.split(": ")[-1][:-16].replace("-", "−").replace(" [", " points [") in said
+    )
+
+    worse = [record("prior_identity_affine", 0, 0.1), record("baseline_neighbours", 0, 2.0)]
+    said = lead_sentence(prior_runs(worse), "prior_identity_affine", "it")
+    assert said.startswith(
+        "By image AUROC on one set of images (demo), it detects worse than nearest neighbours (−"
+    )
+    assert lead_sentence({}, "hgad", "it") == "Not measured yet: it."
 
 
 def test_other_ways_to_evaluate_are_set_beside_the_headline() -> None:

@@ -93,6 +93,18 @@ def test_the_papers_ordering_gets_a_verdict_each() -> None:
     assert rivals.ordering_table({}).data.empty  # type: ignore[attr-defined]
 
 
+def test_the_ordering_in_a_sentence() -> None:
+    both = [r for r in found() if (r["dataset"], r["experiment"]) != ("elpv", "baseline_cflow")]
+    assert rivals.ordering_sentence(rivals.rival_runs(both)) == (
+        "Of 3 other ways to detect, HGAD's default is ahead of 2: CFLOW (demo), a Gaussian per class; "
+        "behind 1: neighbours, a bank per class."
+    )
+    table = rivals.ordering_table(rivals.rival_runs(both)).data  # type: ignore[attr-defined]
+    assert list(table) == ["paper", "demo", "elpv", "mean", "verdict"]
+    assert table.loc["CFLOW", "elpv"] == "not measured"
+    assert rivals.ordering_sentence({}) == "Other methods: not measured yet."
+
+
 def test_ranks_are_of_the_classes_that_all_have() -> None:
     values = rivals.class_ranks(rivals.rival_runs(found()))
     assert values.shape == (4, 4) and list(values.index[:2]) == ["HGAD", "CFLOW"]

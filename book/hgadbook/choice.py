@@ -169,7 +169,7 @@ def predicted_table(found: pd.DataFrame) -> Styler:
     """Set out :func:`predicted`, the mean last."""
     table = predicted(found).rename(columns={c: f"{c} (%)" for c in ("chosen", "best", "median", "default")})
     styler = styled(table, name="choice-predicted", na_rep="–", precision=1, emphasise=[_MEAN])
-    return styler.format({"draws": "{:.0f}", "rank correlation": "{:+.2f}"}, na_rep="–")
+    return styler.format({"draws": "{:.0f}", "rank correlation": "{:+.2f}"}, na_rep="–", precision=1)
 
 
 def one_step(found: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
+from pandas.io.formats.style import Styler
 
 from hgadlib.config import project_dir
 from hgadlib.errors import InputError
@@ -31,6 +33,8 @@ TABLES = {
     "table6": "Tab. 6: one model for each class of MVTec AD",
 }
 METRICS = ("image_auroc", "pixel_auroc")
+# Rows of Tab. 1 and 2 by the parameter files of their images.
+_DATASETS = {"mvtec": "Mean", "btad": "BTAD", "mvtec3d": "MVTec3D-RGB", "visa": "VisA", "union": "Union"}
 _NUMBERS = ("value", "plus_minus", "stated", "printed", "computed", "difference")
 
 
@@ -78,7 +82,7 @@ def value_of(key: str, metric: str) -> float:
 
 
 def as_printed(name: str, rows: str) -> pd.DataFrame:
-    """Set a table out as the paper does: a column per method, "image / pixel" in each cell.
+    """Set a table out as the paper does, HGAD first: a column per method, "image / pixel" in each cell.
 
     Args:
         name: Out of :data:`TABLES`.
@@ -98,7 +102,30 @@ def as_printed(name: str, rows: str) -> pd.DataFrame:
         }
         for method, of in cells.items()
     }
-    return pd.DataFrame(text, index=pd.Index(table[rows].unique(), name=rows)).fillna("–")
+    wide = pd.DataFrame(text, index=pd.Index(table[rows].unique(), name=rows)).fillna("–")
+    return wide[sorted(wide, key=lambda method: method != "HGAD")]
+
+
+def main_numbers() -> pd.DataFrame:
+    """Set HGAD beside the best of the other methods on each of the paper's datasets, by Tab. 1 and 2.
+
+    Returns:
+        A row per dataset, named as its parameter file; text, "image / pixel" AUROC in percent. The best other
+        method is found for each metric by itself.
+    """
+    union = read_table("table2").rename(columns={"dataset": "category"})
+    table = pd.concat([read_table("table1").query("category == 'Mean'"), union]).dropna(subset="value")
+    rows = {}
+    for name, category in _DATASETS.items():
+        cells: dict[str, list[str]] = {"HGAD": [], "best other": []}
+        for metric in METRICS:
+            own = table[(table["category"] == category) & (table["metric"] == metric)].set_index("method")
+            others = own["value"].drop("HGAD")
+            cells["HGAD"].append(f"{float(own['value']['HGAD']):.1f}")
+            best = str(others.index[int(others.argmax())])
+            cells["best other"].append(f"{others.max():.1f} ({best})")
+        rows[name] = {title: " / ".join(both) for title, both in cells.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def _as_printed(line: Mapping[Any, Any]) -> str:
@@ -128,3 +155,10 @@ def records_cell(records: Sequence[str]) -> str:
         return "0"
     names = "<br>".join(html.escape(name) for name in records)
     return f"<details><summary>{len(records)}</summary>{names}</details>"
+
+
+def folded(table: Styler, what: str) -> HTML:
+    """Fold a long table: a line says how many rows there are and of what, a click shows them."""
+    rows = len(table.data)  # type: ignore[attr-defined]
+    summary = f"{rows} row{'s' * (rows != 1)}: {html.escape(what)}"
+    return HTML(f"<details><summary>{summary}</summary>{table.to_html()}</details>")

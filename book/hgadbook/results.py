@@ -161,6 +161,8 @@ def claims_table(claims: pd.DataFrame, *, caption: str, name: str) -> Styler:
 
 PriorRuns = dict[str, dict[int, dict[str, Any]]]
 """Records of the grid "prior", or "default", on one set of images: by experiment, then seed."""
+Lead = tuple[float, np.ndarray]
+"""A difference of image AUROC in points, and its bootstrap draws."""
 
 _PRIORS = {"single": "single Gaussian", "identity": "mixture, I", "covariance": "mixture, Sigma_y"}
 _FLOWS = {"affine": "affine", "additive": "additive", "none": "no flow"}
@@ -187,7 +189,7 @@ def prior_runs(records: Iterable[Mapping[str, Any]], name: str = "prior") -> dic
     return found
 
 
-def prior_lead(runs: PriorRuns, ours: str, theirs: str, *, draw: int = 0) -> tuple[float, np.ndarray] | None:
+def prior_lead(runs: PriorRuns, ours: str, theirs: str, *, draw: int = 0) -> Lead | None:
     """Subtract two experiments' image AUROC, in points, with bootstrap draws; None if no seed has both.
 
     See :func:`hgadlib.evaluation.compare.paired_bootstrap`; draw is the seed of its draws.
@@ -209,7 +211,7 @@ def prior_lead(runs: PriorRuns, ours: str, theirs: str, *, draw: int = 0) -> tup
     return 100 * found, 100 * draws
 
 
-def lead_text(lead: tuple[float, np.ndarray] | None) -> str:
+def lead_text(lead: Lead | None) -> str:
     if lead is None:
         return "not measured"
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(lead[0], *interval(lead[1]))
@@ -239,22 +241,68 @@ def prior_table(images: str, runs: PriorRuns, name: str = "prior") -> Styler:
     return styled(table, name=f"{name}-{images}", caption=f"<b>{html.escape(images)}</b>", markup=["runs"])
 
 
+def leads_by_set(found: Mapping[str, PriorRuns], ours: str, theirs: str) -> dict[str, Lead]:
+    """Compute :func:`prior_lead` on each set of images that has both experiments."""
+    # Sets of images are independent, and so are their draws.
+    leads = {name: prior_lead(of, ours, theirs, draw=i) for i, (name, of) in enumerate(found.items())}
+    return {name: lead for name, lead in leads.items() if lead is not None}
+
+
+def mean_lead(leads: Mapping[str, Lead]) -> Lead:
+    """Average leads, and their draws, over the sets of images."""
+    both = [np.mean(list(x), axis=0) for x in zip(*leads.values(), strict=True)]
+    return float(both[0]), both[1]
+
+
+def _word(lead: Lead) -> str:
+    low, high = interval(lead[1])
+    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
+_OTHERS = {
+    "prior_single_affine": "one Gaussian for all classes",
+    "baseline_gaussians": "a Gaussian for each class",
+    "baseline_neighbours": "nearest neighbours",
+}
+
+
 def prior_verdicts(found: Mapping[str, PriorRuns]) -> list[str]:
     """Say whether each mixture on affine couplings beats what it must, by paired 95 % intervals."""
     said = []
     for ours in ("hgad", "prior_covariance_affine", "prior_identity_affine"):
-        for theirs in ("prior_single_affine", "baseline_gaussians", "baseline_neighbours"):
-            # Sets of images are independent, and so are their draws.
-            leads = {name: prior_lead(of, ours, theirs, draw=i) for i, (name, of) in enumerate(found.items())}
-            known = {name: lead for name, lead in leads.items() if lead is not None}
+        for theirs in _OTHERS:
+            known = leads_by_set(found, ours, theirs)
             if len(known) > 1:
-                both = [np.mean(list(x), axis=0) for x in zip(*known.values(), strict=True)]
-                known[f"mean of {len(known)} sets"] = float(both[0]), both[1]
+                known[f"mean of {len(known)} sets"] = mean_lead(known)
             for images, lead in known.items():
-                low, high = interval(lead[1])
-                word = "better" if low > 0 else "worse" if high < 0 else "not told apart"
-                said.append(f"{images}: {_ROWS[ours]} beside {_ROWS[theirs]}: {lead_text(lead)}, {word}")
+                said.append(
+                    f"{images}: {_ROWS[ours]} beside {_ROWS[theirs]}: {lead_text(lead)}, {_word(lead)}"
+                )
     return said
+
+
+def lead_sentence(found: Mapping[str, PriorRuns], ours: str, title: str) -> str:
+    """Say in one sentence what an experiment detects better and worse than, over all sets of images.
+
+    Args:
+        found: From :func:`prior_runs`.
+        ours: The experiment.
+        title: What the sentence calls it, within the sentence.
+    """
+    leads = {theirs: own for theirs in _OTHERS if (own := leads_by_set(found, ours, theirs))}
+    if not leads:
+        return f"Not measured yet: {title}."
+    count = max(map(len, leads.values()))
+    sides: dict[str, list[str]] = {"better": [], "not told apart": [], "worse": []}
+    for theirs, own in leads.items():
+        lead = mean_lead(own)
+        only = "" if len(own) == count else f", on {', '.join(own)} only"
+        text = lead_text(lead).replace("-", "−").replace(" [", " points [")
+        sides[_word(lead)].append(f"{_OTHERS[theirs]} ({text}{only})")
+    words = {"not told apart": "not measurably better or worse than"}
+    parts = [f"{words.get(side, f'{side} than')} {' and '.join(of)}" for side, of in sides.items() if of]
+    sets = f"{count} sets of images" if count > 1 else f"one set of images ({next(iter(own))})"
+    return f"By image AUROC on {sets}, {title} detects {'; '.join(parts)}."
 
 
 _CANDIDATES = {

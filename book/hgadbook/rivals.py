@@ -15,7 +15,7 @@ from scipy import stats
 
 from hgadbook.ablations import half_width, percent
 from hgadbook.paper import number_text, read_table, records_cell, value_of
-from hgadbook.results import PriorRuns, lead_text, prior_lead, prior_runs
+from hgadbook.results import PriorRuns, lead_text, leads_by_set, mean_lead, prior_lead, prior_runs
 from hgadlib.evaluation.compare import interval, mean_ranks
 from hgadlib.figures.tables import styled
 from hgadlib.figures.theme import PALETTE
@@ -170,18 +170,14 @@ def ordering_table(found: Rivals) -> Styler:
             paper = value_of("table1/Mean/HGAD", "image_auroc") - value_of(
                 f"table1/Mean/{_PAPER[name]}", "image_auroc"
             )
-        found_leads = {
-            images: lead
-            for i, (images, runs) in enumerate(found.items())
-            if name != "hgad" and (lead := prior_lead(runs, "hgad", name, draw=i)) is not None
-        }
+        found_leads = {} if name == "hgad" else leads_by_set(found, "hgad", name)
         if not found_leads:
             continue
         line = {"paper": number_text(paper, sign="+")}
         line |= {images: lead_text(lead) for images, lead in found_leads.items()}
-        both = [np.mean(list(x), axis=0) for x in zip(*found_leads.values(), strict=True)]
-        low, high = interval(both[1])
-        line["mean"] = lead_text((float(both[0]), both[1]))
+        mean = mean_lead(found_leads)
+        low, high = interval(mean[1])
+        line["mean"] = lead_text(mean)
         sign = paper if paper == paper else 1.0
         word = "undecided" if low <= 0 <= high else "seen" if (low > 0) == (sign > 0) else "opposite"
         line["verdict"] = word if paper == paper else {"seen": "HGAD ahead", "opposite": "HGAD behind"}.get(
@@ -189,5 +185,23 @@ def ordering_table(found: Rivals) -> Styler:
         )  # fmt: skip
         same = "" if _PAPER[name] == title else f" (in the paper {_PAPER[name]})"
         lines[title + same] = line
-    table = pd.DataFrame.from_dict(lines, orient="index").fillna("not measured")
+    # A method that lacks the first sets must not put them last.
+    columns = ["paper", *found, "mean", "verdict"] if lines else None
+    table = pd.DataFrame.from_dict(lines, orient="index").reindex(columns=columns).fillna("not measured")
     return styled(table, name="rivals-ordering")
+
+
+def ordering_sentence(found: Rivals) -> str:
+    """Say which methods HGAD is ahead of, behind, or not told apart from, by the mean over their sets."""
+    sides: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
+    for name in (name for name in TITLES if name != "hgad"):
+        if leads := leads_by_set(found, "hgad", name):
+            low, high = interval(mean_lead(leads)[1])
+            side = "ahead of" if low > 0 else "behind" if high < 0 else "not told apart from"
+            fewer = "" if len(leads) == len(found) else f" ({', '.join(leads)})"
+            sides[side].append(TITLES[name] + fewer)
+    count = sum(map(len, sides.values()))
+    if not count:
+        return "Other methods: not measured yet."
+    said = "; ".join(f"{side} {len(of)}: {', '.join(of)}" for side, of in sides.items() if of)
+    return f"Of {count} other way{'s' * (count != 1)} to detect, HGAD's default is {said}."
