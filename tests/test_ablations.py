@@ -19,6 +19,7 @@ from small import folder_config, image_folder
 
 from hgadbook.ablations import (
     Criterion,
+    claim_sentences,
     compare,
     comparison_table,
     half_width,
@@ -26,7 +27,6 @@ from hgadbook.ablations import (
     runs_to_train,
     show_departures,
     show_points,
-    show_summary,
     show_switches,
     train,
     verdict,
@@ -133,9 +133,7 @@ def test_criteria_come_out_of_the_same_record(records: list[dict[str, Any]]) -> 
     assert ours("table3b", "tab3b_10") == pytest.approx(77.333, abs=1e-3)
 
 
-def test_orderings_are_judged_seed_by_seed(
-    records: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_orderings_are_judged_seed_by_seed(records: list[dict[str, Any]]) -> None:
     # A seed that one row alone has says nothing of their difference.
     comparison = compare(HIERARCHY, [*records, record("tab3a_full", 3, 0.1)])
     claims: Any = comparison.claims["demo"].set_index(["claim", "metric"])
@@ -146,10 +144,27 @@ def test_orderings_are_judged_seed_by_seed(
     assert claims.loc["FMC over SGC", "image_auroc"]["verdict"] == "not measured"
     # The table's row cannot be read: what the sentence states.
     assert claims.loc["FMC + Intra over FMC", "image_auroc"]["paper"] == 1.6
-    show_summary(comparison)
-    said = capsys.readouterr().out
-    assert "demo: of 11 orderings that the paper claims: 9 not measured, 2 seen." in said
-    assert "elpv: none of the 6 orderings was measured." in said
+    said = claim_sentences(comparison)
+    assert said == [
+        "Of the paper's orderings of image AUROC, scored as in the paper, seen on some set and opposite on "
+        "none: ICG + MIM + Intra over SGC.",
+        "Of image and pixel AUROC, scored as in the paper: on demo 2 seen, 0 opposite, 0 undecided.",
+        "MVTec AD, the images of the paper's table, was not measured here.",
+    ]
+
+
+def test_a_chapters_verdict_names_what_is_opposite_and_lets_one_run_decide_nothing() -> None:
+    made = [record("tab3a_sgc", s, v) for s, v in ((0, 0.9), (1, 0.91))]
+    made += [record("tab3a_full", s, v) for s, v in ((0, 0.6), (1, 0.61))]
+    alone = [record(name, 0, 0.7, dataset="mvtec") for name in ("tab3a_sgc", "tab3a_full")]
+    own, plain = (compare(HIERARCHY, [*made, *alone], criterion=by) for by in ("own", "likelihood"))
+    said = claim_sentences(own, plain, words={"SGC": "one Gaussian"})
+    assert said[0].endswith("opposite on some set and seen on none: ICG + MIM + Intra over one Gaussian.")
+    assert "scored as in the paper: on demo 0 seen, 2 opposite, 0 undecided; on mvtec" in said[1]
+    assert said[1].endswith("on mvtec 0 seen, 0 opposite, 2 undecided (2 by one run).")
+    assert len(said) == 3  # MVTec AD was measured
+    nothing = claim_sentences(compare(HIERARCHY, []))
+    assert nothing[0].endswith("none was measured.") and nothing[1].endswith("none measured.")
 
 
 @pytest.mark.parametrize(

@@ -464,14 +464,44 @@ def show_claims(comparison: Comparison) -> None:
         display(styled(table, name=f"{name}-{images}", caption=caption))
 
 
-def show_summary(*comparisons: Comparison) -> None:
-    """Print how many of the paper's orderings were seen on each set of images."""
+def claim_sentences(*comparisons: Comparison, words: Mapping[str, str] | None = None) -> list[str]:
+    """Say which of the paper's orderings were seen here, and count them on each set of images.
+
+    Args:
+        *comparisons: By the last one the orderings of image AUROC are named.
+        words: What to call parts of a row's name instead.
+    """
+    last = comparisons[-1]
+    whole = pd.concat(list(last.claims.values()), ignore_index=True)
+    claims = whole[whole["metric"] == "image_auroc"].groupby("claim", sort=False)["verdict"].agg(set)
+    seen, opposite = (claims.map(lambda words, word=word: word in words) for word in ("seen", "opposite"))
+    parts = {
+        "seen on some set and opposite on none": seen & ~opposite,
+        "opposite on some set and seen on none": opposite & ~seen,
+        "seen on one set and opposite on another": seen & opposite,
+    }
+    named = [f"{text}: {', '.join(claims.index[chosen])}" for text, chosen in parts.items() if chosen.any()]
+    for part, word in (words or {}).items():
+        named = [text.replace(part, word) for text in named]
+    rest = "none was measured" if set(whole["verdict"]) == {"not measured"} else "none was seen or opposite"
+    said = [
+        f"Of the paper's orderings of image AUROC, {_SCORED[last.criterion]}, {'; '.join(named) or rest}."
+    ]
     for comparison in comparisons:
-        for images, claims in comparison.claims.items():
-            text = f"{_SCORED[comparison.criterion]}: {images}: "
-            counts = claims["verdict"].value_counts()
-            if set(counts.index) == {"not measured"}:
-                print(f"{text}none of the {len(claims)} orderings was measured.")
-            else:
-                said = ", ".join(f"{count} {name}" for name, count in counts.items())
-                print(f"{text}of {len(claims)} orderings that the paper claims: {said}.")
+        texts = [text for images, of in comparison.claims.items() if (text := _counts(images, of["verdict"]))]
+        counted = "; ".join(texts) or "none measured"
+        said.append(f"Of image and pixel AUROC, {_SCORED[comparison.criterion]}: {counted}.")
+    if not any(title.split(" (")[0] == "mvtec" for title in set(last.runs["images"])):
+        said.append("MVTec AD, the images of the paper's table, was not measured here.")
+    return said
+
+
+def _counts(images: str, verdicts: pd.Series) -> str:
+    """Count verdicts of one set of images; a single run decides nothing. Empty where none was measured."""
+    alone = int(verdicts.str.endswith("one run").sum())
+    words = {word: int((verdicts == word).sum()) for word in ("seen", "opposite", "undecided")}
+    words["undecided"] += alone
+    if not any(words.values()):
+        return ""
+    text = ", ".join(f"{count} {word}" for word, count in words.items())
+    return f"on {images} {text}" + (f" ({alone} by one run)" if alone else "")
