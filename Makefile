@@ -17,10 +17,12 @@ READY := $(VENV)/.ready
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/_*' ! -path '*/.*'
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint lab ablations prior baselines clean distclean
+.PHONY: help book pdf files test lint lab ablations prior baselines clean distclean
 
 help:
 	@echo "make book   run every chapter and build the HTML book"
+	@echo "make pdf    the book as one PDF; needs Chromium"
+	@echo "make files  the pages and the chapters as ZIP files, and the PDF"
 	@echo "make test   lint, check types and run all tests"
 	@echo "make lint   the checks alone, without the tests"
 	@echo "make lab    open the chapters in JupyterLab"
@@ -42,6 +44,13 @@ $(READY): requirements.lock pyproject.toml
 
 book: $(READY)
 	@$(BIN)/python book/build.py $(BOOK)
+
+# Files to take away, made of the pages, which are built first where they are stale.
+pdf: book
+	@$(BIN)/python book/deliver.py pdf
+
+files: book
+	@$(BIN)/python book/deliver.py
 
 lint: $(READY)
 	$(BIN)/python -m ruff check --quiet .

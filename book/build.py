@@ -472,6 +472,15 @@ def render(staged: Path, html: Path, *, strict: bool = True) -> None:
     os.replace(new, html)
 
 
+def duration(seconds: float) -> str:
+    """Write a duration as people say it.
+
+    >>> duration(8.2), duration(59.6), duration(150)
+    ('8 s', '60 s', '2.5 min')
+    """
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
 def chapter_parameters(page: str, folder: Path | None) -> dict[str, Any]:
     """Read FOLDER/PAGE.yaml, the parameters of one chapter; none where there is no such file."""
     if folder is None:
@@ -507,22 +516,34 @@ def build(
     if unknown := [page for page in only if page not in pages]:
         raise BuildError(f"no chapter {', '.join(unknown)} in _toc.yml; it has {', '.join(pages)}")
     if only:
-        pages = [pages[0], *(page for page in pages[1:] if page in only)]
-        toc = {"format": toc["format"], "root": pages[0], "chapters": [{"file": page} for page in pages[1:]]}
+        pages = [page for page in pages if page in only]
+        rest = {"chapters": [{"file": page} for page in pages[1:]]} if pages[1:] else {}
+        toc = {"format": toc["format"], "root": pages[0], **rest}
     notebooks = {page: source_of(page, book=book) for page in pages}
-    notebooks = {page: path for page, path in notebooks.items() if path.suffix == ".ipynb"}
-    for number, (page, notebook) in enumerate(notebooks.items(), start=1):
-        parameters = chapter_parameters(page, params)
-        executed = book / "_executed" / f"{page}.ipynb"
+    # The first page sums up what the others leave behind.
+    order = [*pages[1:], pages[0]]
+    notebooks = {page: notebooks[page] for page in order if notebooks[page].suffix == ".ipynb"}
+    given = {page: chapter_parameters(page, params) for page in notebooks}
+    copies = {page: book / "_executed" / f"{page}.ipynb" for page in notebooks}
+    known = {page: made_from(copy) for page, copy in copies.items()}
+    stale = [
+        page for page, notebook in notebooks.items()
+        if fresh or known[page][0] != chapter_digest(notebook, root=root, parameters=given[page])
+    ]  # fmt: skip
+    # What a chapter took before on this machine; else what it took on two cores, by its usual parameters.
+    usual = json.loads((book / "seconds.json").read_text()) if (book / "seconds.json").is_file() else {}
+    expected = {page: known[page][1] or float(usual.get(page, 0)) for page in notebooks}
+    for number, page in enumerate(notebooks, start=1):
         label = f"chapter {page} ({number} of {len(notebooks)})"
-        code = chapter_digest(notebook, root=root, parameters=parameters)
-        if not fresh and made_from(executed)[0] == code:
+        if page not in stale:
             print(f"{label}: up to date", flush=True)
             continue
-        print(f"{label}: running ...", flush=True)
+        left = sum(expected[later] for later in stale[stale.index(page) :])
+        about = f", about {duration(expected[page])} of {duration(left)}" if expected[page] else ""
+        print(f"{label}: running{about} ...", flush=True)
         start = time.monotonic()
-        execute(notebook, executed, root=root, parameters=parameters)
-        print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
+        execute(notebooks[page], copies[page], root=root, parameters=given[page])
+        print(f"{label}: done in {duration(time.monotonic() - start)}", flush=True)
     built = book / "_build" / ("part" if only else "book")
     stage(pages, toc=toc, root=root, book=book, target=built / "source")
     render(built / "source", built / "html", strict=not only)
