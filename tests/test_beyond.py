@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import small
 import torch
 
 from hgadbook.beyond import (
+    Unseen,
     alarm_rates,
+    beyond_sentences,
     discovery_table,
     expected_alarms,
     held_out,
@@ -33,7 +36,7 @@ from hgadlib.evaluation.class_inference import (
     score_as,
 )
 from hgadlib.evaluation.evaluate import Protocol, evaluate, level_values
-from hgadlib.evaluation.thresholds import conformal_threshold
+from hgadlib.evaluation.thresholds import binomial_rate, conformal_threshold
 from hgadlib.mixture import class_evidence
 from hgadlib.runs.inputs import Inputs
 from hgadlib.training import calibrate
@@ -205,6 +208,24 @@ def test_a_class_left_out_is_new() -> None:
     assert str(table.loc["c", "false alarms (%)"]).startswith("100.0")
     with pytest.raises(InputError, match="a class to leave out of a, b, c"):
         leave_out(config(), data, "d", 0.34, 0.2)
+
+
+def test_the_four_questions_get_a_sentence_each() -> None:
+    columns = pd.MultiIndex.from_tuples(
+        [("class given", "AUROC"), ("likeliest class", "right"), ("likeliest class", "AUROC")]
+    )
+    inferred = pd.DataFrame([[91.0, 97.5, 90.0]], ["mean"], columns)
+    discovery = pd.DataFrame({"classes": [6], "found": [5], "adjusted Rand index": [0.875]}, ["train"])
+    compared = pd.DataFrame({"difference": [-1.25]}, ["mean"])
+    alarms = {"all": binomial_rate([True, False, False])}, {"all": binomial_rate([True, True])}
+    of = (binomial_rate([True, False]), binomial_rate([True]))
+    unseen = [Unseen(name, ("c",), of[0], of[1], of[0], None, None) for name in "ab"]
+    said = beyond_sentences(inferred, discovery, compared, alarms, unseen, rate=0.1)
+    assert "right for 97.5 % of the test images; image AUROC is 90.0 % with it and 91.0 % with" in said[0]
+    assert "finds 5 classes where there are 6 (adjusted Rand index 0.88)" in said[1]
+    assert said[1].endswith("differs by −1.2 points.")
+    assert "for 10 % false alarms raise an alarm on 1 of 3 normal test images and find 2 of 2" in said[2]
+    assert said[3].endswith("2 of 4 normal images raise an alarm, over 2 classes left out one by one.")
 
 
 def test_selection() -> None:

@@ -30,6 +30,7 @@ from hgadbook.bridges import (
     bridge_sentences,
     bridge_slider,
     bridge_sweeps,
+    bridge_verdict,
     feature_bridges,
     sweep_table,
     train_on,
@@ -115,6 +116,14 @@ def test_sentences_say_where_the_mixture_tells_more() -> None:
     assert "below it in every seed at 1" in blocks and "undecided at 2" in blocks
     assert "at 1 the single Gaussian has 0.50, the mixture has 0.30, the true density has 1.00" in blocks
     assert "every seed at 2, 4, 8, 16 (" in said["classes K"]
+
+
+def test_a_verdict_is_of_the_usual_setting_and_of_all_seeds() -> None:
+    said = bridge_verdict(table({1: -0.2}))
+    assert "0.50 by the single Gaussian, 0.60 by the mixture, 1.00 by the true density" in said
+    assert said.endswith("the mixture tells more in every seed.")
+    assert bridge_verdict(table({4: -0.2})).endswith("tells less in every seed.")
+    assert bridge_verdict(table({4: 0.0})).endswith("the mixture is undecided.")
 
 
 def test_a_page_shows_one_picture_of_all_and_needs_no_server() -> None:

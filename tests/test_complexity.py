@@ -17,6 +17,7 @@ from hgadbook.complexity import (
     Complexity,
     benchmark_ratios,
     beside_paper,
+    cost_sentences,
     cost_table,
     coupling_multiply_adds,
     measure_complexity,
@@ -157,6 +158,22 @@ def test_nearest_choice_of_stages() -> None:
     choices = pd.DataFrame({"GFLOP": [1.0, 9.0], "with rotations (M)": [5.0, 2.0]}, index=["0, 1", "2, 3"])
     found = nearest_choices(choices, {"flops": 7.0, "learnable_parameters": 4.0})
     assert found["GFLOP"].startswith("2, 3: ") and found["with rotations (M)"].startswith("0, 1: ")
+
+
+def test_the_chapter_in_sentences(measured: Complexity) -> None:
+    rates = {"features": 9.0, "training": 100.4, "prediction": 7.25}
+    nearest = {"GFLOP": "2, 3: 9.0, paper 7", "with rotations (M)": "2, 3: 2.0, paper 4"}
+    said = cost_sentences(measured, nearest, rates, "a processor", 1000)
+    share = 100 * measured.multiply_adds["backbone"] / measured.total
+    assert f"{measured.total / 1e9:.1f} G multiply-adds in the tiny configuration: {share:.2g} %" in said[0]
+    assert said[1] == "Stages 2, 3 come nearest to the paper's row of Tab. 5 in every column."
+    assert said[2].endswith("7.2 images/s from file to map, 100 in training from stored features.")
+    work = measured.training(1000)
+    rest = work["flow and prior"]
+    saved = (work["features, every epoch"] + rest) / (work["features, once"] + rest)
+    assert saved > 1.5 and said[3].endswith(f"{saved:.1f} times less work.")
+    apart = cost_sentences(measured, nearest | {"GFLOP": "0, 1: 3.0, paper 7"}, rates, "a processor", 1)
+    assert apart[1].startswith("No one choice") and "0, 1 in GFLOP; 2, 3 in with rotations (M)" in apart[1]
 
 
 def test_paper_rows_are_those_of_the_committed_table() -> None:

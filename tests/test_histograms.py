@@ -10,6 +10,7 @@ import pytest
 
 from hgadbook.histograms import (
     histogram_pairs,
+    ledger_sentence,
     overlap_change,
     overlap_sentence,
     overlap_table,
@@ -39,6 +40,11 @@ def test_overlaps_by_class() -> None:
     said = overlap_sentence(runs)
     assert "Of 3 classes" in said and "less by 2 points or more in 1 (c)" in said
     assert "more by 2 points or more in 1 (a)" in said and "mean difference is +1.7" in said
+    less = {"one": {"a": 0.5}, "two": {"a": 0.4}}
+    assert ledger_sentence({"x-ray": runs, "y": less}) == (
+        "In the ledger's runs the mean overlap differs by +1.7 points (x-ray), −10.0 points (y)."
+    )
+    assert ledger_sentence({}).endswith("no run of both in the ledger.")
 
 
 def test_classes_without_masks_show_their_image_auroc() -> None:

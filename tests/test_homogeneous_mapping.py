@@ -13,12 +13,14 @@ import pytest
 from hgadbook.histograms import overlap_records
 from hgadbook.homogeneous_mapping import (
     FLOWS,
+    claim_sentence,
     coupling_claims,
     coupling_course,
     coupling_sentences,
     course_records,
     course_sentences,
     course_table,
+    drop_sentence,
     training_course,
 )
 from hgadlib.config import load_config
@@ -63,6 +65,20 @@ def test_a_drop_under_a_falling_loss_is_seen() -> None:
     assert "does not show in 6 epochs" in second and "1.0 below its best (epoch 4)" in second
 
 
+def test_a_verdict_names_the_runs_that_drop() -> None:
+    falls, pixels = history([0.8, 0.95, 0.7], nll=[3, 2, 1]), history([0.8, 0.9], nll=[2, 1])
+    pixels["test_pixel_auroc"] = [np.nan, 0.9, np.nan, 0.87]
+    stays = history([0.8, 0.95, 0.94], nll=[3, 2, 1])
+    courses = [course_table({"one": falls, "two": stays}), course_table({"one": stays, "three": pixels})]
+    assert drop_sentence(courses, "in the ledger") == (
+        "Of 4 runs in the ledger (4 to 6 epochs), image or pixel AUROC ends 2 points or more below its best "
+        "in 2: one, three."
+    )
+    assert drop_sentence([course_table({"two": stays})], "here") == (
+        "Of 1 runs here (6 epochs), image or pixel AUROC ends 2 points or more below its best in none."
+    )
+
+
 def test_a_course_needs_evaluated_epochs() -> None:
     with pytest.raises(InputError, match="one: expected a history with evaluated epochs"):
         course_table({"one": pd.DataFrame({"epoch": [1], "nll": [1.0]})})
@@ -103,6 +119,13 @@ def test_claims_are_of_the_last_epoch_and_of_all_blocks() -> None:
 )
 def test_sentences_say_which_part_of_the_claim_holds(table: pd.DataFrame, said: str) -> None:
     assert said in coupling_sentences({"run": table})[0]
+
+
+def test_a_verdict_counts_the_flows_of_which_the_claim_holds() -> None:
+    tables = {"a": couplings(), "b": couplings(s_mean=-1.8, s_input=0.01, t_input=0.02)}
+    assert claim_sentence(tables).endswith(
+        "is seen in 1 of 2 flows; the block that comes nearest has a mean scale of 95 % of the limit."
+    )
 
 
 def record(experiment: str, **more: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hgadbook.information_bottleneck import (
     Density,
     antithetic_noise,
+    bottleneck_sentences,
     bounds_over_training,
     class_information,
     class_information_bound,
@@ -184,6 +185,19 @@ def test_last_term_of_eq_27_is_half_the_dimension() -> None:
     assert table["last term"].to_numpy() == pytest.approx(np.ones(2), abs=0.1)
     assert abs(table["gap"][1]) < abs(table["gap"][0])
     assert rate([0.1, 0.2], [1.0, 8.0]) == pytest.approx(3)
+
+
+def test_sentences_follow_from_the_tables() -> None:
+    sigma = [0.1, 0.01, 0.003]
+    by_noise = pd.DataFrame({"sigma": sigma, "gap": [s**2 for s in sigma], "last term": [1.0, 0.98, 1.02]})
+    trained = pd.DataFrame({"A + B": [9.0, 4.0], "true I(X, Z)": [3.5, 3.5]})
+    learnt = pd.DataFrame({"-L_mi": [1.0, 3.0], "true I(Z, Y)": [1.1, 1.1]}, index=[1.0, 100.0])
+    said = bottleneck_sentences(by_noise, trained, learnt, dim=2)
+    assert "with the power 2.0 of the noise (the paper: 2), to 9e-06 nats" in said[0]
+    assert "0.98 to 1.02 nats at every noise; $d/2$ is 1." in said[1]
+    assert "from 9.0 to 4.0 nats, and the true value from 3.5 to 3.5." in said[2]
+    assert said[3].endswith("exceeds the true $I(Z, Y)$ at $\\alpha$ = 100, by up to 1.9 nats.")
+    assert "stays below" in bottleneck_sentences(by_noise, trained, learnt[:1], dim=2)[3]
 
 
 def test_level_of_a_model() -> None:

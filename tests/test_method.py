@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from hgadbook.method import (
     eq8_by_weight,
     fit_flow,
     fit_prior,
+    method_sentences,
     offset_shares,
     plane,
     pull,
@@ -97,6 +99,18 @@ def test_eq_8_by_weight() -> None:
     pair = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     direct = mutual_information_loss(pair[:, None], torch.arange(2), pair, torch.full((2,), 0.5).log()).mean()
     assert table["2"].iloc[-1] == pytest.approx(direct.item())
+
+
+def test_the_toys_verdict_follows_from_its_numbers() -> None:
+    shares = pd.DataFrame({"a": [0.875, 0.0], "b": [0.9, 0.9]}, index=[2, 576])
+    eq8 = pd.DataFrame({"2": [-9.25, -0.5]})
+    said = method_sentences(torch.tensor([1e-6, -5e-6]), eq8, shares)
+    assert "`torch.distributions` to 5e-06 nats" in said[0]
+    assert "−9.2 nats" in said[1] and said[1].endswith(
+        "bound of −0.69 does not hold for learnt class weights."
+    )
+    assert "have 88 % of a class's latents in 2 channels and 0 % in 576" in said[2]
+    assert method_sentences(torch.zeros(1), eq8[1:], shares)[1].endswith("bound of −0.69 holds.")
 
 
 def test_only_the_transductive_score_knows_its_company() -> None:

@@ -20,6 +20,7 @@ from hgadbook.qualitative import (
     map_comparison,
     map_limits,
     normal_rank,
+    rank_sentences,
     resolution_sentence,
     run_table,
     telling_images,
@@ -172,6 +173,21 @@ def test_a_bar_names_the_unit_of_a_shared_scale(runs: tuple[Inputs, Models]) -> 
                 assert ax.images[0].get_clim() == limits[name]
                 assert isinstance(ax.images[0].norm, AsinhNorm) == bool(bars)
         plt.close(figure)
+
+
+def test_a_verdict_counts_ranks_of_anomalous_images(runs: tuple[Inputs, Models]) -> None:
+    inputs, _ = runs
+    anomalous = inputs.test_labels & inputs.test_labelled
+    one, other = np.full(len(anomalous), 0.5), np.full(len(anomalous), 0.5)
+    other[np.flatnonzero(anomalous)[0]], other[~anomalous] = 1.0, 0.0
+    said = rank_sentences(inputs, {"one": one, "other": other})
+    n = anomalous.sum()
+    share = f"other ranks {100 / n:.0f} % above all normal images of their class and 0 % below the median one"
+    assert said[0].startswith(f"Of {n} anomalous images, one ranks 0 % above all") and share in said[0]
+    assert said[1] == (
+        f"Under other 1 of them rank higher than under one, 0 lower and {n - 1} the same; "
+        f"the mean change is +{50 / n:.1f} points."
+    )
 
 
 def test_table_of_runs(runs: tuple[Inputs, Models]) -> None:

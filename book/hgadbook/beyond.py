@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from sklearn.metrics import ConfusionMatrixDisplay, adjusted_rand_score, normalized_mutual_info_score
 
+from hgadbook.paper import number_text
 from hgadlib.config import Config, ScoreConfig
 from hgadlib.errors import InputError
 from hgadlib.evaluation.class_inference import auroc_by_class, infer_classes, score_as
@@ -401,3 +402,41 @@ def unseen_table(found: Sequence[Unseen]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index("left out")
+
+
+def beyond_sentences(
+    inferred: pd.DataFrame,
+    discovery: pd.DataFrame,
+    compared: pd.DataFrame,
+    alarms: tuple[Mapping[str, Rate], Mapping[str, Rate]],
+    unseen: Sequence[Unseen],
+    *,
+    rate: float,
+) -> list[str]:
+    """Answer the chapter's four questions, a sentence each.
+
+    Args:
+        inferred: From :func:`inference_table`, with the way "likeliest class".
+        discovery: From :func:`discovery_table`.
+        compared: AUROC with classes given and discovered, with the row "mean" and the column "difference".
+        alarms: From :func:`alarm_rates`, for thresholds by class.
+        unseen: From :func:`leave_out`.
+        rate: The false alarm rate that was asked for.
+    """
+    mean, train = inferred.loc["mean"], discovery.loc["train"]
+    auroc = inferred.xs("AUROC", axis=1, level=1).loc["mean"]
+    change = number_text(float(compared["difference"]["mean"]), sign="+")
+    normal = [sum(getattr(one.alarms, count) for one in unseen) for count in ("events", "trials")]
+    false, found = (of["all"] for of in alarms)
+    return [
+        f"The class inferred from the image is right for {mean['likeliest class', 'right']:.1f} % of the "
+        f"test images; image AUROC is {auroc['likeliest class']:.1f} % with it and "
+        f"{auroc['class given']:.1f} % with the class given.",
+        f"Clustering finds {train['found']:.0f} classes where there are {train['classes']:.0f} (adjusted "
+        f"Rand index {train['adjusted Rand index']:.2f}); trained on them, image AUROC differs by {change} "
+        "points.",
+        f"Thresholds for {100 * rate:g} % false alarms raise an alarm on {false.events} of {false.trials} "
+        f"normal test images and find {found.events} of {found.trials} anomalous ones.",
+        f"Of a class that was never seen, {normal[0]} of {normal[1]} normal images raise an alarm, over "
+        f"{len(unseen)} class{'es' * (len(unseen) != 1)} left out one by one.",
+    ]

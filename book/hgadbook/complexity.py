@@ -490,3 +490,39 @@ def _case(entry: Mapping[str, Any]) -> str:
     if "over" in entry and entry["benchmark"] == "metrics":
         words.append(f"over {entry['over']}".replace("_", " "))
     return ", ".join(words)
+
+
+def cost_sentences(
+    cost: Complexity, nearest: Mapping[str, str], rates: Mapping[str, float], device: str, images: int
+) -> list[str]:
+    """Sum the chapter up: what an image costs, the paper's row, what was measured, features once.
+
+    Args:
+        cost: Of this book's own configuration.
+        nearest: From :func:`nearest_choices`.
+        rates: From :func:`measure_throughput`.
+        device: On which they were measured.
+        images: Of a whole training.
+    """
+    shares = {part: 100 * count / cost.total for part, count in cost.multiply_adds.items()}
+    stages = {column: text.split(":")[0] for column, text in nearest.items()}
+    if len(set(stages.values())) == 1:
+        row = (
+            f"Stages {next(iter(stages.values()))} come nearest to the paper's row of Tab. 5 in every column."
+        )
+    else:
+        named = "; ".join(f"{choice} in {column}" for column, choice in stages.items())
+        row = f"No one choice of stages comes nearest to the paper's row of Tab. 5 in every column: {named}."
+    work = cost.training(images)
+    saved = (work["features, every epoch"] + work["flow and prior"]) / (
+        work["features, once"] + work["flow and prior"]
+    )
+    return [
+        f"One image costs {cost.total / 1e9:.1f} G multiply-adds in the {cost.name} configuration: "
+        + ", ".join(f"{share:.2g} % {part}" for part, share in shares.items())
+        + ".",
+        row,
+        f"Measured here on {device}: {rates['prediction']:.1f} images/s from file to map, "
+        f"{rates['training']:.0f} in training from stored features.",
+        f"Features computed once make a training of {images} images {saved:.1f} times less work.",
+    ]

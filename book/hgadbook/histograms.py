@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hgadbook.homogeneous_mapping import DROP, FLOWS, course_title
+from hgadbook.paper import number_text
 from hgadlib.evaluation.likelihoods import Histograms
 from hgadlib.figures.histograms import log_likelihood_histogram, shared_legend
 from hgadlib.figures.theme import PALETTE, literal
@@ -64,7 +65,7 @@ def overlap_sentence(overlaps: Overlaps) -> str:
     )
     return (
         f"Of {len(table)} classes, normal and anomalous log-likelihoods of {last} overlap, against {first}: "
-        f"{counted}. The mean difference is {table.mean():+.1f} points."
+        f"{counted}. The mean difference is {number_text(table.mean(), sign='+')} points."
     )
 
 
@@ -124,3 +125,18 @@ def overlap_change(overlaps: Overlaps) -> Axes:
     ax.set_xlabel("overlap of normal and anomalous log-likelihoods (%)")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(overlaps))
     return ax
+
+
+def ledger_sentence(recorded: Mapping[str, Overlaps]) -> str:
+    """Say by how much the last run overlaps more than the first one in what :func:`overlap_records` found.
+
+    >>> ledger_sentence({})
+    'Measured over longer courses: no run of both in the ledger.'
+    """
+    if not recorded:
+        return "Measured over longer courses: no run of both in the ledger."
+    parts = [
+        f"{number_text(overlap_table(overlaps)['difference'].iloc[-1], sign='+')} points ({title})"
+        for title, overlaps in recorded.items()
+    ]
+    return f"In the ledger's runs the mean overlap differs by {', '.join(parts)}."

@@ -12,6 +12,7 @@ from matplotlib.colors import AsinhNorm, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from hgadbook.paper import number_text
 from hgadlib.config import Config
 from hgadlib.figures.maps import LINEAR, outline_mask
 from hgadlib.figures.tables import METRIC_LABELS
@@ -123,6 +124,28 @@ def rank_table(inputs: Inputs, ranks: Mapping[str, np.ndarray]) -> pd.DataFrame:
         }
     # By place until here: a class may be called "all".
     return pd.DataFrame(rows).T.set_axis(names).rename_axis("class")
+
+
+def rank_sentences(inputs: Inputs, ranks: Mapping[str, np.ndarray]) -> list[str]:
+    """Say how high anomalous images rank under both models, and how many of them rank higher under the last.
+
+    The arguments are those of :func:`rank_table`.
+    """
+    table = rank_table(inputs, ranks).iloc[-1]
+    parts = [
+        f"{model} ranks {table[model, 'above all']:.0f} % above all normal images of their class and "
+        f"{table[model, 'below half']:.0f} % below the median one"
+        for model in ranks
+    ]
+    anomalous = inputs.test_labels & inputs.test_labelled
+    first, *_, last = ranks
+    change = ranks[last][anomalous] - ranks[first][anomalous]
+    mean = number_text(100 * float(change.mean()), sign="+")
+    return [
+        f"Of {len(change)} anomalous images, {'; '.join(parts)}.",
+        f"Under {last} {(change > 0).sum()} of them rank higher than under {first}, {(change < 0).sum()} "
+        f"lower and {(change == 0).sum()} the same; the mean change is {mean} points.",
+    ]
 
 
 def run_table(models: Models) -> pd.DataFrame:
