@@ -35,7 +35,7 @@ from hgadlib.figures.theme import ANOMALOUS_COLOR, NORMAL_COLOR
 
 
 def fitted(images: str, experiment: str) -> Detector:
-    """Load the detector of a dataset that an earlier chapter fitted, or fit and keep it: one false alarm in ten.
+    """Load the detector of a dataset that an earlier chapter kept, or fit one, of one false alarm in ten.
 
     Args:
         images: A file of params/.
