@@ -1,7 +1,8 @@
 # Everything that this project does from a fresh clone. Needed: make and Python 3.11 or newer.
 PYTHON ?= python3
-# Options for book/build.py, for instance BOOK="--only train" or BOOK="--params params/ci".
-BOOK ?=
+# Options for book/build.py, for instance BOOK="--only train", BOOK="--params params/ci", or none: BOOK=,
+# by which chapters run with their own parameters, half an hour and more.
+BOOK ?= --params params/book
 # Options for pytest: two files of tests at a time; TESTS= for one, as timings and debuggers like it.
 TESTS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Options for snakemake, for instance GRID="--config seeds=[0]" or GRID=-n.
@@ -20,7 +21,7 @@ NOTEBOOKS = find book -name '*.ipynb' ! -path '*/_*' ! -path '*/.*'
 .PHONY: help book pdf files test lint lab ablations prior baselines clean distclean
 
 help:
-	@echo "make book   run every chapter and build the HTML book"
+	@echo "make book   run every chapter and build the HTML book (minutes; BOOK= for full-length runs)"
 	@echo "make pdf    the book as one PDF; needs Chromium"
 	@echo "make files  the pages and the chapters as ZIP files, and the PDF"
 	@echo "make test   lint, check types and run all tests"

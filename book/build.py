@@ -348,11 +348,16 @@ def with_outputs(source: Path, executed: Any) -> list[Any]:
     return cells
 
 
+def in_one_line(parameters: dict[str, Any]) -> str:
+    """Write parameters as YAML in one line."""
+    # Read from a notebook they are of its own kind of dictionary.
+    plain = json.loads(json.dumps(parameters))
+    return str(yaml.safe_dump(plain, default_flow_style=True, width=10_000)).strip()
+
+
 def run_it(page: str, parameters: dict[str, Any]) -> str:
     """Write the lines at the end of a chapter that tell how to make it again."""
-    # Read from a notebook they are of its own kind of dictionary.
-    given = yaml.safe_dump(json.loads(json.dumps(parameters)), default_flow_style=True, width=10_000).strip()
-    values = f" -y '{given}'" if parameters else ""
+    values = f" -y '{in_one_line(parameters)}'" if parameters else ""
     return (
         ":::{div} run-it\n"
         "In a clone of the repository this page is made by\n\n"
@@ -360,6 +365,15 @@ def run_it(page: str, parameters: dict[str, Any]) -> str:
         "and opened for changes by `make lab`. The download button has the notebook as it ran here.\n"
         ":::"
     )
+
+
+def note_parameters(cells: list[Any], parameters: dict[str, Any]) -> None:
+    """Say under a chapter's title with which parameters it ran, where these are not its own."""
+    title = next(
+        cell for cell in cells if cell.cell_type == "markdown" and re.search(r"^# ", cell.source, re.M)
+    )
+    note = f":::{{div}} built-with\nRun with `{in_one_line(parameters)}`; without that it takes longer.\n:::"
+    title.source = re.sub(r"^# .*$", lambda line: f"{line[0]}\n\n{note}", title.source, count=1, flags=re.M)
 
 
 def stage_notebook(source: Path, executed: Path, target: Path, *, page: str, root: Path, pages: Path) -> None:
@@ -380,6 +394,8 @@ def stage_notebook(source: Path, executed: Path, target: Path, *, page: str, roo
     for key in ("widgets", "papermill", "hgad_digest", "hgad_seconds"):
         notebook.metadata.pop(key, None)
     cells = with_outputs(source, notebook)
+    if parameters:
+        note_parameters(cells, parameters)
     lift_verdict(cells, page=page)
     notebook.cells = []
     for cell in cells:

@@ -129,7 +129,7 @@ def test_a_verdict_is_of_the_usual_setting_and_of_all_seeds() -> None:
 def test_a_page_shows_one_picture_of_all_and_needs_no_server() -> None:
     maps = np.zeros((4, 2, 2, 72, 72), np.float16)
     page = bridge_slider(table({}), maps)
-    assert re.findall(r'data-at="(\d-\d)" style="display:block', page) == ["3-1"]
+    assert re.findall(r'data-at="(\d-\d)"[^>]*(?<! hidden)>', page) == ["3-1"]
     assert len(re.findall(r'src="data:image/webp;base64,', page)) == 8 == page.count("<img")
     assert [int(n) for n in re.findall(r'max="(\d)"', page)] == [3, 1]
     assert "http" not in page

@@ -101,12 +101,13 @@ def test_the_default_and_the_single_gaussian_differ_in_the_prior_alone() -> None
     assert changed_settings(other, faster) == {"seed": (0, 3), "train.lr": (other.train.lr, 0.5)}
 
 
-def test_in_ci_the_default_is_the_run_of_the_train_chapter() -> None:
+@pytest.mark.parametrize("folder", ["ci", "book"])
+def test_in_a_build_the_default_is_the_run_of_the_train_chapter(folder: str) -> None:
     train, own = (
-        yaml.safe_load((ROOT / "params" / "ci" / f"{name}.yaml").read_text(encoding="utf-8"))
+        yaml.safe_load((ROOT / "params" / folder / f"{name}.yaml").read_text(encoding="utf-8"))
         for name in ("train", "qualitative")
     )
-    assert list(own) == ["overrides"]
+    assert set(own) <= {"overrides", "others"}
     found = load_config(dataset="demo", experiment=EXPERIMENTS["HGAD"], overrides=own["overrides"])
     assert found.digest == load_config(train).digest
 

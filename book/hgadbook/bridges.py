@@ -6,7 +6,6 @@ must leave bridges of high likelihood between classes. Here points on the bridge
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from hgadbook.method import plane, plane_map
+from hgadbook.sliders import picture_of, picture_slider
 from hgadlib.config import LossConfig, TrainConfig
 from hgadlib.features.store import spread_sample
 from hgadlib.figures.histograms import shared_legend
@@ -300,7 +300,7 @@ def bridge_maps(table: pd.DataFrame, maps: np.ndarray, *, layers: int, look: int
     return figure
 
 
-def _show(figure: Figure, table: pd.DataFrame, maps: np.ndarray, layers: int, look: int) -> None:
+def _show(figure: Figure, table: pd.DataFrame, maps: np.ndarray, layers: int, look: int) -> int:
     setting = USUAL | {"blocks": layers, "seed": 0}
     own = table[(table[list(setting)] == pd.Series(setting)).all(axis=1)]
     for ax, kind, values in zip(figure.axes, PRIORS, maps[SWEEPS["blocks"].index(layers)], strict=False):
@@ -308,31 +308,23 @@ def _show(figure: Figure, table: pd.DataFrame, maps: np.ndarray, layers: int, lo
         ax.images[0].set_data(values[look].astype(float))
         ax.set_title(f"{kind}: AUROC {row['AUROC']:.2f}", loc="left")
     figure.suptitle(f"blocks: {layers}, step {row['step']}", x=0.01, ha="left")
+    return int(row["step"])
 
 
 def bridge_slider(table: pd.DataFrame, maps: np.ndarray) -> str:
     """Write HTML that shows :func:`bridge_maps` at any blocks and step by two sliders, with no server."""
-    pictures, last = [], f"{len(maps) - 1}-{maps.shape[2] - 1}"
+    frames = {}
+    looks = maps.shape[2]
     figure = bridge_maps(table, maps, layers=USUAL["blocks"])
     figure.canvas.draw()
     figure.set_layout_engine("none")  # once is enough
-    for (i, layers), look in product(enumerate(SWEEPS["blocks"]), range(maps.shape[2])):
-        _show(figure, table, maps, layers, look)
-        content, at = io.BytesIO(), f"{i}-{look}"
-        figure.savefig(content, format="webp", dpi=90)
-        source = f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
-        style = f"display:{'block' if at == last else 'none'};width:100%"
-        pictures.append(f'<img data-at="{at}" style="{style}" alt="blocks: {layers}" src="{source}">')
+    blocks = SWEEPS["blocks"][: len(maps)]
+    for (i, layers), look in product(enumerate(blocks), range(looks)):
+        step = _show(figure, table, maps, layers, look)
+        frames[i, look] = picture_of(figure), f"blocks: {layers}, step {step}"
     plt.close(figure)
-    sliders = [
-        f'<label>{name} <input type="range" max="{n - 1}" value="{n - 1}" autocomplete="off"></label>'
-        for name, n in (("blocks", len(maps)), ("step", maps.shape[2]))
-    ]
-    change = (
-        "const at = [...this.querySelectorAll('input')].map(i => i.value).join('-');"
-        "this.querySelectorAll('img').forEach(i => i.style.display = i.dataset.at === at ? 'block' : 'none')"
-    )
-    return f'<div oninput="{change}">{" ".join(sliders + pictures)}</div>'
+    steps = [frames[0, look][1].rpartition(" ")[2] for look in range(looks)]
+    return picture_slider(frames, {"blocks": [str(layers) for layers in blocks], "step": steps})
 
 
 @torch.inference_mode()

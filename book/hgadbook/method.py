@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from hgadbook.sliders import picture_of, picture_slider
 from hgadlib.figures.theme import PALETTE, class_colors
 from hgadlib.flow import FeatureFlow
 from hgadlib.losses import hgad_losses, mutual_information_loss
@@ -381,6 +382,35 @@ def center_paths(points: ArrayLike, paths: ArrayLike, *, ax: Axes, title: str) -
                 path[0, 0], path[0, 1], s=35, color="white", edgecolors=color, linewidths=1.5, zorder=4
             )
             _cross(ax, path[-1], color)
+
+
+WEIGHTS, LOOKS = (0.0, 0.1, 1.0, 10.0, 100.0), (0, 10, 30, 100, 300)
+"""Of Eq. 8 in :func:`centre_slider`, and the steps at which it shows the centres."""
+
+
+def centre_slider(z: Tensor, class_idx: Tensor, start: Tensor) -> str:
+    """Write HTML that shows class centres in the plane by the weight of Eq. 8 and the step, with two sliders.
+
+    Args:
+        z: Latents, (K, N, 2), held fixed.
+        class_idx: (K,).
+        start: Centres at the start, (K, 2).
+    """
+    frames = {}
+    for i, weight in enumerate(WEIGHTS):
+        prior = HierarchicalGaussianMixture(len(start), 1, 2, learn_weights=False)
+        prior.set_centers(start)
+        path = fit_prior(prior, z, class_idx, steps=LOOKS[-1], intra=False, lambda2=weight, lambda_e=0)
+        for j, step in enumerate(LOOKS):
+            figure, ax = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+            said = f"weight of Eq. 8: {weight:g}, step {step}"
+            center_paths(z, path[: step + 1], ax=ax, title=said)
+            # Far centres must not move the picture.
+            ax.set(xlim=(-8, 9), ylim=(-6, 7))
+            frames[i, j] = picture_of(figure), said
+            plt.close(figure)
+    sliders = {"weight of Eq. 8": [f"{w:g}" for w in WEIGHTS], "step": [str(step) for step in LOOKS]}
+    return picture_slider(frames, sliders)
 
 
 def bent_grid(

@@ -257,6 +257,25 @@ def compare_maps(
     )
 
 
+def blended(
+    inputs: Inputs, model: tuple[Config, Any], chosen: Sequence[int], limits: tuple[float, float]
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Give test images, a model's maps of them in the colours of :func:`map_comparison`, and their masks.
+
+    Returns:
+        By the image's title, what :func:`hgadbook.sliders.blend_slider` takes.
+    """
+    config, result = model
+    drawn = gallery(config, inputs, result, chosen)
+    masks = np.zeros(drawn["maps"].shape, bool) if drawn["masks"] is None else drawn["masks"]
+    colors = plt.get_cmap("inferno")(AsinhNorm(LINEAR, *limits, clip=True)(drawn["maps"]))
+    layers = zip(drawn["titles"], drawn["images"], colors, masks, strict=True)
+    return {
+        title.partition("\n")[0]: (image, (255 * color[..., :3]).astype(np.uint8), mask)
+        for title, image, color, mask in layers
+    }
+
+
 def map_comparison(
     images: NDArray[np.uint8],
     masks: NDArray[np.bool_],

@@ -44,6 +44,14 @@ def rival_runs(records: Iterable[Mapping[str, Any]], setting: str = "unified") -
     return prior_runs(records, "baselines" if setting == "unified" else f"baselines_{setting}")
 
 
+def best_rivals(records: Iterable[Mapping[str, Any]], images: str, count: int) -> list[str]:
+    """Name the experiments of others than HGAD with the highest mean image AUROC on a set of images."""
+    found = rival_runs(records).get(images, {})
+    scores = {name: float(np.mean(_values(of, "image_auroc"))) for name, of in found.items()}
+    others = [name for name in scores if name not in ("hgad", "fast")]
+    return sorted(others, key=lambda name: -scores[name])[:count]
+
+
 def _values(of: Mapping[int, Mapping[str, Any]], metric: str) -> list[float]:
     return [percent(record["mean"].get(metric)) for record in of.values()]
 
