@@ -18,7 +18,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -507,6 +508,70 @@ def chapter_parameters(page: str, folder: Path | None) -> dict[str, Any]:
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
 
+def run_chapters(
+    pages: Sequence[str],
+    rules: Mapping[str, Mapping[str, Any]],
+    expected: Mapping[str, float],
+    work: Callable[[str], None],
+    *,
+    jobs: int,
+) -> None:
+    """Run chapters, several at a time where their rules allow it, and say how far it is.
+
+    Args:
+        pages: In reading order.
+        rules: What a notebook's metadata has under "book": "after" names chapters whose runs it takes up,
+            "alone" says that it shows durations, which others must not lengthen.
+        expected: Seconds of each, 0 where not known.
+        work: Runs one; called in threads.
+        jobs: Chapters at a time.
+    Raises:
+        BuildError: A chapter failed. Those that ran beside it have come to their end.
+    """
+    waiting, running, start = list(pages), dict[Future[None], str](), dict[str, float]()
+    # Those that run alone first: nothing runs yet, and then nothing has to wait for them.
+    waiting.sort(key=lambda page: not rules[page].get("alone"))
+    cores, threads = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")
+
+    def startable(page: str) -> bool:
+        before = set(rules[page].get("after", ()))
+        others = set(running.values())
+        alone = any(rules[one].get("alone") for one in ({page} | others if others else ()))
+        # The last one sums up all others.
+        last = page == pages[-1] and len(pages) > 1 and (len(waiting) > 1 or bool(others))
+        return not (alone or last or before & ({*waiting, *others} - {page})) and len(others) < jobs
+
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            for page in [*waiting]:
+                if startable(page):
+                    if threads is None:
+                        share = cores if rules[page].get("alone") else max(1, cores // jobs)
+                        os.environ["OMP_NUM_THREADS"] = str(share)
+                    about = f", about {duration(expected[page])}" if expected[page] else ""
+                    print(f"chapter {page}: running{about} ...", flush=True)
+                    waiting.remove(page)
+                    start[page] = time.monotonic()
+                    running[pool.submit(work, page)] = page
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                page = running.pop(done)
+                try:
+                    done.result()
+                except BuildError:
+                    if running:
+                        print(
+                            f"chapter {page}: failed; {', '.join(running.values())} still running", flush=True
+                        )
+                    raise
+                seconds = duration(time.monotonic() - start[page])
+                count = f"{len(pages) - len(waiting) - len(running)} of {len(pages)}"
+                left = sum(expected[one] for one in waiting) / jobs
+                rest = f", about {duration(left)} left" if left else ""
+                print(f"chapter {page}: done in {seconds} ({count}{rest})", flush=True)
+    if threads is None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+
+
 def build(
     *,
     root: Path = ROOT,
@@ -514,6 +579,7 @@ def build(
     only: Sequence[str] = (),
     fresh: bool = False,
     params: Path | None = None,
+    jobs: int = 1,
 ) -> Path:
     """Execute what is stale, build the pages, and return the path of the first page.
 
@@ -523,6 +589,7 @@ def build(
         only: Chapters to run and show; all of them unless said. A part of the book has pages of its own.
         fresh: Run chapters even when nothing they depend on has changed.
         params: Folder of CHAPTER.yaml files with parameters for the chapters, for a smaller or larger book.
+        jobs: Chapters that run at a time.
     Raises:
         BuildError: A chapter or a page failed, or a name is unknown.
     """
@@ -549,17 +616,15 @@ def build(
     # What a chapter took before on this machine; else what it took on two cores, by its usual parameters.
     usual = json.loads((book / "seconds.json").read_text()) if (book / "seconds.json").is_file() else {}
     expected = {page: known[page][1] or float(usual.get(page, 0)) for page in notebooks}
-    for number, page in enumerate(notebooks, start=1):
-        label = f"chapter {page} ({number} of {len(notebooks)})"
+    for page in notebooks:
         if page not in stale:
-            print(f"{label}: up to date", flush=True)
-            continue
-        left = sum(expected[later] for later in stale[stale.index(page) :])
-        about = f", about {duration(expected[page])} of {duration(left)}" if expected[page] else ""
-        print(f"{label}: running{about} ...", flush=True)
-        start = time.monotonic()
+            print(f"chapter {page}: up to date", flush=True)
+
+    def work(page: str) -> None:
         execute(notebooks[page], copies[page], root=root, parameters=given[page])
-        print(f"{label}: done in {duration(time.monotonic() - start)}", flush=True)
+
+    rules = {page: nbformat.read(notebooks[page], as_version=4).metadata.get("book", {}) for page in stale}
+    run_chapters(stale, rules, expected, work, jobs=jobs)
     built = book / "_build" / ("part" if only else "book")
     stage(pages, toc=toc, root=root, book=book, target=built / "source")
     render(built / "source", built / "html", strict=not only)
@@ -572,12 +637,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="CHAPTER", help="this chapter alone")
     parser.add_argument("--fresh", action="store_true", help="run chapters that are up to date as well")
     parser.add_argument("--params", type=Path, metavar="FOLDER", help="FOLDER/CHAPTER.yaml: its parameters")
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="chapters at a time"
+    )
     options = parser.parse_args(arguments)
     # A backend or a Jupyter setting of the user's shell must not change what the chapters show.
     os.environ.pop("MPLBACKEND", None)
     os.environ.update(JUPYTER_PLATFORM_DIRS="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
     try:
-        first = build(only=options.only, fresh=options.fresh, params=options.params)
+        first = build(only=options.only, fresh=options.fresh, params=options.params, jobs=options.jobs)
     except BuildError as error:
         print(f"book: {error}", file=sys.stderr)
         return 1

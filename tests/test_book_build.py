@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -296,7 +297,7 @@ def test_a_change_of_text_runs_no_chapter_again(scratch: Scratch, capsys: pytest
         build.build(root=scratch.root)
         assert "Again back to" in scratch.text("chapter.html") and "size 1" in scratch.text("chapter.html")
         said = capsys.readouterr().out
-        assert "chapter chapter (1 of 1): up to date" in said and "pages: building" in said
+        assert "chapter chapter: up to date" in said and "pages: building" in said
         assert scratch.executed.read_bytes() == executed
         assert other.stat().st_mtime_ns == before
     finally:
@@ -527,3 +528,57 @@ def test_the_first_page_lists_every_chapter() -> None:
 
 def test_source_has_no_folder_named_static() -> None:
     assert not [path for path in (ROOT / "book").rglob("_static") if "_build" not in path.parts]
+
+
+def test_chapters_run_side_by_side_as_their_rules_allow(capsys: pytest.CaptureFixture[str]) -> None:
+    rules = {
+        "a": {},
+        "b": {"after": ["a"]},
+        "c": {},
+        "d": {"alone": True},
+        "e": {"alone": True, "after": ["d"]},
+    }
+    rules["first"] = {}
+    running, seen, order = set[str](), dict[str, set[str]](), list[str]()
+
+    def work(page: str) -> None:
+        running.add(page)
+        order.append(page)
+        time.sleep(0.05)
+        for one in running:
+            seen.setdefault(one, set()).update(running)
+        running.discard(page)
+
+    build.run_chapters(list(rules), rules, dict.fromkeys(rules, 60.0), work, jobs=2)
+    assert sorted(order) == sorted(rules) and order[-1] == "first"
+    assert seen["d"] == {"d"} and seen["e"] == {"e"} and seen["first"] == {"first"}
+    assert order.index("d") < order.index("e") and order.index("a") < order.index("b")
+    assert seen["a"] == {"a", "c"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "chapter d: running, about 60 s ..."
+    assert re.fullmatch(r"chapter d: done in 0 s \(1 of 6, about 2\.5 min left\)", lines[1])
+    assert lines[-1] == "chapter first: done in 0 s (6 of 6)" and max(map(len, lines)) < 80
+
+
+def test_a_failing_chapter_lets_the_one_beside_it_end() -> None:
+    ended = []
+
+    def work(page: str) -> None:
+        if page == "a":
+            raise build.BuildError("a failed")
+        time.sleep(0.1)
+        ended.append(page)
+
+    with pytest.raises(build.BuildError, match="a failed"):
+        build.run_chapters(
+            ["a", "b", "c"], {"a": {}, "b": {}, "c": {}}, dict.fromkeys("abc", 0.0), work, jobs=2
+        )
+    assert ended == ["b"]
+
+
+def test_rules_of_chapters_name_chapters() -> None:
+    for page in toc_pages():
+        source = build.source_of(page, book=ROOT / "book")
+        if source.suffix == ".ipynb":
+            rules = nbformat.read(source, as_version=4).metadata.get("book", {})
+            assert set(rules) <= {"after", "alone"} and set(rules.get("after", ())) <= set(toc_pages())

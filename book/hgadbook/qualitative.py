@@ -268,7 +268,8 @@ def blended(
     config, result = model
     drawn = gallery(config, inputs, result, chosen)
     masks = np.zeros(drawn["maps"].shape, bool) if drawn["masks"] is None else drawn["masks"]
-    colors = plt.get_cmap("inferno")(AsinhNorm(LINEAR, *limits, clip=True)(drawn["maps"]))
+    values = AsinhNorm(LINEAR, *limits, clip=True)(drawn["maps"].ravel())
+    colors = plt.get_cmap("inferno")(np.reshape(values, drawn["maps"].shape))
     layers = zip(drawn["titles"], drawn["images"], colors, masks, strict=True)
     return {
         title.partition("\n")[0]: (image, (255 * color[..., :3]).astype(np.uint8), mask)
