@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from hgadbook.figure_data import data_of
+from hgadlib.config import project_dir
 from hgadlib.errors import InputError
 from hgadlib.files import FileError
 
@@ -56,15 +58,22 @@ def verdict(*sentences: str) -> Markdown:
     return Markdown("\n".join(f"- {sentence}" for sentence in sentences))
 
 
-def behind(figure: Figure, runs: Iterable[str | Mapping[str, Any] | Path]) -> None:
+def behind(figure: Figure, runs: Iterable[str | Mapping[str, Any] | Path]) -> Figure:
     """Note which runs a figure shows; the build links them beside its data.
 
     Args:
         figure: Before it is displayed.
-        runs: Names of committed records or the records themselves; or directories of runs made here.
+        runs: Names of committed records or the records themselves; or files below the project's folder, or
+            directories of runs made here.
+    Returns:
+        The figure.
     """
-    names = (str(run["record"]) if isinstance(run, Mapping) else str(run) for run in runs)
+    names = set()
+    for run in runs:
+        name = str(run["record"] if isinstance(run, Mapping) else run)
+        names.add(os.path.relpath(name, project_dir()) if os.path.isabs(name) else name)
     figure.hgad_runs = sorted({*getattr(figure, "hgad_runs", ()), *names})  # type: ignore[attr-defined]
+    return figure
 
 
 def _data_and_runs(figure: Figure) -> tuple[dict[str, str], dict[str, Any]]:

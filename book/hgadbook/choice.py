@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pandas.io.formats.style import Styler
 
+from hgadbook import behind
 from hgadbook.paper import number_text
 from hgadlib.config import Config, project_dir
 from hgadlib.figures.tables import styled
@@ -35,6 +36,7 @@ PARTS = {
 }
 """The parts of a setting, columns of :func:`read_choice`, and what a reader calls them."""
 NOT_MEASURED = "not measured yet: run benchmarks/choice.py"
+_CHOICES, _FITS = "results/benchmarks/choice-cpu.jsonl", "results/benchmarks/fit-cpu.jsonl"
 _PARTS = list(PARTS)
 _METRICS = [
     f"{of}_{metric}" for of in ("drawn", "real") for metric in ("image_auroc", "aupro", "pixel_auroc")
@@ -56,7 +58,7 @@ def read_choice(file: Path | None = None) -> pd.DataFrame:
         Columns dataset, draw, the parts of the setting (text; see :data:`PARTS`), and image AUROC, AUPRO and
         pixel AUROC on drawn and real defects, in percent, NaN where not measured. No row without the file.
     """
-    file = project_dir() / "results" / "benchmarks" / "choice-cpu.jsonl" if file is None else file
+    file = project_dir() / _CHOICES if file is None else file
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
     rows = [
         {"dataset": line["dataset"], "draw": line["draw"]} | _setting(line) | _percent(line)
@@ -324,7 +326,7 @@ def scatter(found: pd.DataFrame) -> Figure:
         ax.margins(0.08)
     legend = [Line2D([], [], linestyle="none", label=label, **look) for label, look in marks.items()]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend))
-    return figure
+    return behind(figure, [_CHOICES])
 
 
 FIT_NOT_MEASURED = "not measured yet: run benchmarks/fit.py"
@@ -347,7 +349,7 @@ def read_fit(what: str, file: Path | None = None) -> pd.DataFrame:
         A row per line, AUROC in percent: dataset, change and, of "epoch", epoch and both log-likelihoods
         (nats per dimension); of "classes", together (classes a model). No row without the file.
     """
-    file = project_dir() / "results" / "benchmarks" / "fit-cpu.jsonl" if file is None else file
+    file = project_dir() / _FITS if file is None else file
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
     keys = ["dataset", "change", "epoch" if what == "epoch" else "together"]
     metrics = list(_FIT_METRICS) if what == "epoch" else ["real_auroc"]
@@ -393,7 +395,7 @@ def fit_curves(found: pd.DataFrame) -> Figure:
         panels[0].set_axis_off()
     else:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
+    return behind(figure, [_FITS])
 
 
 def classes_table(found: pd.DataFrame) -> Styler:
