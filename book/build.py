@@ -469,6 +469,11 @@ def render(staged: Path, html: Path, *, strict: bool = True) -> None:
     print("pages: building ...", flush=True)
     # Kept from build to build: it holds what Sphinx has read of the pages that have not changed.
     work = staged.with_name("work")
+    # Of pages alone: Sphinx looks for other changes, such as of a style sheet, only beside a changed page.
+    others = digest([path for path in staged.rglob("*") if path.suffix not in (".ipynb", ".md")], root=staged)
+    kept_of = work / ".digest"
+    if not kept_of.is_file() or kept_of.read_text() != others:
+        shutil.rmtree(work, ignore_errors=True)
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(staged)]
     command += ["--path-output", str(work), "--quiet"] + (["-W", "-n", "--keep-going"] if strict else [])
     done = subprocess.run(
@@ -481,9 +486,14 @@ def render(staged: Path, html: Path, *, strict: bool = True) -> None:
         said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).replace(f"{staged}{os.sep}", "")
         warnings = [line for line in said.splitlines() if re.search(r"WARNING|ERROR|Error", line)]
         raise BuildError("\n".join(["the pages cannot be built:", *(warnings or said.splitlines()[-20:])]))
+    kept_of.write_text(others)
     new = html.with_name(f".{html.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(built, new)
+    for page in new.rglob("*.html"):
+        # From file:// no font can be fetched ahead of its style sheet, which has it all the same.
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub(r'<link rel="preload" as="font"[^>]*>\n?', "", text), encoding="utf-8")
     (new / ".digest").write_text(sources)
     shutil.rmtree(html, ignore_errors=True)
     os.replace(new, html)
