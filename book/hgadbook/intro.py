@@ -88,19 +88,22 @@ def headline_table(own: Mapping[str, PriorRuns]) -> Styler:
     """Set out the default on each set of images, in percent, with its leads over what it must beat."""
     lines: dict[str, dict[str, str]] = {}
     others = {
-        "to one Gaussian": "prior_single_affine",
-        "to a Gaussian per class": "baseline_gaussians",
         "to nearest neighbours": "baseline_neighbours",
+        "to a Gaussian per class": "baseline_gaussians",
+        "to one Gaussian": "prior_single_affine",
     }
     for images, runs in own.items():
         if "hgad" not in runs:
             continue
-        line = lines[images] = {}
-        for title, metric in (("image AUROC", "image_auroc"), ("pixel", "pixel_auroc"), ("AUPRO", "aupro")):
-            values = [percent(record["mean"].get(metric)) for record in runs["hgad"].values()]
-            line[title] = number_text(float(np.mean(values)), half_width(values))
-        line |= {title: lead_text(prior_lead(runs, "hgad", other)) for title, other in others.items()}
-        line["runs"] = records_cell([r["record"] for of in runs.values() for r in of.values()])
+        values = {
+            title: [percent(record["mean"].get(metric)) for record in runs["hgad"].values()]
+            for title, metric in (("image", "image_auroc"), ("pixel", "pixel_auroc"), ("AUPRO", "aupro"))
+        }
+        text = {title: number_text(float(np.mean(of)), half_width(of)) for title, of in values.items()}
+        # What matters stands first: a telephone shows three columns.
+        ahead = {title: lead_text(prior_lead(runs, "hgad", other)) for title, other in others.items()}
+        names = [r["record"] for of in runs.values() for r in of.values()]
+        lines[images] = {"image": text.pop("image"), **ahead, **text, "runs": records_cell(names)}
     mean = {
         title: lead_text(mean_lead(leads)) if (leads := leads_by_set(own, "hgad", other)) else "not measured"
         for title, other in others.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -321,7 +322,7 @@ def map_comparison(
             outline_mask(ax, masks[row])
             ax.set_xlabel(captions[name][row], fontsize=8, labelpad=2)
     for ax, name in zip(axes[0], ("normal", "image", "mask", *maps), strict=True):
-        ax.set_title(name, fontsize=9)
+        ax.set_title("\n".join(textwrap.wrap(name, 16)), fontsize=9)
     if bar is not None:
         drawn = figure.colorbar(
             axes[0, -1].images[0], ax=axes, shrink=min(0.92, 3 / len(images)), anchor=(0, 1), pad=0.01

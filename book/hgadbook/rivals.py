@@ -28,6 +28,8 @@ TITLES = {
     "baseline_draem": "DRAEM", "baseline_pmad": "PMAD", "baseline_omnial": "OmniAL",
 }  # fmt: skip
 """Methods by experiment, as the tables name them."""
+ON_DEFAULT_FEATURES = ("baseline_neighbours", "baseline_gaussians")
+"""Experiments that take whatever features the default's settings give."""
 _PAPER = {name: {"STFPM": "MKD"}.get(title, title) for name, title in TITLES.items()}
 # What a method must be told beside the images, by experiment; others take normal images of no named class.
 _NEEDS = {
