@@ -48,7 +48,8 @@ section.page { break-before: page; }
 h1, h2, h3, h4 { break-after: avoid; }
 figure, img, table tr, .admonition, div.math { break-inside: avoid; }
 .bd-content { display: block; }
-img, svg { height: auto !important; max-width: 100% !important; width: auto; }
+img, svg { height: auto !important; max-height: 225mm; max-width: 100% !important; width: auto; }
+.figure-data { display: none; }
 .bd-content .cell_output table { font-size: 0.75em; }
 .bd-content .cell_output table td, .bd-content .cell_output table th {
   overflow-wrap: anywhere; padding: 0.15em 0.35em; position: static; white-space: normal;

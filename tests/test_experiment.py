@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -526,3 +526,12 @@ def test_discovered_classes_of_images_held_out(tmp_path: Path) -> None:
     inputs = prepare(folder_config(root, None, data=data), progress=False)
     assert inputs.calibration is not None and len(inputs.calibration[1]) == 4
     assert set(inputs.calibration[1]) <= set(inputs.train_classes) and len(inputs.train) == 8
+
+
+def test_features_of_other_settings_are_refused(done: Done, tmp_path: Path) -> None:
+    config = replace(done.config, run_dir=tmp_path / "other")
+    inputs = prepare(config, progress=False)
+    other = replace(config, features=replace(config.features, join=not config.features.join))
+    with pytest.raises(InputError, match=r"^expected features prepared .* found others of features\.join;"):
+        train_model(other, inputs, RunDirectory.open(other), progress=False)
+    inputs.check(replace(config, seed=7, train=replace(config.train, epochs=1)))

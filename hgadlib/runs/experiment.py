@@ -93,9 +93,11 @@ def train_model(
     then the history also has a row of the untrained model, epoch 0.
 
     Raises:
-        InputError: The run's directory is of other images, or a file in it is damaged.
+        InputError: The run's directory is of other images, a file in it is damaged, or the inputs were
+            prepared for other settings.
         FloatingPointError: The loss is no longer finite.
     """
+    inputs.check(config)
     if group.is_main:
         run.start(inputs.identity())
     group.wait()  # from here on what lies in the directory is this run's

@@ -42,6 +42,8 @@ class Inputs:
     device: torch.device
     held_out: Features | None = None
     threshold: Features | None = None
+    # Of data and features, as they shape these; None where they were not made by prepare.
+    settings: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     # By class index, size and resizing: reading them again would cost as much as an epoch.
     _masks: dict[Any, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -98,9 +100,32 @@ class Inputs:
             threshold=own(self.threshold, data.threshold),
         )
 
+    def check(self, config: Config) -> None:
+        """Refuse a configuration that these were not prepared for: its model would be of other features.
+
+        Raises:
+            InputError: Its sections data or features shape other features.
+        """
+        if self.settings is not None and self.settings != (asked := _shaping(config)):
+            keys = [key for key in asked if asked[key] != self.settings.get(key)]
+            raise InputError(
+                f"expected features prepared for these settings, found others of {', '.join(keys)}; "
+                "prepare them from this configuration"
+            )
+
     def identity(self) -> dict[str, Any]:
         """Identify these images, see :func:`identify`."""
         return identify(self.dataset)
+
+
+def _shaping(config: Config) -> dict[str, Any]:
+    """List the settings of data and features that shape what is trained on, by their names."""
+    values = config.identity()
+    return {
+        f"{section}.{key}": value
+        for section in ("data", "features")
+        for key, value in values[section].items()
+    }
 
 
 def identify(dataset: Dataset) -> dict[str, Any]:
@@ -166,7 +191,7 @@ def prepare(
     held_out, threshold = (of(part) if part else None for part in (dataset.held_out, dataset.threshold))
     if data.classes == "discovered":
         dataset = discover(dataset, train, test, held_out, threshold)
-    return Inputs(dataset, backbone, train, test, device, held_out, threshold)
+    return Inputs(dataset, backbone, train, test, device, held_out, threshold, _shaping(config))
 
 
 def discover(dataset: Dataset, train: Features, *others: Features | None) -> Dataset:
