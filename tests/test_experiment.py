@@ -529,7 +529,7 @@ def test_discovered_classes_of_images_held_out(tmp_path: Path) -> None:
 
 
 def test_features_of_other_settings_are_refused(done: Done, tmp_path: Path) -> None:
-    config = replace(done.config, run_dir=tmp_path / "other")
+    config = replace(done.config, run_dir=str(tmp_path / "other"))
     inputs = prepare(config, progress=False)
     other = replace(config, features=replace(config.features, join=not config.features.join))
     with pytest.raises(InputError, match=r"^expected features prepared .* found others of features\.join;"):
