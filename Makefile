@@ -21,7 +21,7 @@ NOTEBOOKS = find book -name '*.ipynb' ! -path '*/_*' ! -path '*/.*'
 .PHONY: help book pdf files test lint lab ablations prior baselines clean distclean
 
 help:
-	@echo "make book   run every chapter and build the HTML book (minutes; BOOK= for full-length runs)"
+	@echo "make book   run every chapter and build the HTML book (BOOK=: full-length runs)"
 	@echo "make pdf    the book as one PDF; needs Chromium"
 	@echo "make files  the pages and the chapters as ZIP files, and the PDF"
 	@echo "make test   lint, check types and run all tests"
