@@ -29,6 +29,8 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from plain import plain_notebooks
+
 ROOT = Path(__file__).resolve().parents[1]
 LINE = 79  # terminal columns
 WIDE = 600  # CSS pixels; a wider figure scrolls on a telephone, see book.css
@@ -363,7 +365,8 @@ def run_it(page: str, parameters: dict[str, Any]) -> str:
         ":::{div} run-it\n"
         "In a clone of the repository this page is made by\n\n"
         f"```bash\npapermill book/{page}.ipynb out.ipynb{values}\n```\n\n"
-        "and opened for changes by `make lab`. The download button has the notebook as it ran here.\n"
+        "and opened for changes by `make lab`. The download button has the notebook as it ran here;\n"
+        f"{{download}}`in plain Markdown </plain/{page}.ipynb>` it opens in any Jupyter.\n"
         ":::"
     )
 
@@ -433,6 +436,10 @@ def stage(pages: Sequence[str], *, toc: dict[str, Any], root: Path, book: Path, 
     (fresh / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False), encoding="utf-8")
     shutil.copy(book / "references.bib", fresh)
     shutil.copytree(book / "assets", fresh / "assets")
+    for page, text in plain_notebooks(pages, book=book).items():
+        plain = fresh / "plain" / f"{page}.ipynb"
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        plain.write_text(text, encoding="utf-8")
     for page in pages:
         source = source_of(page, book=book)
         copy = fresh / source.relative_to(book)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -51,6 +52,7 @@ Markdown("- It **holds**, see {ref}`first`.")"""
 
 
 def load_build() -> ModuleType:
+    sys.path.append(str(ROOT / "book"))  # as where it is run as a program
     spec = importlib.util.spec_from_file_location("hgad_book_build", ROOT / "book" / "build.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -16,6 +16,7 @@ pytest.importorskip("jupyter_book", reason="needs the extra: book")
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "book"))
 import deliver  # noqa: E402
+import plain  # noqa: E402
 
 PLACES = {
     "a": ("a", "First"),
@@ -27,7 +28,7 @@ WORKS = {"yao2024hgad": "Yao et al., Hierarchical, 2024"}
 
 
 @pytest.mark.parametrize(
-    ("page", "text", "plain"),
+    ("page", "text", "expected"),
     [
         ("a", "(part)=\n## A part\n\nText.", "## A part\n\nText."),
         ("a", "See {doc}`deep/b`.", "See [Second](deep/b.ipynb)."),
@@ -41,8 +42,8 @@ WORKS = {"yao2024hgad": "Yao et al., Hierarchical, 2024"}
         ("a", "```bash\nmake book\n```", "```bash\nmake book\n```"),
     ],
 )
-def test_myst_becomes_plain_markdown(page: str, text: str, plain: str) -> None:
-    assert deliver.plain_markdown(text, page=page, places=PLACES, works=WORKS) == plain
+def test_myst_becomes_plain_markdown(page: str, text: str, expected: str) -> None:
+    assert plain.plain_markdown(text, page=page, places=PLACES, works=WORKS) == expected
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,13 @@ def test_packed_notebooks_hold_no_myst_and_what_they_need(unpacked: Path) -> Non
     ):
         assert (unpacked / name).is_file(), name
     assert not list(unpacked.rglob("__pycache__"))
+
+
+@pytest.mark.slow
+def test_a_packed_notebook_runs(unpacked: Path, tmp_path: Path) -> None:
+    papermill = pytest.importorskip("papermill", reason="needs the extra: book")
+    chapter = unpacked / "book" / "ablations" / "criterion.ipynb"
+    papermill.execute_notebook(chapter, tmp_path / "out.ipynb", cwd=chapter.parent, progress_bar=False)
 
 
 def test_joined_pages_lead_to_each_other(tmp_path: Path) -> None:

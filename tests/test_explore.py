@@ -277,7 +277,7 @@ def test_the_notebook_runs_headlessly_and_shows_the_first_state(done: Done, tmp_
     cells = nbformat.read(out, as_version=4).cells
     (figure,) = [c for c in cells if "figure" in c.metadata.get("mystnb", {})]
     (output,) = figure.outputs
-    assert "image/svg+xml" in output.data and 1000 < output.metadata["image/png"]["width"] < 1200
+    assert "image/svg+xml" in output.data
     kinds = [kind for c in cells for output in c.get("outputs", []) for kind in output.get("data", {})]
     assert "application/vnd.jupyter.widget-view+json" in kinds
 
