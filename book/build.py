@@ -293,7 +293,7 @@ def data_and_runs(cell: Any, *, page: str, root: Path, target: Path) -> str:
                 f"{{download}}`data {f'{number} ' if tables else ''}(CSV) </figure_data/{name}.csv>`"
             )
         for name in output.metadata.get("hgad_runs", ()):
-            places = (root / "results" / "runs" / name, root / name / "metrics.json", root / name)
+            places = (root / "results" / "runs" / f"{name}.json", root / name / "metrics.json", root / name)
             found = next((place for place in places if place.is_file()), None)
             if found is None:
                 raise BuildError(f"chapter {page}: cell {cell.id} names the run {name}, which is not there")

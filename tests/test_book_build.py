@@ -46,7 +46,7 @@ print('beside the figure')"""
 DRAWN = """from IPython.display import display
 svg = '<svg xmlns="http://www.w3.org/2000/svg" width="720pt" height="72pt"></svg>'
 display({'image/svg+xml': svg, 'text/csv': 'x,y\\n1,2\\n', 'text/plain': 'a figure'}, raw=True,
-        metadata={'hgad_runs': ['one-hgad-seed0.json', 'runs/here']})"""
+        metadata={'hgad_runs': ['one-hgad-seed0', 'runs/here']})"""
 VERDICT = """from IPython.display import Markdown
 Markdown("- It **holds**, see {ref}`first`.")"""
 
@@ -262,15 +262,15 @@ def test_a_figure_links_its_data_and_its_runs(scratch: Scratch) -> None:
 
 
 def test_many_runs_are_folded_and_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    names = [f"run-{k}.json" for k in range(5)]
+    names = [f"run-{k}" for k in range(5)]
     output = nbformat.v4.new_output(
         "display_data", data={"image/svg+xml": "<svg></svg>"}, metadata={"hgad_runs": names}
     )
     cell = nbformat.v4.new_code_cell("draw()", outputs=[output])
     (tmp_path / "results" / "runs").mkdir(parents=True)
     for name in names[:4]:
-        (tmp_path / "results" / "runs" / name).write_text("{}")
-    with pytest.raises(build.BuildError, match=r"names the run run-4\.json, which is not there"):
+        (tmp_path / "results" / "runs" / f"{name}.json").write_text("{}")
+    with pytest.raises(build.BuildError, match=r"names the run run-4, which is not there"):
         build.data_and_runs(cell, page="a", root=tmp_path, target=tmp_path)
     output.metadata["hgad_runs"] = names[:4]
     assert "<summary>4 runs</summary>" in build.data_and_runs(cell, page="a", root=tmp_path, target=tmp_path)

@@ -442,7 +442,7 @@ def show_points(comparison: Comparison) -> Figure:
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=min(5, 2 * len(shown) + 1))
     own = runs.loc[runs["images"].isin(shown), "record"]
-    return behind(figure, own[own.str.endswith(".json")])  # those made here have no file in the ledger
+    return behind(figure, own[~own.str.startswith("run here")])  # those made here have no file in the ledger
 
 
 def show_claims(comparison: Comparison) -> None:
