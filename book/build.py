@@ -203,8 +203,8 @@ def execute(notebook: Path, executed: Path, *, root: Path, parameters: dict[str,
             kernel_name="python3",
             cwd=root,
             progress_bar=bar,
-            # Otherwise every kernel warns that it talks to this process over TCP.
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            # Otherwise every kernel says that it talks over TCP, and some that they are interrupted as they end.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
         done = nbformat.read(partial, as_version=4)
         done.metadata |= {"hgad_digest": code, "hgad_seconds": round(time.monotonic() - start, 1)}
