@@ -203,7 +203,7 @@ def execute(notebook: Path, executed: Path, *, root: Path, parameters: dict[str,
             kernel_name="python3",
             cwd=root,
             progress_bar=bar,
-            # Otherwise every kernel says that it talks over TCP, and some that they are interrupted as they end.
+            # Otherwise every kernel says that it talks over TCP, and some that they end.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
         done = nbformat.read(partial, as_version=4)
