@@ -24,6 +24,8 @@ const ground = (element) => {
   const share = own.length > 3 ? own[3] : 1;
   return share === 1 ? own.slice(0, 3) : over(own, ground(element.parentElement), share);
 };
+const shown = (element) =>
+  element ? Number(getComputedStyle(element).opacity) * shown(element.parentElement) : 1;
 const faint = new Set();
 const walker = document.createTreeWalker(document.querySelector("article") || document.body, NodeFilter.SHOW_TEXT);
 while (walker.nextNode()) {
@@ -33,7 +35,7 @@ while (walker.nextNode()) {
   const style = getComputedStyle(element);
   const color = parts(style.color);
   const back = ground(element);
-  const [a, b] = [light(over(color, back, color.length > 3 ? color[3] : 1)), light(back)].sort((x, y) => y - x);
+  const [a, b] = [light(over(color, back, (color.length > 3 ? color[3] : 1) * shown(element))), light(back)].sort((x, y) => y - x);
   const large = parseFloat(style.fontSize) >= 24;
   const ratio = (a + 0.05) / (b + 0.05);
   if (ratio < (large ? 3 : 4.5)) {
