@@ -312,6 +312,14 @@ def data_and_runs(cell: Any, *, page: str, root: Path, target: Path) -> str:
     return "\n\n".join([":::{div} figure-data", *filter(None, lines), ":::"])
 
 
+def put_under_title(cells: list[Any], text: str) -> None:
+    """Put a text between a chapter's title and what follows it."""
+    title = next(
+        cell for cell in cells if cell.cell_type == "markdown" and re.search(r"^# ", cell.source, re.M)
+    )
+    title.source = re.sub(r"^# .*$", lambda line: f"{line[0]}\n\n{text}", title.source, count=1, flags=re.M)
+
+
 def lift_verdict(cells: list[Any], *, page: str) -> None:
     """Show the output of the cell tagged `verdict` in a box under the chapter's title, not at its own place.
 
@@ -328,10 +336,7 @@ def lift_verdict(cells: list[Any], *, page: str) -> None:
         raise BuildError(f"chapter {page}: expected one cell tagged verdict that gives one Markdown text")
     box = f":::{{admonition}} In short\n:class: verdict\n{texts[0]}\n:::"
     cells.remove(found[0])
-    title = next(
-        cell for cell in cells if cell.cell_type == "markdown" and re.search(r"^# ", cell.source, re.M)
-    )
-    title.source = re.sub(r"^# .*$", lambda line: f"{line[0]}\n\n{box}", title.source, count=1, flags=re.M)
+    put_under_title(cells, box)
 
 
 def with_outputs(source: Path, executed: Any) -> list[Any]:
@@ -373,11 +378,8 @@ def run_it(page: str, parameters: dict[str, Any]) -> str:
 
 def note_parameters(cells: list[Any], parameters: dict[str, Any]) -> None:
     """Say under a chapter's title with which parameters it ran, where these are not its own."""
-    title = next(
-        cell for cell in cells if cell.cell_type == "markdown" and re.search(r"^# ", cell.source, re.M)
-    )
     note = f":::{{div}} built-with\nRun with `{in_one_line(parameters)}`; without that it takes longer.\n:::"
-    title.source = re.sub(r"^# .*$", lambda line: f"{line[0]}\n\n{note}", title.source, count=1, flags=re.M)
+    put_under_title(cells, note)
 
 
 def stage_notebook(source: Path, executed: Path, target: Path, *, page: str, root: Path, pages: Path) -> None:
@@ -554,9 +556,7 @@ def run_chapters(
         before = set(rules[page].get("after", ()))
         others = set(running.values())
         alone = any(rules[one].get("alone") for one in ({page} | others if others else ()))
-        # The last one sums up all others.
-        last = page == pages[-1] and len(pages) > 1 and (len(waiting) > 1 or bool(others))
-        return not (alone or last or before & ({*waiting, *others} - {page})) and len(others) < jobs
+        return not (alone or before & {*waiting, *others}) and len(others) < jobs
 
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
@@ -620,9 +620,7 @@ def build(
         rest = {"chapters": [{"file": page} for page in pages[1:]]} if pages[1:] else {}
         toc = {"format": toc["format"], "root": pages[0], **rest}
     notebooks = {page: source_of(page, book=book) for page in pages}
-    # The first page sums up what the others leave behind.
-    order = [*pages[1:], pages[0]]
-    notebooks = {page: notebooks[page] for page in order if notebooks[page].suffix == ".ipynb"}
+    notebooks = {page: path for page, path in notebooks.items() if path.suffix == ".ipynb"}
     given = {page: chapter_parameters(page, params) for page in notebooks}
     copies = {page: book / "_executed" / f"{page}.ipynb" for page in notebooks}
     known = {page: made_from(copy) for page, copy in copies.items()}

@@ -540,7 +540,7 @@ def test_chapters_run_side_by_side_as_their_rules_allow(capsys: pytest.CaptureFi
         "d": {"alone": True},
         "e": {"alone": True, "after": ["d"]},
     }
-    rules["first"] = {}
+    rules["first"] = {"after": ["a", "b", "c", "d", "e"]}
     running, seen, order = set[str](), dict[str, set[str]](), list[str]()
 
     def work(page: str) -> None:

@@ -21,7 +21,6 @@ from hgadbook.results import (
     lead_text,
     leads_by_set,
     mean_lead,
-    prior_lead,
     prior_runs,
 )
 from hgadbook.rivals import rival_runs
@@ -92,6 +91,7 @@ def headline_table(own: Mapping[str, PriorRuns]) -> Styler:
         "to a Gaussian per class": "baseline_gaussians",
         "to one Gaussian": "prior_single_affine",
     }
+    leads = {title: leads_by_set(own, "hgad", other) for title, other in others.items()}
     for images, runs in own.items():
         if "hgad" not in runs:
             continue
@@ -101,13 +101,10 @@ def headline_table(own: Mapping[str, PriorRuns]) -> Styler:
         }
         text = {title: number_text(float(np.mean(of)), half_width(of)) for title, of in values.items()}
         # What matters stands first: a telephone shows three columns.
-        ahead = {title: lead_text(prior_lead(runs, "hgad", other)) for title, other in others.items()}
+        ahead = {title: lead_text(of.get(images)) for title, of in leads.items()}
         names = [r["record"] for of in runs.values() for r in of.values()]
         lines[images] = {"image": text.pop("image"), **ahead, **text, "runs": records_cell(names)}
-    mean = {
-        title: lead_text(mean_lead(leads)) if (leads := leads_by_set(own, "hgad", other)) else "not measured"
-        for title, other in others.items()
-    }
+    mean = {title: lead_text(mean_lead(of)) if of else "not measured" for title, of in leads.items()}
     table = pd.DataFrame.from_dict(lines | {"mean of the sets measured": mean}, orient="index").fillna("–")
     return styled(table, name="headline", markup=["runs"])
 
