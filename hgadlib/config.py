@@ -134,12 +134,15 @@ class PriorConfig:
     kind: Literal["mixture", "single"] = "mixture"
     covariance: Literal["identity", "class", "learnt"] = "class"
     """Sigma_y of Eq. 5: I (as published), each class's own of the first latents, or learnt from that."""
-    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.01
+    within: Literal["class", "centers"] = "centers"
+    """Covariance of the Gaussians about all centres of a class in the second stage: the class's own, or that of
+    its latents about their nearest centre (where delta_init is kmeans)."""
+    shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.3
     """Isotropic variance of the features added to a class's covariance, as a share of the features' own: it
     keeps directions that hardly vary from ruling the density."""
     rank: Annotated[Whole, Field(ge=0, le=65536)] = 8
     """Rank of what a learnt covariance adds to its diagonal."""
-    n_centers: Annotated[Whole, Field(ge=1, le=65536)] = 10
+    n_centers: Annotated[Whole, Field(ge=1, le=65536)] = 512
     init: Literal["index", "normal", "tiled_identity", "class_means"] = "class_means"
     delta_init: Literal["normal", "kmeans"] = "kmeans"
     """How a class's other centres start in the second stage: N(0, delta_std^2) about the main one, or on the
@@ -210,6 +213,9 @@ class TrainConfig:
     noise: Annotated[Real, Field(ge=0, le=1e3)] = 0.0
     """Standard deviation of Gaussian noise on training features behind flow.normalise's map, in units of each
     channel's own deviation there."""
+    smooth: Flag = True
+    """Noise on training features of the variance that prior.shrinkage adds to their class's covariance. Without
+    it a flow learns to widen the directions that hardly vary until the shrinkage is undone."""
     rows: Annotated[Real, Field(gt=0, le=1)] = 0.25
     """Share of a grid's rows that a step sees, drawn anew for each; a convolutional flow sees all."""
     average: Share = 0.0
@@ -305,8 +311,8 @@ _ADDED: dict[str, Any] = {
     "features.join": False, "features.neighbourhood": 1, "features.image": None,
     "flow.coupling": "affine", "flow.shrinkage": 1e-3, "flow.keep": 1.0, "flow.subnet_init": "default",
     "flow.dropout": 0.0,
-    "prior.covariance": "identity", "prior.shrinkage": 0.01, "prior.rank": 8,
-    "train.noise": 0.0, "train.rows": 1.0, "train.average": 0.0,
+    "prior.covariance": "identity", "prior.within": "class", "prior.shrinkage": 0.01, "prior.rank": 8,
+    "train.noise": 0.0, "train.smooth": False, "train.rows": 1.0, "train.average": 0.0,
     "score.image": "maximum", "score.image_share": 0.01, "score.map_levels": "all",
 }  # fmt: skip
 """Settings younger than some stored configuration, which does not name them, with what it computed by."""
@@ -605,6 +611,9 @@ def training_key(config: Config, *, seed: bool = True) -> str:
     identity = config.identity()
     del identity["experiment"], identity["score"]["criterion"], identity["score"]["normalisation"]
     del identity["train"]["evaluate_every"]  # looks at the test set do not steer the training
+    if config.method != "hgad":  # what it does not read
+        del identity["flow"], identity["prior"], identity["loss"]
+        identity["train"].pop("smooth", None)
     if not seed:
         del identity["seed"]
     return json.dumps(identity, sort_keys=True)

@@ -19,8 +19,8 @@ from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture, class_ev
 from hgadlib.scoring import LevelValues
 
 Prior = HierarchicalGaussianMixture | GaussianPrior
-# Positions of each image that k-means sees.
-_POSITIONS = 64
+# Positions of each image that k-means sees, at least; and latents for each centre, were there 64 images.
+_POSITIONS, _PER_CENTER = 64, 32
 
 
 class _Size:
@@ -94,8 +94,12 @@ class HGAD(Method):
                     len(self.classes), prior.n_centers, dim, init=prior.init, delta_std=prior.delta_std,
                     learn_centers=prior.learn_centers, learn_weights=prior.learn_weights,
                     covariance=prior.covariance, rank=prior.rank,
+                    within=prior.within if prior.delta_init == "kmeans" else "class",
                 )
             )  # fmt: skip
+        # What shrinkage adds to the features' variance, by class: known to a model that was initialised.
+        for level in range(len(self.channels)):
+            self.register_buffer(f"added_{level}", torch.zeros(len(self.classes)), persistent=False)
         self.eval()  # only the epochs of a fit are training, where flows may drop values
 
     @property
@@ -129,6 +133,16 @@ class HGAD(Method):
                 whiten, shrinkage = self.flow_config.normalise == "whiten", self.flow_config.shrinkage
                 normaliser.fit(moment.mean, moment.covariance, whiten=whiten, shrinkage=shrinkage)
         self._place_classes(batches, means=self.prior_config.init == "class_means")
+        if self.prior_config.kind == "single":  # no covariance takes it, but training features may
+            sizes = [[_Size() for _ in self.classes] for _ in self.levels]
+            for features, class_idx in batches():
+                for size, x in zip(sizes, features, strict=True):
+                    for k in class_idx.unique().tolist():
+                        size[k].add(x[class_idx == k].flatten(0, 1))
+            for level, size in enumerate(sizes):
+                for k, own in enumerate(size):
+                    if own.count:
+                        self.get_buffer(f"added_{level}")[k] = self.prior_config.shrinkage * own.variance
 
     def _place_classes(
         self, batches: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor]]], *, means: bool
@@ -152,8 +166,8 @@ class HGAD(Method):
                         spreads[level][k].add(z[own].flatten(0, 1))
                         sizes[level][k].add(x[own].flatten(0, 1))
             found = counts > 0
-            for (flow, _), mixture, total, spread, size in zip(
-                self.levels, mixtures, sums, spreads, sizes, strict=True
+            for level, ((flow, _), mixture, total, spread, size) in enumerate(
+                zip(self.levels, mixtures, sums, spreads, sizes, strict=True)
             ):
                 mean = total / counts.clamp_min(1)[:, None]
                 if means:
@@ -162,6 +176,7 @@ class HGAD(Method):
                     if own.count:
                         at, added = size[k].mean.to(mixture.centers), start.shrinkage * size[k].variance
                         mixture.set_covariance(k, own.covariance + flow.noise_covariance(at, added))
+                        self.get_buffer(f"added_{level}")[k] = added
 
     @torch.no_grad()
     def with_class(
@@ -171,8 +186,9 @@ class HGAD(Method):
 
         The flows, and all that the other classes have, stay as they are: so do their log-likelihoods, bit for
         bit. The new class is a Gaussian about its mean latent, of its own covariance where classes have one:
-        all its centres are one, for their offsets are learnt. Where all covariances are I, the offsets lie on
-        the clusters of its latents. Its scores are to be calibrated, see :meth:`calibrate`.
+        all its centres are one, for their offsets are learnt. Where all covariances are I, or centres have
+        their own, the offsets lie on the clusters of its latents. Its scores are to be calibrated, see
+        :meth:`calibrate`.
 
         Args:
             name: Of the new class.
@@ -198,7 +214,8 @@ class HGAD(Method):
                 cast(HierarchicalGaussianMixture, prior).with_class(k) for prior in made.priors
             )
             made._place_classes(own, means=True)
-            if made.prior_config.covariance == "identity":
+            first = cast(HierarchicalGaussianMixture, made.priors[0])
+            if first.covariance == "identity" or first.about_centers:
                 made.split_centers(own(), seed=seed)
         return made
 
@@ -212,22 +229,30 @@ class HGAD(Method):
         Raises:
             FloatingPointError: A latent is not finite.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, start = torch.Generator().manual_seed(seed), self.prior_config
+        positions = max(_POSITIONS, _PER_CENTER * start.n_centers // _POSITIONS)
         latents: list[list[list[Tensor]]] = [[[] for _ in self.classes] for _ in self.levels]
+        sizes = [[_Size() for _ in self.classes] for _ in self.levels]
         for features, class_idx in batches:
-            for (flow, _), x, own in zip(self.levels, features, latents, strict=True):
-                chosen = torch.randperm(x.shape[1], generator=generator)[:_POSITIONS].to(x.device)
+            for (flow, prior), x, own, size in zip(self.levels, features, latents, sizes, strict=True):
+                chosen = torch.randperm(x.shape[1], generator=generator)[:positions].to(x.device)
                 z = flow(x)[0][:, chosen].cpu()
                 for k in class_idx.unique().tolist():
                     own[k].append(z[class_idx.cpu() == k].flatten(0, 1))
-        for level, ((_, prior), own) in enumerate(zip(self.levels, latents, strict=True)):
+                    if cast(HierarchicalGaussianMixture, prior).about_centers:
+                        size[k].add(x[class_idx == k].flatten(0, 1))
+        for level, ((flow, prior), own, size) in enumerate(zip(self.levels, latents, sizes, strict=True)):
             for k, parts in enumerate(own):
                 z = torch.cat(parts) if parts else torch.empty(0)
                 if not z.isfinite().all():
                     raise FloatingPointError(
                         f"level {level + 1}: latents of class {self.classes[k]!r} are not finite"
                     )
-                cast(HierarchicalGaussianMixture, prior).split(z, k, seed=seed)
+                added = None
+                if size[k].count:
+                    at = size[k].mean.to(self.device, torch.float32)
+                    added = flow.noise_covariance(at, start.shrinkage * size[k].variance)
+                cast(HierarchicalGaussianMixture, prior).split(z, k, seed=seed, added=added)
 
     def losses(
         self,
@@ -237,6 +262,7 @@ class HGAD(Method):
         intra: bool = True,
         precision: torch.dtype = torch.float32,
         noise: float = 0.0,
+        smooth: bool = False,
         rows: float = 1.0,
         **weights: Any,
     ) -> list[dict[str, Tensor]]:
@@ -248,18 +274,22 @@ class HGAD(Method):
             intra: Second stage: with the intra-class terms.
             precision: bfloat16 runs the subnets under autocast.
             noise: On the features; see :meth:`FeatureFlow.forward`.
+            smooth: Noise on the features of the variance that the prior's shrinkage adds to them.
             rows: Share of each grid's rows that a positional flow takes, drawn by torch's global generator.
             **weights: See :func:`hgadlib.losses.hgad_losses`.
         Returns:
             One dictionary of scalars a level, "total" among them.
         """
         terms = []
-        for flow, prior, x in self._fitted(features):
+        for level, (flow, prior, x) in enumerate(self._fitted(features)):
             some = None
             if rows < 1 and flow.kind == "positional":
                 height = flow.grid[0]
                 some = torch.randperm(height)[: max(1, round(rows * height))].sort().values.to(x.device)
                 x = x.unflatten(1, flow.grid)[:, some].flatten(1, 2)
+            if smooth:
+                deviation = self.get_buffer(f"added_{level}")[class_idx].sqrt()
+                x = x + deviation[:, None, None] * torch.randn_like(x)
             with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
                 z, log_det = flow(x, noise=noise, rows=some)
             terms.append(hgad_losses(z, log_det, class_idx, prior, intra=intra, **weights))

@@ -220,7 +220,7 @@ def fit_epoch(
             settings["lr"] = lr
         terms = model.losses(
             batch, own_labels[step], intra=intra, precision=precision,
-            noise=train.noise, rows=train.rows, **weights,
+            noise=train.noise, smooth=train.smooth, rows=train.rows, **weights,
         )  # fmt: skip
         # The levels share no parameter, so one backward pass over their sum serves all of them, and one step
         # of Adam is a step per level. Alg. 1 averages over levels, which scales gradients (not Adam's steps).
