@@ -135,8 +135,8 @@ class PriorConfig:
     covariance: Literal["identity", "class", "learnt"] = "class"
     """Sigma_y of Eq. 5: I (as published), each class's own of the first latents, or learnt from that."""
     within: Literal["class", "centers"] = "centers"
-    """Covariance of the Gaussians about all centres of a class in the second stage: the class's own, or that of
-    its latents about their nearest centre (where delta_init is kmeans)."""
+    """Covariance of the Gaussians about all centres of a class in the second stage: the class's own, or that
+    of its latents about their nearest centre (where delta_init is kmeans)."""
     shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.3
     """Isotropic variance of the features added to a class's covariance, as a share of the features' own: it
     keeps directions that hardly vary from ruling the density."""
@@ -214,8 +214,8 @@ class TrainConfig:
     """Standard deviation of Gaussian noise on training features behind flow.normalise's map, in units of each
     channel's own deviation there."""
     smooth: Flag = True
-    """Noise on training features of the variance that prior.shrinkage adds to their class's covariance. Without
-    it a flow learns to widen the directions that hardly vary until the shrinkage is undone."""
+    """Noise on training features of the variance that prior.shrinkage adds to their class's covariance.
+    Without it a flow learns to widen the directions that hardly vary until the shrinkage is undone."""
     rows: Annotated[Real, Field(gt=0, le=1)] = 0.25
     """Share of a grid's rows that a step sees, drawn anew for each; a convolutional flow sees all."""
     average: Share = 0.0

@@ -299,6 +299,75 @@ def test_a_split_clusters_whitened_latents() -> None:
     torch.testing.assert_close(found[found[:, 1].argsort()], own, rtol=0.05, atol=5.0)
 
 
+def two_clusters(dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents of one class about two centres with one covariance, (400, dim) float64: with both of these."""
+    root = torch.randn(dim, dim, dtype=torch.float64)
+    means = torch.stack([torch.full((dim,), 9.0), torch.full((dim,), -9.0)]).double()
+    z = torch.randn(400, dim, dtype=torch.float64) @ (0.3 * root + torch.eye(dim)).T
+    z[:200] += means[0]
+    z[200:] += means[1]
+    return (
+        z,
+        torch.stack([z[:200].mean(0), z[200:].mean(0)]),
+        torch.cat([z[:200] - z[:200].mean(0), z[200:] - z[200:].mean(0)]).T.cov(correction=1),
+    )
+
+
+@pytest.mark.parametrize("covariance", ["class", "learnt"])
+def test_centres_have_the_covariance_of_the_latents_about_them(covariance: str) -> None:
+    torch.manual_seed(0)
+    prior = HierarchicalGaussianMixture(2, 3, 4, covariance=covariance, within="centers", rank=2).double()
+    z, means, about = two_clusters(4)
+    prior.set_centers(torch.stack([torch.zeros(4), z.mean(0)]))
+    prior.set_covariance(1, z.T.cov())
+    before = prior.state_dict()["factor"].clone()
+    assert prior.factor_within.equal(before)  # until there are clusters
+    added = 0.2 * torch.eye(4, dtype=torch.float64)
+    prior.split(z, 1, added=added)
+    assert prior.state_dict()["factor"].equal(before)  # Sigma_y, of the class as a whole
+    assert prior.factor_within[0].equal(before[0])  # the other class
+    sigma = torch.linalg.inv(prior.factor_within[1].T @ prior.factor_within[1])
+    expected = about * 399 / 398 + added  # two means were fitted
+    torch.testing.assert_close(sigma, expected, rtol=1e-5, atol=1e-5)
+    found = prior.intra_centers().detach()[1, 1:]
+    torch.testing.assert_close(found[found[:, 0].argsort(descending=True)], means, rtol=1e-6, atol=1e-6)
+    weights = prior.log_weights_intra.detach()[1].exp()
+    torch.testing.assert_close(weights, torch.tensor([1.0, 201.0, 201.0]).double() / 403)
+    if covariance == "learnt":
+        for name in ("log_scale", "low_rank"):
+            torch.nn.init.normal_(getattr(prior, name), std=0.3)
+    whole, within = prior.whitening(), prior.whitening(within=True)
+    assert whole is not None and within is not None
+    covariances = [torch.linalg.inv(w.factor[1].detach().T @ w.factor[1].detach()) for w in (whole, within)]
+    centers = prior.intra_centers().detach()[1]
+    reference = reference_with_covariances(z, centers, weights, covariances[1])
+    torch.testing.assert_close(prior.log_prob(z[None], torch.tensor([1]))[0], reference)
+    torch.testing.assert_close(prior.log_prob_by_class(z[None])[0, :, 1], reference)
+    main = reference_with_covariances(z, centers[:1], torch.ones(1).double(), covariances[0])
+    by_class = prior.class_log_probs(z[None])
+    assert by_class is not None
+    torch.testing.assert_close(by_class[0, :, 1], main)
+
+
+def test_one_centre_has_its_class_s_covariance() -> None:
+    prior = HierarchicalGaussianMixture(2, 1, 4, covariance="class", within="centers")
+    prior.set_covariance(0, 4 * torch.eye(4))
+    prior.split(torch.randn(50, 4), 0)
+    whole, within = prior.whitening(), prior.whitening(within=True)
+    assert whole is not None and within is not None
+    assert whole.factor.equal(within.factor) and "factor_within" not in prior.state_dict()
+    assert HierarchicalGaussianMixture(2, 3, 4, within="centers").whitening(within=True) is None  # all are I
+
+
+def test_a_class_of_few_latents_keeps_its_covariance_about_its_centres() -> None:
+    prior = HierarchicalGaussianMixture(1, 4, 3, covariance="class", within="centers")
+    prior.set_covariance(0, 4 * torch.eye(3))
+    for latents in (2, 3):  # fewer than clusters, and as many
+        prior.split(torch.randn(latents, 3), 0)
+        assert prior.factor_within.equal(prior.factor)
+        assert torch.isfinite(prior.log_prob(torch.randn(1, 5, 3), torch.tensor([0]))).all()
+
+
 def test_autocast_leaves_covariances_alone() -> None:
     torch.manual_seed(0)
     prior = HierarchicalGaussianMixture(3, 2, 16, covariance="learnt")

@@ -167,13 +167,19 @@ def test_a_file_without_younger_settings_computes_as_it_did(
 
 
 def with_covariances(
-    covariance: str, *, init: str = "class_means", layers: int = 0, n_centers: int = 1, **flow: Any
+    covariance: str,
+    *,
+    init: str = "class_means",
+    layers: int = 0,
+    n_centers: int = 1,
+    added: float = 0.02,
+    **flow: Any,
 ) -> HGAD:
     """A model of a fixed map and a prior, initialised from features of classes of unlike shapes."""
     torch.manual_seed(0)
     made = HGAD(
         ["a", "b", "absent"], CHANNELS, GRIDS, flow=FlowConfig(layers=layers, position_dim=4, **flow),
-        prior=PriorConfig(covariance=covariance, init=init, n_centers=n_centers, shrinkage=0.02),  # type: ignore[arg-type]
+        prior=PriorConfig(covariance=covariance, init=init, n_centers=n_centers, shrinkage=added),  # type: ignore[arg-type]
     )  # fmt: skip
     data, class_idx = shaped_features()
     labels = torch.from_numpy(class_idx)
@@ -215,6 +221,68 @@ def test_without_training_the_model_is_a_gaussian_per_class(covariance: str, flo
             np.testing.assert_allclose(found[level][class_idx == k].detach().flatten(), expected, atol=2e-3)
         state = made.levels[level][1].state_dict()
         assert state["factor"][2].equal(torch.eye(CHANNELS[level]))  # no image told of this class
+
+
+@pytest.mark.parametrize("kind", ["mixture", "single"])
+def test_smoothing_adds_what_shrinkage_adds_to_a_class(kind: str) -> None:
+    data, class_idx = shaped_features()
+    labels, seen = torch.from_numpy(class_idx), []
+    torch.manual_seed(0)
+    prior = PriorConfig(kind=kind, covariance="class", n_centers=1, shrinkage=0.5)  # type: ignore[arg-type]
+    made = HGAD(["a", "b"], CHANNELS, GRIDS, flow=FlowConfig(layers=1, position_dim=4), prior=prior)
+    made.initialise(lambda: iter([(list(data.levels), labels)]))
+    forward = made.flows[0].forward
+
+    def look(x: Tensor, **more: Any) -> Any:
+        seen.append(x)
+        return forward(x, **more)
+
+    made.flows[0].forward = look
+    for smooth in (False, True, True):
+        made.losses(data.levels, labels, smooth=smooth)
+    assert seen[0].equal(data.levels[0])  # as they are
+    noise = torch.stack([x - data.levels[0] for x in seen[1:]])
+    assert not noise[0].equal(noise[1])
+    for k in (0, 1):
+        expected = 0.5 * data.levels[0][labels == k].flatten(0, 1).var(0, correction=0).mean()
+        torch.testing.assert_close(noise[:, labels == k].square().mean(), expected, rtol=0.1, atol=0)
+        # As much in every channel, however wide it is.
+        own = noise[:, labels == k].flatten(0, 2).square().mean(0)
+        assert own.max() < 1.3 * own.min()
+
+
+def test_a_flow_that_is_smoothed_leaves_the_shrinkage_in_force() -> None:
+    # Without noise, likelihood rises as narrow directions are widened to what the prior's covariance says.
+    found = {}
+    for smooth in (False, True):
+        made, (data, class_idx) = with_covariances("class", layers=2, added=0.5), shaped_features()
+        labels, slopes = torch.from_numpy(class_idx), []
+        optimiser = torch.optim.Adam(made.flows.parameters(), lr=3e-3)
+        for step in range(61):
+            if step % 60 == 0:
+                at = data.levels[0][labels == 0].flatten(0, 1).mean(0)
+                slopes.append(made.levels[0][0].noise_covariance(at, 1e-4).detach().logdet().item())
+            terms = made.losses(data.levels, labels, intra=False, lambda2=0, lambda_e=0, smooth=smooth)
+            optimiser.zero_grad()
+            torch.stack([t["total"] for t in terms]).sum().backward()
+            optimiser.step()
+        found[smooth] = slopes[1] - slopes[0]
+    assert found[False] > 0.1 + found[True]
+
+
+def test_a_class_added_later_has_centres_of_its_own() -> None:
+    made, (data, class_idx) = with_covariances("class", n_centers=3, layers=2), shaped_features()
+    labels = torch.from_numpy(class_idx)
+    made.split_centers([(list(data.levels), labels)])
+    new = [(list(x[labels == 1] + 7 for x in data.levels), torch.zeros(20, dtype=torch.int64))]
+    more = made.with_class("aa", lambda: iter(new))
+    k = more.classes.index("aa")
+    for (_, prior), (_, before) in zip(more.levels, made.levels, strict=True):
+        state, old = prior.state_dict(), before.state_dict()
+        assert not state["factor_within"][k].equal(state["factor"][k])
+        assert state["deltas"][k].abs().amax(1).min() > 0
+        for name in ("factor_within", "deltas"):
+            assert torch.cat([state[name][:k], state[name][k + 1 :]]).equal(old[name])
 
 
 @pytest.mark.parametrize("init", ["index", "normal", "tiled_identity"])
