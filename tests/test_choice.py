@@ -23,10 +23,10 @@ from hgadbook.choice import (
     scatter,
     verdicts,
 )
-from hgadlib.config import Config
+from hgadlib.config import load_config
 
 Metrics = dict[str, float | None]
-SHRINKAGE = Config().prior.shrinkage
+SHRINKAGE = load_config(experiment="baseline_gaussians").prior.shrinkage
 
 
 def line(
@@ -209,6 +209,13 @@ def fit_lines(tmp_path: Path) -> Path:
         {"what": "classes", "dataset": "demo", "change": "default", "together": k, "real_auroc": k / 8}
         for k in (1, 2)
     ]
+    parts = {"default": ("demo", "elpv", "x"), "1 centre": ("demo", "elpv")}
+    lines += [
+        {"what": "prior", "dataset": name, "change": change, "drawn_image_auroc": 0.5}
+        | ({"real_aupro": 0.25 + 0.5 * (change == "default")} if name == "demo" else {})
+        for change, names in parts.items()
+        for name in names
+    ]
     file = tmp_path / "fit.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
@@ -226,6 +233,14 @@ def test_the_fit_is_set_out_by_its_last_epoch_over_whole_sets(tmp_path: Path) ->
 def test_models_of_some_classes_stand_side_by_side(tmp_path: Path) -> None:
     table = choice.classes_table(choice.read_fit("classes", fit_lines(tmp_path))).data  # type: ignore[attr-defined]
     assert table.loc[("demo", "default")].tolist() == [12.5, 25.0]
+
+
+def test_parts_of_the_prior_are_compared_over_sets_that_have_them_all(tmp_path: Path) -> None:
+    styler = choice.priors_table(choice.read_fit("prior", fit_lines(tmp_path)))
+    table = styler.data  # type: ignore[attr-defined]
+    assert table["drawn, image (%)"].to_dict() == {"default": 50.0, "1 centre": 50.0}
+    assert table["real, AUPRO (%)"].to_dict() == {"default": 75.0, "1 centre": 25.0}
+    assert "Means over demo, elpv" in styler.to_html() and "–" in styler.to_html()
 
 
 def test_a_fit_that_was_not_measured_is_said(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pandas.io.formats.style import Styler
 
 from hgadbook import behind
 from hgadbook.paper import number_text
-from hgadlib.config import Config, project_dir
+from hgadlib.config import Config, load_config, project_dir
 from hgadlib.figures.tables import styled
 from hgadlib.figures.theme import PALETTE, literal, panel_grid
 from hgadlib.scoring import normal_statistics
@@ -93,13 +93,15 @@ def _percent(line: Mapping[str, Any]) -> dict[str, float]:
 def default_setting() -> dict[str, str]:
     """Return the parts of the library's default, as :func:`read_choice` writes them."""
     config = Config()
+    # Of the Gaussians per class that stand in for the model here.
+    shrinkage = load_config(experiment="baseline_gaussians").prior.shrinkage
     features, score = config.features, config.score
     strides = [str(2 ** (stage + 1)) for stage in features.out_indices]
     kinds = ["+".join(strides)] if features.join else strides
     return _setting(
         {
             "levels": [f"{s}:{k}" for s in features.pyramid or (config.data.image_size,) for k in kinds],
-            "shrinkage": config.prior.shrinkage,
+            "shrinkage": shrinkage,
             "normalisation": score.normalisation,
             "kappa": inspect.signature(normal_statistics).parameters["kappa"].default,
             "sigma": score.sigma,
@@ -338,8 +340,15 @@ _FIT_METRICS = {
 }
 
 
+_PRIOR_METRICS = {
+    f"{on}_{metric}": f"{on}, {title} (%)"
+    for on in ("drawn", "real")
+    for metric, title in (("image_auroc", "image"), ("pixel_auroc", "pixel"), ("aupro", "AUPRO"))
+}
+
+
 def read_fit(what: str, file: Path | None = None) -> pd.DataFrame:
-    """Read what benchmarks/fit.py printed: its lines of one kind, "epoch" or "classes".
+    """Read what benchmarks/fit.py printed: its lines of one kind, "epoch", "classes" or "prior".
 
     Args:
         what: The kind.
@@ -347,15 +356,16 @@ def read_fit(what: str, file: Path | None = None) -> pd.DataFrame:
 
     Returns:
         A row per line, AUROC in percent: dataset, change and, of "epoch", epoch and both log-likelihoods
-        (nats per dimension); of "classes", together (classes a model). No row without the file.
+        (nats per dimension); of "classes", together (classes a model); of "prior" the other metrics, too. No
+        row without the file.
     """
     file = project_dir() / _FITS if file is None else file
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
-    keys = ["dataset", "change", "epoch" if what == "epoch" else "together"]
-    metrics = list(_FIT_METRICS) if what == "epoch" else ["real_auroc"]
+    keys = ["dataset", "change", *{"epoch": ["epoch"], "classes": ["together"]}.get(what, [])]
+    metrics = {"epoch": list(_FIT_METRICS), "classes": ["real_auroc"], "prior": list(_PRIOR_METRICS)}[what]
     found = pd.DataFrame([line for line in lines if line["what"] == what], columns=[*keys, *metrics])
-    aurocs = [name for name in metrics if name.endswith("auroc")]
-    found[aurocs] = 100 * found[aurocs].astype(float)
+    shares = [name for name in metrics if not name.endswith("log_prob")]
+    found[shares] = 100 * found[shares].astype(float)
     return found.drop_duplicates(keys, keep="last", ignore_index=True)
 
 
@@ -375,6 +385,19 @@ def fit_table(found: pd.DataFrame) -> Styler:
     table = rows.groupby("change", sort=False)[list(_FIT_METRICS)].mean().rename(columns=_FIT_METRICS)
     styler = styled(table, name="fit", emphasise=["start"])
     return styler.format({c: "{:.1f}" if c.endswith("(%)") else "{:.3f}" for c in table.columns})
+
+
+def priors_table(found: pd.DataFrame) -> Styler:
+    """Set out what a part of the prior is worth: means over the sets for which every part was changed.
+
+    Args:
+        found: From :func:`read_fit`, "prior", not empty.
+    """
+    sizes = found.groupby("dataset")["change"].nunique()
+    rows = found[found["dataset"].isin(sizes.index[sizes == sizes.max()])]
+    table = rows.groupby("change", sort=False)[list(_PRIOR_METRICS)].mean().rename(columns=_PRIOR_METRICS)
+    caption = f"Means over {', '.join(dict.fromkeys(rows['dataset']))}"
+    return styled(table, name="priors", emphasise=["default"], precision=1, na_rep="–", caption=caption)
 
 
 def fit_curves(found: pd.DataFrame) -> Figure:
