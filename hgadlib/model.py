@@ -248,11 +248,11 @@ class HGAD(Method):
                     raise FloatingPointError(
                         f"level {level + 1}: latents of class {self.classes[k]!r} are not finite"
                     )
-                added = None
+                mixture, added = cast(HierarchicalGaussianMixture, prior), None
                 if size[k].count:
-                    at = size[k].mean.to(self.device, torch.float32)
+                    at = size[k].mean.to(mixture.centers)
                     added = flow.noise_covariance(at, start.shrinkage * size[k].variance)
-                cast(HierarchicalGaussianMixture, prior).split(z, k, seed=seed, added=added)
+                mixture.split(z, k, seed=seed, added=added)
 
     def losses(
         self,
