@@ -134,9 +134,6 @@ class PriorConfig:
     kind: Literal["mixture", "single"] = "mixture"
     covariance: Literal["identity", "class", "learnt"] = "class"
     """Sigma_y of Eq. 5: I (as published), each class's own of the first latents, or learnt from that."""
-    within: Literal["class", "centers"] = "centers"
-    """Covariance of the Gaussians about all centres of a class in the second stage: the class's own, or that
-    of its latents about their nearest centre (where delta_init is kmeans)."""
     shrinkage: Annotated[Real, Field(gt=0, le=1)] = 0.3
     """Isotropic variance of the features added to a class's covariance, as a share of the features' own: it
     keeps directions that hardly vary from ruling the density."""
@@ -311,7 +308,7 @@ _ADDED: dict[str, Any] = {
     "features.join": False, "features.neighbourhood": 1, "features.image": None,
     "flow.coupling": "affine", "flow.shrinkage": 1e-3, "flow.keep": 1.0, "flow.subnet_init": "default",
     "flow.dropout": 0.0,
-    "prior.covariance": "identity", "prior.within": "class", "prior.shrinkage": 0.01, "prior.rank": 8,
+    "prior.covariance": "identity", "prior.shrinkage": 0.01, "prior.rank": 8,
     "train.noise": 0.0, "train.smooth": False, "train.rows": 1.0, "train.average": 0.0,
     "score.image": "maximum", "score.image_share": 0.01, "score.map_levels": "all",
 }  # fmt: skip

@@ -249,7 +249,7 @@ class Decision(nn.Module):
             latents.append(z)
             log_dets.append(log_det)
             if isinstance(prior, HierarchicalGaussianMixture):
-                by_class.append(_by_class(prior, z, within=True))
+                by_class.append(_by_class(prior, z, prior.intra_centers(), prior.log_weights_intra))
             else:
                 by_class.append(standard_log_prob(z)[..., None])
         if n_classes == 1:
@@ -315,13 +315,9 @@ def latents_of(flow: FeatureFlow, features: Tensor) -> tuple[Tensor, Tensor]:
     return x, log_det
 
 
-def _by_class(prior: HierarchicalGaussianMixture, z: Tensor, *, within: bool) -> Tensor:
-    """Compute log-densities under each class's main centre, or its mixture: (B, N, D) to (B, N, K)."""
-    whitening = prior.whitening(within=within)
-    if within:
-        centers, log_weights = prior.intra_centers(), prior.log_weights_intra
-    else:
-        centers, log_weights = prior.centers[:, None], torch.zeros_like(prior.psi)[:, None]
+def _by_class(prior: HierarchicalGaussianMixture, z: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
+    """Compute log-densities under the mixture of each class, (B, N, D) to (B, N, K)."""
+    whitening = prior.whitening()
     own = (
         [None] * len(centers) if whitening is None else [Whitening(*w) for w in zip(*whitening, strict=True)]
     )
@@ -333,7 +329,8 @@ def _neg_entropy(prior: HierarchicalGaussianMixture, z: Tensor) -> Tensor:
     """As :meth:`hgadlib.mixture.HierarchicalGaussianMixture.neg_entropy`."""
     if prior.covariance == "identity":
         return -center_entropy(z, prior.centers)
-    return -softmax_entropy(_by_class(prior, z, within=False))
+    main = _by_class(prior, z, prior.centers[:, None], torch.zeros_like(prior.psi)[:, None])
+    return -softmax_entropy(main)
 
 
 def export(detector: Detector, path: Path | str) -> Path:

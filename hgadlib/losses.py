@@ -131,7 +131,7 @@ def intra_class_nll(
         class_idx: Class of each image, (B,) int64.
         intra_centers: Centres with the main one detached, (K, M, D).
         log_weights_intra: Normalised log weights within each class, (K, M).
-        whitening: Of the covariances about each class's centres, (K, D, D); None for I.
+        whitening: Of the classes' covariances, (K, D, D); None for I.
     Returns:
         Loss per position, (B, N).
     Source: paper Eq. 10 (the constant added, see the module's text).
@@ -241,7 +241,7 @@ def hgad_losses(
     if lambda_e:
         terms["entropy"] = lambda_e, entropy_loss(z, prior.centers, of_classes)
     if intra and not extended and (lambda_in or lambda_z):
-        intra_centers, whitening = prior.intra_centers(), prior.whitening(within=True)
+        intra_centers, whitening = prior.intra_centers(), prior.whitening()
         nll = intra_class_nll(z, log_det, class_idx, intra_centers, log_weights_intra, whitening)
         if lambda_in:
             terms["intra"] = lambda_in, scale * nll

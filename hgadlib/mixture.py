@@ -194,17 +194,12 @@ class HierarchicalGaussianMixture(nn.Module):
         covariance: Sigma_y of Eq. 5. "identity" is I, as published. "class" is what :meth:`set_covariance`
             is told, I until then, by a whitening factor L_y. "learnt" goes on from there: its factor is
             M_y L_y, with M_y = diag(exp s_y) + U_y U_y', positive definite whatever s and U are.
-        within: Covariance of the Gaussians about all centres of a class. "class" is Sigma_y too. "centers" is
-            that of the class's latents about their nearest centre, which :meth:`split` finds; Sigma_y until
-            then, and where M is 1.
         rank: Columns of U_y.
     Source: paper Sec. 3.3 and Alg. 1; Eq. 5 for the covariances.
     """
 
     factor: Tensor
     factor_log_det: Tensor
-    factor_within: Tensor
-    factor_within_log_det: Tensor
 
     def __init__(
         self,
@@ -217,20 +212,17 @@ class HierarchicalGaussianMixture(nn.Module):
         learn_centers: bool = True,
         learn_weights: bool = True,
         covariance: str = "identity",
-        within: str = "class",
         rank: int = 8,
     ) -> None:
         super().__init__()
         self.covariance = covariance
-        self.about_centers = within == "centers" and covariance != "identity" and n_centers > 1
         self.centers = nn.Parameter(_INITIAL_CENTERS[init](n_classes, dim), requires_grad=learn_centers)
         self.deltas = nn.Parameter(delta_std * torch.randn(n_classes, n_centers - 1, dim))
         self.psi = nn.Parameter(torch.zeros(n_classes), requires_grad=learn_weights)
         self.psi_intra = nn.Parameter(torch.zeros(n_classes, n_centers))
-        kinds = [] if covariance == "identity" else ["factor", *["factor_within"] * self.about_centers]
-        for name in kinds:
-            self.register_buffer(name, torch.eye(dim).repeat(n_classes, 1, 1))
-            self.register_buffer(f"{name}_log_det", torch.zeros(n_classes))
+        if covariance != "identity":
+            self.register_buffer("factor", torch.eye(dim).repeat(n_classes, 1, 1))
+            self.register_buffer("factor_log_det", torch.zeros(n_classes))
         if covariance == "learnt":
             self.log_scale = nn.Parameter(torch.zeros(n_classes, dim))
             # Not 0, where the gradient of U U' vanishes.
@@ -257,51 +249,40 @@ class HierarchicalGaussianMixture(nn.Module):
         offsets = F.pad(self.deltas, (0, 0, 1, 0))
         return main[:, None] + offsets
 
-    def whitening(self, *, within: bool = False) -> Whitening | None:
+    def whitening(self) -> Whitening | None:
         r"""Factors of all classes' covariances, (K, D, D); None where all are I.
 
         .. math:: W_y = M_y L_y,\quad
                   \log|\det M_y| = \textstyle\sum s_y
                   + \log\det(I + U_y^\top \operatorname{diag}(e^{-s_y})\, U_y)
-
-        With within, of the Gaussians about all centres of a class, which have another L_y where so set.
         """
         if self.covariance == "identity":
             return None
-        given, log_det_given = self.factor, self.factor_log_det
-        if within and self.about_centers:
-            given, log_det_given = self.factor_within, self.factor_within_log_det
         if self.covariance == "class":
-            return Whitening(given, log_det_given)
+            return Whitening(self.factor, self.factor_log_det)
         with torch.autocast(self.factor.device.type, enabled=False):
             s = _LARGEST_LOG_SCALE * torch.tanh(self.log_scale / _LARGEST_LOG_SCALE)
             u, scale = self.low_rank, s.exp()[..., None]
-            factor = scale * given + u @ (u.mT @ given)
+            factor = scale * self.factor + u @ (u.mT @ self.factor)
             root = torch.linalg.cholesky(torch.eye(u.shape[-1]).to(u) + u.mT @ (u / scale))
             log_det = s.sum(-1) + 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return Whitening(factor, log_det + log_det_given)
+        return Whitening(factor, log_det + self.factor_log_det)
 
     @torch.no_grad()
-    def set_covariance(
-        self, k: int, covariance: Tensor, floor: float = 1e-6, *, within: bool = False
-    ) -> None:
+    def set_covariance(self, k: int, covariance: Tensor, floor: float = 1e-6) -> None:
         """Take a class's covariance as that of the prior.
 
         Args:
             k: The class.
-            covariance: (D, D). All 0, as of a single latent, says nothing and leaves what was there.
+            covariance: (D, D). All 0, as of a single latent, says nothing and leaves I.
             floor: Variance added to every direction, as a share of the mean variance.
-            within: Take it for the Gaussians about the class's centres alone.
         """
         variance, axes = torch.linalg.eigh(covariance.double().cpu())
         deviation = (variance.clamp_min(0) + floor * variance.mean()).sqrt()
         if deviation.min() > 0:
             # Rows are the principal axes: there a learnt diagonal rescales the principal variances.
-            factor, log_det = (axes / deviation).T, -deviation.log().sum()
-            if self.about_centers:
-                self.factor_within[k], self.factor_within_log_det[k] = factor, log_det
-            if not within:
-                self.factor[k], self.factor_log_det[k] = factor, log_det
+            self.factor[k] = (axes / deviation).T
+            self.factor_log_det[k] = -deviation.log().sum()
 
     @torch.no_grad()
     def set_centers(self, centers: Tensor) -> None:
@@ -320,62 +301,40 @@ class HierarchicalGaussianMixture(nn.Module):
             new = torch.zeros_like(own[:1])
             if name == "psi":
                 new = own.mean(0, keepdim=True)
-            elif name in ("factor", "factor_within"):
+            elif name == "factor":
                 new = torch.eye(own.shape[1]).to(own)[None]
             own.data = torch.cat([own[:k], new, own[k:]])
         return made
 
     @torch.no_grad()
-    def split(self, z: Tensor, k: int, *, seed: int = 0, added: Tensor | None = None) -> None:
+    def split(self, z: Tensor, k: int, *, seed: int = 0) -> None:
         """Put a class's offsets on the k-means clusters of its latents; the main centre stays.
 
         In D dimensions an offset drawn from N(0, I) lies some sqrt(D) away from every latent of its class:
         its share of a latent is about e^(-D/2), so it would never be learnt. Where the class has a
-        covariance, the clusters are those of its whitened latents. Where its centres have one of their own,
-        that is the latents' about their centres, the clusters are found once more among latents whitened by
-        it, and the weights are the clusters' shares of the latents.
+        covariance, the clusters are those of its whitened latents.
 
         Args:
             z: Latents of the class, (N, D); fewer than there are offsets leave all as it was.
             k: The class.
             seed: Of k-means.
-            added: Covariance added to that about the centres, (D, D); None for none.
         """
         clusters = self.deltas.shape[1]
         if not clusters or len(z) < clusters:
             return
-        z = z.to(self.centers)
-        found, labels = self._clusters(z, k, seed)
-        if self.about_centers and len(z) > clusters:
-            self._set_within(k, z - found[labels], clusters, added)
-            found, labels = self._clusters(z, k, seed)
-            self._set_within(k, z - found[labels], clusters, added)
-            # The main centre, on no cluster, counts as one latent, as if each had one more.
-            sizes = 1 + torch.bincount(labels, minlength=clusters).to(self.psi_intra)
-            self.psi_intra[k] = torch.cat([torch.ones_like(sizes[:1]), sizes]).log()
-        self.deltas[k] = found - self.centers[k]
-
-    def _set_within(self, k: int, about: Tensor, clusters: int, added: Tensor | None) -> None:
-        """Take the covariance of latents about the means of their clusters, (N, D), for a class's centres."""
-        about = about.double()
-        spread = about.T @ about / (len(about) - clusters)
-        self.set_covariance(k, spread if added is None else spread + added.to(spread), within=True)
-
-    def _clusters(self, z: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Cluster a class's latents, (N, D), whitened: the clusters' means and each latent's cluster."""
-        whitening, clusters = self.whitening(within=True), self.deltas.shape[1]
-        rows = z if whitening is None else (z - self.centers[k]) @ whitening.factor[k].T
+        main, whitening = self.centers[k], self.whitening()
+        if whitening is not None:
+            main, z = torch.zeros_like(main), (z.to(main) - main) @ whitening.factor[k].T
         # Of many clusters, the search for good places to start takes longer than all else and gains nothing.
         start = "k-means++" if clusters < _MANY_CLUSTERS else "random"
         # Threads add up in the order they finish: one alone gives a resumed run the same bits.
         with threadpool_limits(1):
             k_means = KMeans(clusters, init=start, n_init=1, max_iter=30, random_state=seed)
-            found = k_means.fit(rows.cpu().numpy())
-        means = torch.from_numpy(found.cluster_centers_)
+            found = k_means.fit(z.cpu().numpy())
+        offsets = torch.from_numpy(found.cluster_centers_).to(self.deltas) - main
         if whitening is not None:
-            means = torch.linalg.solve(whitening.factor[k].double().cpu(), means.double().T).T
-            means = means + self.centers[k].double().cpu()
-        return means.to(z), torch.from_numpy(found.labels_).long().to(z.device)
+            offsets = torch.linalg.solve(whitening.factor[k].double().cpu(), offsets.double().cpu().T).T
+        self.deltas[k] = offsets
 
     def log_prob(self, z: Tensor, class_idx: Tensor) -> Tensor:
         """Intra-class log-likelihood under each image's own class, in nats.
@@ -387,7 +346,7 @@ class HierarchicalGaussianMixture(nn.Module):
             (B, N).
         Source: paper Sec. 3.4.
         """
-        whitening = self.whitening(within=True)
+        whitening = self.whitening()
         own = None if whitening is None else whitening.of(class_idx)
         return mixture_log_prob(z, self.intra_centers()[class_idx], self.log_weights_intra[class_idx], own)
 
@@ -397,7 +356,7 @@ class HierarchicalGaussianMixture(nn.Module):
         Of its main centre alone, :math:`\log\mathcal N(z;\mu_1^y, \Sigma_y)` (Eq. 5), or with intra of all
         its centres (Eq. 18).
         """
-        whitening = self.whitening(within=intra)
+        whitening = self.whitening()
         if whitening is None:
             return None
         if intra:
@@ -425,5 +384,5 @@ class HierarchicalGaussianMixture(nn.Module):
         fixed = [name for name in ("centers", "psi") if not getattr(self, name).requires_grad]
         sizes = f"classes={n_classes}, centers={n_centers} each, dim={dim}"
         if self.covariance != "identity":
-            sizes += f", covariance={self.covariance}" + ", of the centers" * self.about_centers
+            sizes += f", covariance={self.covariance}"
         return sizes + "".join(f", {name} fixed" for name in fixed)

@@ -94,7 +94,6 @@ class HGAD(Method):
                     len(self.classes), prior.n_centers, dim, init=prior.init, delta_std=prior.delta_std,
                     learn_centers=prior.learn_centers, learn_weights=prior.learn_weights,
                     covariance=prior.covariance, rank=prior.rank,
-                    within=prior.within if prior.delta_init == "kmeans" else "class",
                 )
             )  # fmt: skip
         # What shrinkage adds to the features' variance, by class: known to a model that was initialised.
@@ -186,9 +185,8 @@ class HGAD(Method):
 
         The flows, and all that the other classes have, stay as they are: so do their log-likelihoods, bit for
         bit. The new class is a Gaussian about its mean latent, of its own covariance where classes have one:
-        all its centres are one, for their offsets are learnt. Where all covariances are I, or centres have
-        their own, the offsets lie on the clusters of its latents. Its scores are to be calibrated, see
-        :meth:`calibrate`.
+        all its centres are one, for their offsets are learnt. Where all covariances are I, the offsets lie on
+        the clusters of its latents. Its scores are to be calibrated, see :meth:`calibrate`.
 
         Args:
             name: Of the new class.
@@ -214,8 +212,7 @@ class HGAD(Method):
                 cast(HierarchicalGaussianMixture, prior).with_class(k) for prior in made.priors
             )
             made._place_classes(own, means=True)
-            first = cast(HierarchicalGaussianMixture, made.priors[0])
-            if first.covariance == "identity" or first.about_centers:
+            if made.prior_config.covariance == "identity":
                 made.split_centers(own(), seed=seed)
         return made
 
@@ -229,30 +226,23 @@ class HGAD(Method):
         Raises:
             FloatingPointError: A latent is not finite.
         """
-        generator, start = torch.Generator().manual_seed(seed), self.prior_config
-        positions = max(_POSITIONS, _PER_CENTER * start.n_centers // _POSITIONS)
+        generator = torch.Generator().manual_seed(seed)
+        positions = max(_POSITIONS, _PER_CENTER * self.prior_config.n_centers // _POSITIONS)
         latents: list[list[list[Tensor]]] = [[[] for _ in self.classes] for _ in self.levels]
-        sizes = [[_Size() for _ in self.classes] for _ in self.levels]
         for features, class_idx in batches:
-            for (flow, prior), x, own, size in zip(self.levels, features, latents, sizes, strict=True):
+            for (flow, _), x, own in zip(self.levels, features, latents, strict=True):
                 chosen = torch.randperm(x.shape[1], generator=generator)[:positions].to(x.device)
                 z = flow(x)[0][:, chosen].cpu()
                 for k in class_idx.unique().tolist():
                     own[k].append(z[class_idx.cpu() == k].flatten(0, 1))
-                    if cast(HierarchicalGaussianMixture, prior).about_centers:
-                        size[k].add(x[class_idx == k].flatten(0, 1))
-        for level, ((flow, prior), own, size) in enumerate(zip(self.levels, latents, sizes, strict=True)):
+        for level, ((_, prior), own) in enumerate(zip(self.levels, latents, strict=True)):
             for k, parts in enumerate(own):
                 z = torch.cat(parts) if parts else torch.empty(0)
                 if not z.isfinite().all():
                     raise FloatingPointError(
                         f"level {level + 1}: latents of class {self.classes[k]!r} are not finite"
                     )
-                mixture, added = cast(HierarchicalGaussianMixture, prior), None
-                if size[k].count:
-                    at = size[k].mean.to(mixture.centers)
-                    added = flow.noise_covariance(at, start.shrinkage * size[k].variance)
-                mixture.split(z, k, seed=seed, added=added)
+                cast(HierarchicalGaussianMixture, prior).split(z, k, seed=seed)
 
     def losses(
         self,

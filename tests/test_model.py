@@ -270,21 +270,6 @@ def test_a_flow_that_is_smoothed_leaves_the_shrinkage_in_force() -> None:
     assert found[False] > 0.1 + found[True]
 
 
-def test_a_class_added_later_has_centres_of_its_own() -> None:
-    made, (data, class_idx) = with_covariances("class", n_centers=3, layers=2), shaped_features()
-    labels = torch.from_numpy(class_idx)
-    made.split_centers([(list(data.levels), labels)])
-    new = [(list(x[labels == 1] + 7 for x in data.levels), torch.zeros(20, dtype=torch.int64))]
-    more = made.with_class("aa", lambda: iter(new))
-    k = more.classes.index("aa")
-    for (_, prior), (_, before) in zip(more.levels, made.levels, strict=True):
-        state, old = prior.state_dict(), before.state_dict()
-        assert not state["factor_within"][k].equal(state["factor"][k])
-        assert state["deltas"][k].abs().amax(1).min() > 0
-        for name in ("factor_within", "deltas"):
-            assert torch.cat([state[name][:k], state[name][k + 1 :]]).equal(old[name])
-
-
 @pytest.mark.parametrize("init", ["index", "normal", "tiled_identity"])
 def test_a_covariance_is_about_the_class_s_own_mean_wherever_centres_start(init: str) -> None:
     made, other = with_covariances("class", init=init), with_covariances("class")
