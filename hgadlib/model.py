@@ -184,9 +184,9 @@ class HGAD(Method):
         """Return a copy that has one class more, at the sorted place of its name; nothing is trained.
 
         The flows, and all that the other classes have, stay as they are: so do their log-likelihoods, bit for
-        bit. The new class is a Gaussian about its mean latent, of its own covariance where classes have one:
-        all its centres are one, for their offsets are learnt. Where all covariances are I, the offsets lie on
-        the clusters of its latents. Its scores are to be calibrated, see :meth:`calibrate`.
+        bit. The new class is a Gaussian about its mean latent, of its own covariance where classes have one; or
+        a mixture of such, on the clusters of its latents, where those of the others started there. Its scores
+        are to be calibrated, see :meth:`calibrate`.
 
         Args:
             name: Of the new class.
@@ -212,7 +212,7 @@ class HGAD(Method):
                 cast(HierarchicalGaussianMixture, prior).with_class(k) for prior in made.priors
             )
             made._place_classes(own, means=True)
-            if made.prior_config.covariance == "identity":
+            if made.splits_centers:
                 made.split_centers(own(), seed=seed)
         return made
 
