@@ -184,9 +184,9 @@ class HGAD(Method):
         """Return a copy that has one class more, at the sorted place of its name; nothing is trained.
 
         The flows, and all that the other classes have, stay as they are: so do their log-likelihoods, bit for
-        bit. The new class is a Gaussian about its mean latent, of its own covariance where classes have one; or a
-        mixture of such, on the clusters of its latents, where those of the others started there. Its scores are
-        to be calibrated, see :meth:`calibrate`.
+        bit. The new class is a Gaussian about its mean latent, of its own covariance where classes have one;
+        or a mixture of such, on the clusters of its latents, where those of the others started there. Its
+        scores are to be calibrated, see :meth:`calibrate`.
 
         Args:
             name: Of the new class.
