@@ -243,6 +243,25 @@ def test_parts_of_the_prior_are_compared_over_sets_that_have_them_all(tmp_path: 
     assert "Means over demo, elpv" in styler.to_html() and "–" in styler.to_html()
 
 
+def test_the_verdict_on_the_prior_is_computed() -> None:
+    figures = {
+        "default": (50.0, 70.0),
+        "no flow": (49.0, 71.0),
+        "1 centre": (40.0, 40.0),
+        "more": (60.0, 80.0),
+    }
+    found = pd.DataFrame(
+        [
+            {"dataset": "demo", "change": change, "drawn_image_auroc": drawn, "real_image_auroc": real}
+            for change, (drawn, real) in figures.items()
+        ],
+        columns=["dataset", "change", *choice._PRIOR_METRICS],
+    )
+    said = choice.priors_verdict(found)
+    assert "choose: more." in said and "the 4 priors" in said and "correlation of 0.80" in said
+    assert "+1.0 points" in said and "-1.0 on the test set" in said
+
+
 def test_a_fit_that_was_not_measured_is_said(tmp_path: Path) -> None:
     found = choice.read_fit("epoch", tmp_path / "none.jsonl")
     assert found.empty and choice.read_fit("classes", tmp_path / "none.jsonl").empty
