@@ -196,7 +196,7 @@ def test_nothing_measured(tmp_path: Path) -> None:
 
 
 def fit_lines(tmp_path: Path) -> Path:
-    lines = [
+    lines: list[dict[str, Any]] = [
         {
             "what": "epoch", "dataset": name, "change": change, "epoch": epoch, "drawn_auroc": 0.5,
             "real_auroc": 0.5 + (0.25 if change == "noise" else 0.125) * epoch,
