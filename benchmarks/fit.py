@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import harness
 import numpy as np
@@ -115,11 +115,7 @@ def main() -> None:
             by_number_of_classes(name, given, shared, together or len(dataset.classes), real)
         for change in (args.priors or PRIORS) if args.priors is not None else ():
             config = load_config(**given, overrides={**shared, **PRIORS[change]})
-            model = build_model(config, drawn)
-            fit(
-                model, drawn.train, drawn.train_classes, drawn.calibration,
-                train=config.train, loss=config.loss, seed=config.seed, progress=False,
-            )  # fmt: skip
+            model = trained(config, drawn)
             figures = {
                 f"{key}_{metric}": value
                 for key, of in (("drawn", drawn), ("real", real))
@@ -152,6 +148,16 @@ def main() -> None:
             )  # fmt: skip
 
 
+def trained(config: Config, inputs: Inputs) -> HGAD:
+    """Build a model and train it to the last epoch."""
+    model = build_model(config, inputs)
+    fit(
+        model, inputs.train, inputs.train_classes, inputs.calibration,
+        train=config.train, loss=config.loss, seed=config.seed, progress=False,
+    )  # fmt: skip
+    return cast(HGAD, model)
+
+
 def by_number_of_classes(
     name: str, given: dict[str, Any], shared: dict[str, Any], together: int, inputs: Inputs
 ) -> None:
@@ -161,11 +167,7 @@ def by_number_of_classes(
         config, found = load_config(**given, overrides={**shared, **CHANGES.get(change, {})}), []
         for start in range(0, len(names), together):
             group = of_classes(inputs, names[start : start + together])
-            model = build_model(config, group)
-            fit(
-                model, group.train, group.train_classes, group.calibration,
-                train=config.train, loss=config.loss, seed=config.seed, progress=False,
-            )  # fmt: skip
+            model = trained(config, group)
             found += [auroc(model, group, config.score)] * len(group.dataset.classes)
         emit(
             NAME, "classes", dataset=name, change=change, together=together, real_auroc=float(np.mean(found))
@@ -196,10 +198,8 @@ def of_classes(inputs: Inputs, names: Sequence[str]) -> Inputs:
 
 def metrics(model: HGAD, inputs: Inputs, config: Config) -> dict[str, float]:
     """Image AUROC and, where there are masks, pixel AUROC and AUPRO: means over classes."""
-    values, protocol = (
-        level_values(model, inputs.test, inputs.test_classes),
-        Protocol("calibrated", "likelihood"),
-    )
+    values = level_values(model, inputs.test, inputs.test_classes)
+    protocol = Protocol("calibrated", "likelihood")
     truth = inputs.test_classes, inputs.test_labels, class_masks(config, inputs)
     found = evaluate(model, values, *truth, score=config.score, protocol=protocol).mean
     shown = {name: found.get(name) for name in ("image_auroc", "pixel_auroc", "aupro")}
