@@ -139,7 +139,7 @@ class PriorConfig:
     keeps directions that hardly vary from ruling the density."""
     rank: Annotated[Whole, Field(ge=0, le=65536)] = 8
     """Rank of what a learnt covariance adds to its diagonal."""
-    n_centers: Annotated[Whole, Field(ge=1, le=65536)] = 512
+    n_centers: Annotated[Whole, Field(ge=1, le=65536)] = 1024
     init: Literal["index", "normal", "tiled_identity", "class_means"] = "class_means"
     delta_init: Literal["normal", "kmeans"] = "kmeans"
     """How a class's other centres start in the second stage: N(0, delta_std^2) about the main one, or on the
