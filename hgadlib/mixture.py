@@ -31,6 +31,8 @@ LOG_2PI = math.log(2.0 * math.pi)
 # Share of an image's positions that may belong to no class; see class_evidence.
 _OUTLIERS = 0.1
 _MANY_CLUSTERS = 64
+# Latents for each cluster, at least: no measured run has fewer than 7.5 (demo: 30 images, 16 x 16 positions).
+_LEAST_OF_A_CLUSTER = 7
 # A learnt covariance stays within this factor of the first one's deviations, but for its low rank.
 _LARGEST_LOG_SCALE = 2.0
 
@@ -315,12 +317,13 @@ class HierarchicalGaussianMixture(nn.Module):
         covariance, the clusters are those of its whitened latents.
 
         Args:
-            z: Latents of the class, (N, D); fewer than there are offsets leave all as it was.
+            z: Latents of the class, (N, D). So few that a cluster for each offset had less than 7 make
+                fewer clusters, which share the offsets.
             k: The class.
             seed: Of k-means.
         """
-        clusters = self.deltas.shape[1]
-        if not clusters or len(z) < clusters:
+        clusters = min(self.deltas.shape[1], max(len(z) // _LEAST_OF_A_CLUSTER, 1))
+        if not self.deltas.shape[1] or not len(z):
             return
         main, whitening = self.centers[k], self.whitening()
         if whitening is not None:
@@ -334,7 +337,7 @@ class HierarchicalGaussianMixture(nn.Module):
         offsets = torch.from_numpy(found.cluster_centers_).to(self.deltas) - main
         if whitening is not None:
             offsets = torch.linalg.solve(whitening.factor[k].double().cpu(), offsets.double().cpu().T).T
-        self.deltas[k] = offsets
+        self.deltas[k] = offsets[torch.arange(self.deltas.shape[1]) % clusters]
 
     def log_prob(self, z: Tensor, class_idx: Tensor) -> Tensor:
         """Intra-class log-likelihood under each image's own class, in nats.

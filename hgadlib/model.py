@@ -45,7 +45,9 @@ class _Size:
 
     @property
     def variance(self) -> float:
-        """Mean of the channels' variances."""
+        """Mean of the channels' variances; 0 without rows."""
+        if not self.count:
+            return 0.0
         squares = self.squares / self.count - float((self.sums / self.count).square().sum())
         return max(squares, 0.0) / len(self.sums)
 
@@ -132,16 +134,19 @@ class HGAD(Method):
                 whiten, shrinkage = self.flow_config.normalise == "whiten", self.flow_config.shrinkage
                 normaliser.fit(moment.mean, moment.covariance, whiten=whiten, shrinkage=shrinkage)
         self._place_classes(batches, means=self.prior_config.init == "class_means")
-        if self.prior_config.kind == "single":  # no covariance takes it, but training features may
-            sizes = [[_Size() for _ in self.classes] for _ in self.levels]
-            for features, class_idx in batches():
-                for size, x in zip(sizes, features, strict=True):
-                    for k in class_idx.unique().tolist():
-                        size[k].add(x[class_idx == k].flatten(0, 1))
-            for level, size in enumerate(sizes):
-                for k, own in enumerate(size):
-                    if own.count:
-                        self.get_buffer(f"added_{level}")[k] = self.prior_config.shrinkage * own.variance
+        if not self.has_entropy:  # one Gaussian for all takes no covariance, but training features may
+            for level, sizes in enumerate(self._sizes(batches)):
+                for k, size in enumerate(sizes):
+                    self.get_buffer(f"added_{level}")[k] = self.prior_config.shrinkage * size.variance
+
+    def _sizes(self, batches: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor]]]) -> list[list[_Size]]:
+        """Measure the features of each level and class."""
+        sizes = [[_Size() for _ in self.classes] for _ in self.levels]
+        for features, class_idx in batches():
+            for size, x in zip(sizes, features, strict=True):
+                for k in class_idx.unique().tolist():
+                    size[k].add(x[class_idx == k].flatten(0, 1))
+        return sizes
 
     def _place_classes(
         self, batches: Callable[[], Iterable[tuple[Sequence[Tensor], Tensor]]], *, means: bool
@@ -154,27 +159,27 @@ class HGAD(Method):
             counts = torch.zeros(len(self.classes), device=self.device)
             classes = self.classes if covariances else ()
             spreads = [[Moments(mixture.centers.shape[1]) for _ in classes] for mixture in mixtures]
-            sizes = [[_Size() for _ in classes] for _ in mixtures]
+            sizes = self._sizes(batches) if covariances else []
             for features, class_idx in batches():
                 counts += torch.bincount(class_idx, minlength=len(self.classes))
                 for level, ((flow, _), x) in enumerate(zip(self.levels, features, strict=True)):
                     z = flow(x)[0]
                     sums[level].index_add_(0, class_idx, z.mean(1))
                     for k in class_idx.unique().tolist() if covariances else ():
-                        own = class_idx == k
-                        spreads[level][k].add(z[own].flatten(0, 1))
-                        sizes[level][k].add(x[own].flatten(0, 1))
+                        spreads[level][k].add(z[class_idx == k].flatten(0, 1))
             found = counts > 0
-            for level, ((flow, _), mixture, total, spread, size) in enumerate(
-                zip(self.levels, mixtures, sums, spreads, sizes, strict=True)
+            for level, ((flow, _), mixture, total, spread) in enumerate(
+                zip(self.levels, mixtures, sums, spreads, strict=True)
             ):
                 mean = total / counts.clamp_min(1)[:, None]
                 if means:
                     mixture.set_centers(torch.where(found[:, None], mean, mixture.centers))
                 for k, own in enumerate(spread):
                     if own.count:
-                        at, added = size[k].mean.to(mixture.centers), start.shrinkage * size[k].variance
-                        mixture.set_covariance(k, own.covariance + flow.noise_covariance(at, added))
+                        size = sizes[level][k]
+                        added = start.shrinkage * size.variance
+                        noise = flow.noise_covariance(size.mean.to(mixture.centers), added)
+                        mixture.set_covariance(k, own.covariance + noise)
                         self.get_buffer(f"added_{level}")[k] = added
 
     @torch.no_grad()

@@ -127,9 +127,21 @@ def test_a_split_puts_the_offsets_on_clusters() -> None:
     assert prior.centers.equal(main)
     assert prior.deltas[0].equal(other)
     before = prior.deltas.detach().clone()
-    prior.split(z[:1], 1)  # one latent, two offsets
+    prior.split(z[:0], 1)  # no latent
     HierarchicalGaussianMixture(2, 1, 5).split(z, 0)  # no offset
     assert prior.deltas.equal(before)
+
+
+@pytest.mark.parametrize(("latents", "clusters"), [(1, 1), (13, 1), (21, 3), (400, 5)])
+def test_few_latents_make_fewer_clusters(latents: int, clusters: int) -> None:
+    # Where the offsets stayed as drawn, a class of few images had its latents far from nearly all centres.
+    torch.manual_seed(0)
+    prior, z = HierarchicalGaussianMixture(1, 6, 4), 9 + torch.randn(latents, 4)
+    prior.split(z, 0)
+    found = prior.intra_centers().detach()[0, 1:]
+    distinct, counts = found.unique(dim=0, return_counts=True)
+    assert len(distinct) == clusters and counts.max() - counts.min() <= 1
+    assert (found - z.mean(0)).norm(dim=1).max() <= (z - z.mean(0)).norm(dim=1).max() + 1e-4
 
 
 def test_fixed_centres_and_weights_do_not_learn() -> None:
