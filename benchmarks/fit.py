@@ -131,7 +131,7 @@ def main() -> None:
                     return {}
                 calibrate(model, drawn.train, drawn.train_classes, drawn.calibration)
                 found = {
-                    f"{key}_auroc": auroc(model, of, config.score)
+                    f"{key}_auroc": metrics(model, of, config, pixels=False)["image_auroc"]
                     for key, of in (("drawn", drawn), ("real", real))
                 }
                 held, held_classes = drawn.calibration or (drawn.train, drawn.train_classes)
@@ -169,7 +169,8 @@ def by_number_of_classes(
         for start in range(0, len(names), together):
             group = of_classes(inputs, names[start : start + together])
             model = trained(config, group)
-            found += [auroc(model, group, config.score)] * len(group.dataset.classes)
+            own = metrics(model, group, config, pixels=False)["image_auroc"]
+            found += [own] * len(group.dataset.classes)
         emit(
             NAME, "classes", dataset=name, change=change, together=together, real_auroc=float(np.mean(found))
         )
@@ -197,25 +198,15 @@ def of_classes(inputs: Inputs, names: Sequence[str]) -> Inputs:
     )
 
 
-def metrics(model: HGAD, inputs: Inputs, config: Config) -> dict[str, float]:
-    """Image AUROC and, where there are masks, pixel AUROC and AUPRO: means over classes."""
-    values = level_values(model, inputs.test, inputs.test_classes)
-    protocol = Protocol("calibrated", "likelihood")
-    truth = inputs.test_classes, inputs.test_labels, class_masks(config, inputs)
-    found = evaluate(model, values, *truth, score=config.score, protocol=protocol).mean
+def metrics(model: HGAD, inputs: Inputs, config: Config, *, pixels: bool = True) -> dict[str, float]:
+    """Image AUROC and, with pixels and where there are masks, pixel AUROC and AUPRO: means over classes."""
+    found = evaluate(
+        model, level_values(model, inputs.test, inputs.test_classes), inputs.test_classes, inputs.test_labels,
+        class_masks(config, inputs) if pixels else None, score=config.score,
+        protocol=Protocol("calibrated", "likelihood"),
+    ).mean  # fmt: skip
     shown = {name: found.get(name) for name in ("image_auroc", "pixel_auroc", "aupro")}
     return {name: value for name, value in shown.items() if value is not None}
-
-
-def auroc(model: HGAD, inputs: Inputs, score: Any) -> float:
-    """Image AUROC, mean over classes."""
-    values = level_values(model, inputs.test, inputs.test_classes)
-    protocol = Protocol("calibrated", "likelihood")
-    found = evaluate(
-        model, values, inputs.test_classes, inputs.test_labels, None, score=score, protocol=protocol
-    )
-    mean = found.mean["image_auroc"]
-    return np.nan if mean is None else mean
 
 
 if __name__ == "__main__":

@@ -611,6 +611,8 @@ def training_key(config: Config, *, seed: bool = True) -> str:
     if config.method != "hgad":  # what it does not read
         del identity["flow"], identity["prior"], identity["loss"]
         identity["train"].pop("smooth", None)
+    elif config.prior.kind == "single":
+        identity["prior"] = {"kind": "single", "shrinkage": config.prior.shrinkage}
     if not seed:
         del identity["seed"]
     return json.dumps(identity, sort_keys=True)
