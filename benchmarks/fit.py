@@ -66,13 +66,13 @@ PRIORS: dict[str, dict[str, Any]] = {
     "1 centre": {"prior.n_centers": 1},
     "64 centres": {"prior.n_centers": 64},
     "512 centres": _LOOKED_FOR,
-    "shrinkage 0.01": {**_LOOKED_FOR, "prior.shrinkage": 0.01},
-    "shrinkage 0.1": {**_LOOKED_FOR, "prior.shrinkage": 0.1},
-    "shrinkage 1": {**_LOOKED_FOR, "prior.shrinkage": 1.0},
-    "no noise": {**_LOOKED_FOR, "train.smooth": False},
-    "no flow": {**_LOOKED_FOR, "flow.layers": 0},
+    "512, shrinkage 0.01": {**_LOOKED_FOR, "prior.shrinkage": 0.01},
+    "512, shrinkage 0.1": {**_LOOKED_FOR, "prior.shrinkage": 0.1},
+    "512, shrinkage 1": {**_LOOKED_FOR, "prior.shrinkage": 1.0},
+    "512, no noise": {**_LOOKED_FOR, "train.smooth": False},
+    "no flow": {"flow.layers": 0},
 }
-"""Parts of the prior, changed one at a time; all but the centres from 512 of them, half of the default's."""
+"""Parts of the prior, changed one at a time from the default or, where the name says it, from 512 centres."""
 
 
 def main() -> None:
