@@ -348,10 +348,11 @@ class Detector(BaseEstimator):
         sure = torch.full((len(features[0]),), torch.nan)
         if class_idx is None and len(self.classes_) == 1:
             class_idx, sure = torch.zeros(len(features[0]), dtype=torch.int64), torch.ones(len(features[0]))
+        entropy = self.config_.criterion != "likelihood"
         if class_idx is None:
-            values, class_idx, sure = model.inferred_values(features)
+            values, class_idx, sure = model.inferred_values(features, entropy=entropy)
         else:
-            values = model.level_values(features, class_idx.to(model.device))
+            values = model.level_values(features, class_idx.to(model.device), entropy=entropy)
         constants = model.constants(class_idx.to(model.device), score.normalisation)
         scores, maps = score_images(values, constants, score, self.config_.criterion)
         # A defect is local; what is of another kind differs almost everywhere, and the median is low.

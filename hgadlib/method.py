@@ -94,18 +94,23 @@ class Method(nn.Module):
             )
         return features
 
-    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+    def level_values(
+        self, features: Sequence[Tensor], class_idx: Tensor, *, entropy: bool = True
+    ) -> LevelValues:
         """Compute what scores are made of.
 
         Args:
             features: One (B, H*W, C) a level.
             class_idx: Class of each image, (B,).
+            entropy: Compute entropies, too, where there are any; scores by likelihood do not need them.
         Returns:
             One (B, h, w) a level; the lower, the more surprising.
         """
         raise NotImplementedError
 
-    def inferred_values(self, features: Sequence[Tensor]) -> tuple[LevelValues, Tensor, Tensor]:
+    def inferred_values(
+        self, features: Sequence[Tensor], *, entropy: bool = True
+    ) -> tuple[LevelValues, Tensor, Tensor]:
         """Infer each image's class and compute its values under it; see :meth:`hgadlib.model.HGAD`'s.
 
         Raises:

@@ -316,12 +316,16 @@ class HGAD(Method):
             yield flow, prior, x
 
     @torch.inference_mode()
-    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+    def level_values(
+        self, features: Sequence[Tensor], class_idx: Tensor, *, entropy: bool = True
+    ) -> LevelValues:
         """Compute what scores are made of.
 
         Args:
             features: One (B, H*W, C) a level.
             class_idx: Class of each image, (B,).
+            entropy: Compute entropies, too. They take a product by every class's covariance; for scores by
+                likelihood they are not needed.
         Returns:
             Log-likelihoods (per dimension where so configured) and negative entropies, one (B, H, W) a level.
         """
@@ -330,7 +334,7 @@ class HGAD(Method):
         for (z, log_prob), prior, grid in zip(densities, self.priors, self.grids, strict=True):
             scale = z.shape[-1] if self.per_dimension else 1
             log_probs.append((log_prob / scale).unflatten(1, grid))
-            if isinstance(prior, HierarchicalGaussianMixture):
+            if entropy and isinstance(prior, HierarchicalGaussianMixture):
                 neg_entropies.append(prior.neg_entropy(z).unflatten(1, grid))
         return LevelValues(tuple(log_probs), tuple(neg_entropies))
 
@@ -350,13 +354,16 @@ class HGAD(Method):
             yield z, log_det, cast(HierarchicalGaussianMixture, prior).log_prob_by_class(z)
 
     @torch.inference_mode()
-    def inferred_values(self, features: Sequence[Tensor]) -> tuple[LevelValues, Tensor, Tensor]:
+    def inferred_values(
+        self, features: Sequence[Tensor], *, entropy: bool = True
+    ) -> tuple[LevelValues, Tensor, Tensor]:
         r"""Infer each image's class and compute its values under it, in one pass of the flows.
 
         It is the class of most evidence over levels, :func:`hgadlib.mixture.class_evidence`.
 
         Args:
             features: One (B, H*W, C) a level.
+            entropy: As of :meth:`level_values`.
         Returns:
             Level values as of :meth:`level_values`, the classes (B,) int64, and how sure they are: the share
             of all positions at which the class is the likeliest, (B,).
@@ -364,17 +371,19 @@ class HGAD(Method):
             InputError: As of :meth:`by_class`.
         Source: paper Sec. 3.4, for every class in turn.
         """
-        parts = [
-            (by_class, log_det, cast(HierarchicalGaussianMixture, prior).neg_entropy(z), z.shape[-1])
-            for (z, log_det, by_class), prior in zip(self.by_class(features), self.priors, strict=True)
-        ]
-        class_idx = torch.stack([class_evidence(by_class) for by_class, *_ in parts]).sum(0).argmax(1)
-        agree = torch.cat([by_class.argmax(-1) == class_idx[:, None] for by_class, *_ in parts], 1)
+        latents, log_dets, densities = zip(*self.by_class(features), strict=True)
+        class_idx = torch.stack([class_evidence(by_class) for by_class in densities]).sum(0).argmax(1)
+        agree = torch.cat([by_class.argmax(-1) == class_idx[:, None] for by_class in densities], 1)
         log_probs, neg_entropies = [], []
-        for (by_class, log_det, neg_entropy, dim), grid in zip(parts, self.grids, strict=True):
+        for z, log_det, by_class, prior, grid in zip(
+            latents, log_dets, densities, self.priors, self.grids, strict=True
+        ):
             own = by_class.gather(2, class_idx[:, None, None].expand(-1, by_class.shape[1], 1))[..., 0]
-            log_probs.append(((own + log_det) / (dim if self.per_dimension else 1)).unflatten(1, grid))
-            neg_entropies.append(neg_entropy.unflatten(1, grid))
+            scale = z.shape[-1] if self.per_dimension else 1
+            log_probs.append(((own + log_det) / scale).unflatten(1, grid))
+            if entropy:
+                found = cast(HierarchicalGaussianMixture, prior).neg_entropy(z)
+                neg_entropies.append(found.unflatten(1, grid))
         return LevelValues(tuple(log_probs), tuple(neg_entropies)), class_idx, agree.float().mean(1)
 
     def extra_repr(self) -> str:

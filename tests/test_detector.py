@@ -1119,18 +1119,18 @@ def test_a_device_out_of_memory_gets_fewer_images_at_a_time(
     tried: list[int] = []
     real = HGAD.level_values
 
-    def short(model: HGAD, features: list[Tensor], class_idx: Tensor) -> Any:
+    def short(model: HGAD, features: list[Tensor], class_idx: Tensor, **how: Any) -> Any:
         tried.append(len(class_idx))
         if len(class_idx) > 1:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-        return real(model, features, class_idx)
+        return real(model, features, class_idx, **how)
 
     monkeypatch.setattr(HGAD, "level_values", short)
     found = [p.score for p in detector.predict(images, class_name="red")]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert tried == [5, 2, 1, 1, 1, 1, 1]
 
-    def none(model: HGAD, features: list[Tensor], class_idx: Tensor) -> Any:
+    def none(model: HGAD, features: list[Tensor], class_idx: Tensor, **how: Any) -> Any:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     monkeypatch.setattr(HGAD, "level_values", none)

@@ -20,6 +20,7 @@ from hgadlib.config import FlowConfig, PriorConfig, completed
 from hgadlib.errors import InputError
 from hgadlib.features.store import Features
 from hgadlib.method import read_tensors, write_tensors
+from hgadlib.mixture import HierarchicalGaussianMixture
 from hgadlib.model import HGAD
 
 
@@ -86,6 +87,22 @@ def test_level_values_are_the_density_per_dimension() -> None:
     for level, log_prob in enumerate(made.log_prob(list(data.levels), labels)):
         expected = log_prob.unflatten(1, GRIDS[level]) / CHANNELS[level]
         torch.testing.assert_close(values.log_prob[level], expected)
+
+
+def test_scores_by_likelihood_cost_no_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, (data, class_idx) = model(), features(5)
+    labels = torch.from_numpy(class_idx)
+    whole, (inferred, taken, sure) = made.level_values(data.levels, labels), made.inferred_values(data.levels)
+    assert len(whole.neg_entropy) == len(inferred.neg_entropy) == len(GRIDS)
+    monkeypatch.setattr(HierarchicalGaussianMixture, "neg_entropy", None)  # not to be called
+    found = made.inferred_values(data.levels, entropy=False)
+    assert found[1].equal(taken) and found[2].equal(sure)
+    for values, expected in (
+        (made.level_values(data.levels, labels, entropy=False), whole),
+        (found[0], inferred),
+    ):
+        assert values.neg_entropy == ()
+        assert all(x.equal(y) for x, y in zip(values.log_prob, expected.log_prob, strict=True))
 
 
 def test_print_says_what_it_is() -> None:

@@ -34,7 +34,9 @@ class OneForOne(Method):
         self.models = nn.ModuleList(models)
 
     @torch.inference_mode()
-    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+    def level_values(
+        self, features: Sequence[Tensor], class_idx: Tensor, *, entropy: bool = True
+    ) -> LevelValues:
         """Compute log-likelihoods, or what stands for them, as of :meth:`Method.level_values`."""
         features = self.checked(features)
         x = features[0]
@@ -42,7 +44,9 @@ class OneForOne(Method):
         for k in class_idx.unique().tolist():
             own = class_idx == k
             alone = torch.zeros_like(class_idx[own])  # its only class
-            found = cast(Method, self.models[k]).level_values([level[own] for level in features], alone)
+            found = cast(Method, self.models[k]).level_values(
+                [level[own] for level in features], alone, entropy=False
+            )
             for values, mine in zip(out, found.log_prob, strict=True):
                 values[own] = mine
         return LevelValues(out, ())

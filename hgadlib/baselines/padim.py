@@ -112,7 +112,9 @@ class PaDiM(Banks):
         return one_pass(float(sums) / count, started, len(class_idx))
 
     @torch.inference_mode()
-    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+    def level_values(
+        self, features: Sequence[Tensor], class_idx: Tensor, *, entropy: bool = True
+    ) -> LevelValues:
         """Compute minus the Mahalanobis distances, as of :meth:`Method.level_values`."""
         bank = self.bank(class_idx)
         out = []

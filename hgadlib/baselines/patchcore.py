@@ -114,7 +114,9 @@ class PatchCore(Banks):
         return one_pass(sums / count, started, len(class_idx))
 
     @torch.inference_mode()
-    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+    def level_values(
+        self, features: Sequence[Tensor], class_idx: Tensor, *, entropy: bool = True
+    ) -> LevelValues:
         """Compute minus the distances to the nearest, as of :meth:`Method.level_values`."""
         owner = self.bank(class_idx)
         out = []

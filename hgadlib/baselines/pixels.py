@@ -72,7 +72,9 @@ class PixelMethod(Baseline):
             return [self.image_losses(images)]
 
     @torch.inference_mode()
-    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+    def level_values(
+        self, features: Sequence[Tensor], class_idx: Tensor, *, entropy: bool = True
+    ) -> LevelValues:
         """Compute the maps' negatives, as of :meth:`Method.level_values`; the class has no part in them."""
         return LevelValues((-self.image_maps(self.images(features)),), ())
 

@@ -87,7 +87,9 @@ class STFPM(Baseline):
         return found
 
     @torch.inference_mode()
-    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+    def level_values(
+        self, features: Sequence[Tensor], class_idx: Tensor, *, entropy: bool = True
+    ) -> LevelValues:
         """Compute minus the product of the distances, as of :meth:`Method.level_values`."""
         maps = torch.cat(
             [

@@ -116,7 +116,9 @@ class UniAD(Baseline):
         return self.outward(self.norm(out))
 
     @torch.inference_mode()
-    def level_values(self, features: Sequence[Tensor], class_idx: Tensor) -> LevelValues:
+    def level_values(
+        self, features: Sequence[Tensor], class_idx: Tensor, *, entropy: bool = True
+    ) -> LevelValues:
         """Compute minus the distance of features from rebuilt ones, as of :meth:`Method.level_values`."""
         x = self.joined(features)
         distance = (self.rebuilt(x) - x).norm(dim=2)

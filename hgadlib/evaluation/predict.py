@@ -39,7 +39,8 @@ def predict_batches(
         with torch.inference_mode():
             features = flatten_maps(backbone(batch.to(model.device)))
             own = classes[index.to(model.device)]
-            values = model.level_values([level.to(getattr(torch, dtype)).float() for level in features], own)
+            levels = [level.to(getattr(torch, dtype)).float() for level in features]
+            values = model.level_values(levels, own, entropy=score.criterion != "likelihood")
             constants = model.constants(own, score.normalisation)
             scores, maps = score_images(values, constants, score, score.criterion)
         yield scores.cpu().numpy(), maps.cpu().numpy()
