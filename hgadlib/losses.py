@@ -21,6 +21,7 @@ from hgadlib.mixture import (
     center_entropy,
     center_logits,
     mixture_log_prob,
+    own_class_log_prob,
     softmax_entropy,
     standard_log_prob,
 )
@@ -136,8 +137,7 @@ def intra_class_nll(
         Loss per position, (B, N).
     Source: paper Eq. 10 (the constant added, see the module's text).
     """
-    own = None if whitening is None else whitening.of(class_idx)
-    return -(mixture_log_prob(z, intra_centers[class_idx], log_weights_intra[class_idx], own) + log_det)
+    return -(own_class_log_prob(z, class_idx, intra_centers, log_weights_intra, whitening) + log_det)
 
 
 def full_mixture_nll(

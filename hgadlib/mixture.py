@@ -100,6 +100,34 @@ def mixture_log_prob(
     return log_prob if whitening is None else log_prob + whitening.log_det.unsqueeze(-1)
 
 
+def own_class_log_prob(
+    z: Tensor, class_idx: Tensor, centers: Tensor, log_weights_intra: Tensor, whitening: Whitening | None
+) -> Tensor:
+    r"""Log-density of images under the mixture of their own class, in nats.
+
+    Args:
+        z: Latents, (B, N, D).
+        class_idx: Class of each image, (B,) int64.
+        centers: (K, M, D).
+        log_weights_intra: Normalised log weights within each class, (K, M).
+        whitening: Of the classes' covariances, (K, D, D); None for I.
+    Returns:
+        (B, N).
+    Source: paper Sec. 3.4.
+    """
+    if whitening is None:
+        return mixture_log_prob(z, centers[class_idx], log_weights_intra[class_idx])
+    # A class at a time: to whiten M centres is as much work as M positions, so a class's images share them.
+    images, found = [], []
+    for k in class_idx.unique():
+        own = (class_idx == k).nonzero()[:, 0]
+        rows = z[own].flatten(0, 1)
+        log_prob = mixture_log_prob(rows, centers[k], log_weights_intra[k], whitening.of(k))
+        images.append(own)
+        found.append(log_prob.unflatten(0, (len(own), z.shape[1])))
+    return torch.cat(found)[torch.cat(images).argsort()]
+
+
 def class_log_probs(z: Tensor, centers: Tensor, log_weights_intra: Tensor, whitening: Whitening) -> Tensor:
     r"""Log-density under each class's own mixture, each with its own covariance, in nats.
 
@@ -349,9 +377,9 @@ class HierarchicalGaussianMixture(nn.Module):
             (B, N).
         Source: paper Sec. 3.4.
         """
-        whitening = self.whitening()
-        own = None if whitening is None else whitening.of(class_idx)
-        return mixture_log_prob(z, self.intra_centers()[class_idx], self.log_weights_intra[class_idx], own)
+        return own_class_log_prob(
+            z, class_idx, self.intra_centers(), self.log_weights_intra, self.whitening()
+        )
 
     def class_log_probs(self, z: Tensor, *, intra: bool = False) -> Tensor | None:
         r"""Log-density under each class, (..., N, D) to (..., N, K), in nats; None where all Sigma_y are I.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, cast
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from hgadlib.config import FlowConfig, PriorConfig, completed
@@ -240,6 +242,7 @@ class HGAD(Method):
                 z = flow(x)[0][:, chosen].cpu()
                 for k in class_idx.unique().tolist():
                     own[k].append(z[class_idx.cpu() == k].flatten(0, 1))
+        tasks = []
         for level, ((_, prior), own) in enumerate(zip(self.levels, latents, strict=True)):
             for k, parts in enumerate(own):
                 z = torch.cat(parts) if parts else torch.empty(0)
@@ -247,7 +250,12 @@ class HGAD(Method):
                     raise FloatingPointError(
                         f"level {level + 1}: latents of class {self.classes[k]!r} are not finite"
                     )
-                cast(HierarchicalGaussianMixture, prior).split(z, k, seed=seed)
+                tasks.append((cast(HierarchicalGaussianMixture, prior), z, k))
+        # Each on a thread of its own and on no more, so that the bits do not depend on how many there are.
+        threads = torch.get_num_threads()
+        with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(lambda task: task[0].split(*task[1:], seed=seed), tasks):
+                pass
 
     def losses(
         self,
