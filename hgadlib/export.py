@@ -53,10 +53,10 @@ from hgadlib.files import replacing, user_path, write_atomically
 from hgadlib.flow import AffineCoupling, FeatureFlow
 from hgadlib.mixture import (
     HierarchicalGaussianMixture,
-    Whitening,
     center_entropy,
     class_evidence,
-    mixture_log_prob,
+    evidence_positions,
+    mixtures,
     softmax_entropy,
     standard_log_prob,
 )
@@ -176,12 +176,18 @@ class Decision(nn.Module):
         detector: A fitted one; it keeps its own weights.
     """
 
+    @torch.no_grad()
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         config, self.rate = detector.config_, detector.false_alarm_rate
         self.score, self.criterion = config.score, config.criterion
         backbone = copy.deepcopy(detector.backbone_).cpu()
         self.backbone, self.model = backbone, copy.deepcopy(detector.model_).cpu().requires_grad_(False)
+        # Prepared here, they are constants of the graph.
+        self.mixtures = [
+            prior.mixtures() if isinstance(prior, HierarchicalGaussianMixture) else None
+            for prior in self.model.priors
+        ]
         self.resize = Resize(config.data.image_size, config.data.resize)
         mean, std = np.array(backbone.mean), np.array(backbone.std)
         self.register_buffer("scale", torch.from_numpy((1 / (255 * std)).astype(np.float32)))
@@ -242,31 +248,29 @@ class Decision(nn.Module):
     def _values(self, features: Sequence[Tensor], class_id: Tensor) -> tuple[LevelValues, Tensor]:
         """Compute level values under the given classes, or the likeliest where none is given."""
         model, n_classes = self.model, len(self.model.classes)
-        # By class: the density of its mixture, (B, N, K), or of the one Gaussian, (B, N, 1).
-        latents, by_class, log_dets = [], [], []
-        for (flow, prior), x in zip(model.levels, features, strict=True):
+        latents, log_dets, evidence = [], [], []
+        for (flow, _), classes, x, grid in zip(
+            model.levels, self.mixtures, features, model.grids, strict=True
+        ):
             z, log_det = latents_of(flow, x)
             latents.append(z)
             log_dets.append(log_det)
-            if isinstance(prior, HierarchicalGaussianMixture):
-                by_class.append(_by_class(prior, z, prior.intra_centers(), prior.log_weights_intra))
-            else:
-                by_class.append(standard_log_prob(z)[..., None])
+            if classes is not None and n_classes > 1:
+                some = z[:, evidence_positions(grid)]  # (B, P, D), each under K mixtures
+                evidence.append(class_evidence(classes.log_prob(some[:, None]).mT))
         if n_classes == 1:
             class_idx = class_id.clamp_min(0)
         elif model.has_entropy:
-            inferred = torch.stack([class_evidence(own) for own in by_class]).sum(0).argmax(1)
-            class_idx = torch.where(class_id < 0, inferred, class_id)
+            class_idx = torch.where(class_id < 0, torch.stack(evidence).sum(0).argmax(1), class_id)
         else:
             class_idx = torch.where(class_id < 0, n_classes, class_id)
         log_probs, neg_entropies = [], []
-        for (_, prior), grid, z, own, log_det in zip(
-            model.levels, model.grids, latents, by_class, log_dets, strict=True
+        for prior, classes, grid, z, log_det in zip(
+            model.priors, self.mixtures, model.grids, latents, log_dets, strict=True
         ):
-            if own.shape[2] > 1:
-                own = own.gather(2, class_idx[:, None, None].expand(-1, own.shape[1], 1))
+            log_prob = standard_log_prob(z) if classes is None else classes.of(class_idx).log_prob(z)
             dim = z.shape[-1] if model.per_dimension else 1
-            log_probs.append(((own[..., 0] + log_det) / dim).unflatten(1, grid))
+            log_probs.append(((log_prob + log_det) / dim).unflatten(1, grid))
             if self.criterion != "likelihood":
                 neg_entropies.append(
                     _neg_entropy(cast(HierarchicalGaussianMixture, prior), z).unflatten(1, grid)
@@ -315,22 +319,13 @@ def latents_of(flow: FeatureFlow, features: Tensor) -> tuple[Tensor, Tensor]:
     return x, log_det
 
 
-def _by_class(prior: HierarchicalGaussianMixture, z: Tensor, centers: Tensor, log_weights: Tensor) -> Tensor:
-    """Compute log-densities under the mixture of each class, (B, N, D) to (B, N, K)."""
-    whitening = prior.whitening()
-    own = (
-        [None] * len(centers) if whitening is None else [Whitening(*w) for w in zip(*whitening, strict=True)]
-    )
-    classes = zip(centers, log_weights, own, strict=True)
-    return torch.stack([mixture_log_prob(z, *parts) for parts in classes], -1)
-
-
 def _neg_entropy(prior: HierarchicalGaussianMixture, z: Tensor) -> Tensor:
     """As :meth:`hgadlib.mixture.HierarchicalGaussianMixture.neg_entropy`."""
-    if prior.covariance == "identity":
+    whitening = prior.whitening()
+    if whitening is None:
         return -center_entropy(z, prior.centers)
-    main = _by_class(prior, z, prior.centers[:, None], torch.zeros_like(prior.psi)[:, None])
-    return -softmax_entropy(main)
+    main = mixtures(prior.centers[:, None], torch.zeros_like(prior.psi)[:, None], whitening)
+    return -softmax_entropy(main.log_prob(z[:, None]).mT)
 
 
 def export(detector: Detector, path: Path | str) -> Path:

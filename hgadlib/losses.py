@@ -17,10 +17,12 @@ from torch import Tensor
 from hgadlib.mixture import (
     GaussianPrior,
     HierarchicalGaussianMixture,
+    Mixtures,
     Whitening,
     center_entropy,
     center_logits,
     mixture_log_prob,
+    mixtures,
     own_class_log_prob,
     softmax_entropy,
     standard_log_prob,
@@ -137,7 +139,12 @@ def intra_class_nll(
         Loss per position, (B, N).
     Source: paper Eq. 10 (the constant added, see the module's text).
     """
-    return -(own_class_log_prob(z, class_idx, intra_centers, log_weights_intra, whitening) + log_det)
+
+    def of_class(k: Tensor) -> Mixtures:
+        own = None if whitening is None else whitening.of(k)
+        return mixtures(intra_centers[k], log_weights_intra[k], own)
+
+    return -(own_class_log_prob(z, class_idx, of_class) + log_det)
 
 
 def full_mixture_nll(

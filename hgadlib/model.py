@@ -17,7 +17,7 @@ from hgadlib.errors import InputError
 from hgadlib.flow import FeatureFlow, FixedAffine, Moments, kept_channels
 from hgadlib.losses import hgad_losses
 from hgadlib.method import Method
-from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture, class_evidence
+from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture, class_evidence, evidence_positions
 from hgadlib.scoring import LevelValues
 
 Prior = HierarchicalGaussianMixture | GaussianPrior
@@ -347,7 +347,9 @@ class HGAD(Method):
         return LevelValues(tuple(log_probs), tuple(neg_entropies))
 
     def by_class(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield each level's latents, (B, H*W, C), log-determinants and log p(z|y), (B, H*W, K).
+        """Yield each level's latents, (B, H*W, C), log-determinants and evidence log p(z|y), (B, P, K).
+
+        That is of the positions that :func:`hgadlib.mixture.evidence_positions` takes.
 
         Raises:
             InputError: The model has one Gaussian for all classes, so no class is likelier than another.
@@ -357,9 +359,10 @@ class HGAD(Method):
                 "class inference: expected a prior with a mixture per class, found one Gaussian for all; say "
                 "which class each image is of, or take that of the nearest training image"
             )
-        for flow, prior, x in self._fitted(features):
+        for (flow, prior, x), grid in zip(self._fitted(features), self.grids, strict=True):
             z, log_det = flow(x)
-            yield z, log_det, cast(HierarchicalGaussianMixture, prior).log_prob_by_class(z)
+            some = z[:, evidence_positions(grid).to(z.device)]
+            yield z, log_det, cast(HierarchicalGaussianMixture, prior).log_prob_by_class(some)
 
     @torch.inference_mode()
     def inferred_values(
@@ -374,24 +377,21 @@ class HGAD(Method):
             entropy: As of :meth:`level_values`.
         Returns:
             Level values as of :meth:`level_values`, the classes (B,) int64, and how sure they are: the share
-            of all positions at which the class is the likeliest, (B,).
+            of the positions asked at which the class is the likeliest, (B,).
         Raises:
             InputError: As of :meth:`by_class`.
         Source: paper Sec. 3.4, for every class in turn.
         """
-        latents, log_dets, densities = zip(*self.by_class(features), strict=True)
-        class_idx = torch.stack([class_evidence(by_class) for by_class in densities]).sum(0).argmax(1)
-        agree = torch.cat([by_class.argmax(-1) == class_idx[:, None] for by_class in densities], 1)
+        latents, log_dets, evidence = zip(*self.by_class(features), strict=True)
+        class_idx = torch.stack([class_evidence(by_class) for by_class in evidence]).sum(0).argmax(1)
+        agree = torch.cat([by_class.argmax(-1) == class_idx[:, None] for by_class in evidence], 1)
         log_probs, neg_entropies = [], []
-        for z, log_det, by_class, prior, grid in zip(
-            latents, log_dets, densities, self.priors, self.grids, strict=True
-        ):
-            own = by_class.gather(2, class_idx[:, None, None].expand(-1, by_class.shape[1], 1))[..., 0]
+        for z, log_det, prior, grid in zip(latents, log_dets, self.priors, self.grids, strict=True):
+            prior = cast(HierarchicalGaussianMixture, prior)
             scale = z.shape[-1] if self.per_dimension else 1
-            log_probs.append(((own + log_det) / scale).unflatten(1, grid))
+            log_probs.append(((prior.log_prob(z, class_idx) + log_det) / scale).unflatten(1, grid))
             if entropy:
-                found = cast(HierarchicalGaussianMixture, prior).neg_entropy(z)
-                neg_entropies.append(found.unflatten(1, grid))
+                neg_entropies.append(prior.neg_entropy(z).unflatten(1, grid))
         return LevelValues(tuple(log_probs), tuple(neg_entropies)), class_idx, agree.float().mean(1)
 
     def extra_repr(self) -> str:

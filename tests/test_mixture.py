@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from small import covariances, prior_with_covariances, reference_log_prob, reference_with_covariances
+from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from hgadlib.mixture import (
     GaussianPrior,
     HierarchicalGaussianMixture,
     center_logits,
+    evidence_positions,
     mixture_log_prob,
     standard_log_prob,
 )
@@ -142,6 +148,54 @@ def test_few_latents_make_fewer_clusters(latents: int, clusters: int) -> None:
     distinct, counts = found.unique(dim=0, return_counts=True)
     assert len(distinct) == clusters and counts.max() - counts.min() <= 1
     assert (found - z.mean(0)).norm(dim=1).max() <= (z - z.mean(0)).norm(dim=1).max() + 1e-4
+
+
+def test_prepared_mixtures_follow_every_change() -> None:
+    torch.manual_seed(0)
+    prior, other = (HierarchicalGaussianMixture(3, 4, 5, covariance="class") for _ in range(2))
+    z, class_idx = torch.randn(4, 6, 5), torch.tensor([2, 0, 2, 1])
+
+    def assert_fresh(prior: HierarchicalGaussianMixture) -> Tensor:
+        with torch.enable_grad():
+            expected = prior.log_prob(z, class_idx).detach()
+        assert prior.log_prob(z, class_idx).equal(expected)
+        assert prior.mixtures() is prior.mixtures()
+        return expected
+
+    def step() -> None:
+        prior.centers.grad = torch.ones_like(prior.centers)
+        torch.optim.SGD([prior.centers], lr=0.1).step()
+
+    changes: list[Callable[[], Any]] = [
+        lambda: prior.deltas.add_(1), lambda: prior.set_covariance(2, 4 * torch.eye(5)), step,
+        lambda: prior.psi_intra.normal_(), lambda: prior.set_centers(torch.zeros(3, 5)),
+        lambda: prior.split(torch.randn(90, 5), 0), lambda: prior.load_state_dict(other.state_dict()),
+    ]  # fmt: skip
+    with torch.no_grad():
+        found = [assert_fresh(prior)]
+        for change in changes:
+            change()
+            found.append(assert_fresh(prior))
+        assert all(not x.equal(y) for x, y in pairwise(found))
+        copied = copy.deepcopy(prior)
+        copied.deltas.add_(1)
+        assert not assert_fresh(copied).equal(assert_fresh(prior))
+        assert assert_fresh(prior.with_class(0)).shape == (4, 6)
+    with torch.inference_mode():
+        assert prior.log_prob(z, class_idx).equal(found[-1])
+
+
+@pytest.mark.parametrize(
+    ("grid", "count"),
+    [((1, 1), 1), ((7, 7), 49), ((8, 8), 64), ((16, 16), 64), ((32, 32), 64), ((9, 70), 69)],
+)
+def test_evidence_is_spread_over_the_grid(grid: tuple[int, int], count: int) -> None:
+    found = evidence_positions(grid)
+    assert len(found) == len(found.unique()) == count
+    height, width = grid
+    assert found.min() >= 0 and found.max() < height * width
+    for axis, length in ((found // width, height), (found % width, width)):  # as far from either end
+        assert abs(int(axis.min()) - (length - 1 - int(axis.max()))) <= 1
 
 
 def test_fixed_centres_and_weights_do_not_learn() -> None:
