@@ -44,7 +44,7 @@ class Whitening(NamedTuple):
     factor: Tensor
     log_det: Tensor
 
-    def of(self, class_idx: Tensor) -> Whitening:
+    def of(self, class_idx: Tensor | int) -> Whitening:
         """Take the factors of classes, (...,) int64, along the first axis."""
         return Whitening(self.factor[class_idx], self.log_det[class_idx])
 
@@ -85,8 +85,8 @@ class Mixtures(NamedTuple):
     log_weights: Tensor
     whitening: Whitening | None
 
-    def of(self, index: Tensor) -> Mixtures:
-        """Take some of them, (...) int64, along the first axis."""
+    def of(self, index: Tensor | int) -> Mixtures:
+        """Take some of them, (...) int64, or one along the first axis."""
         whitening = None if self.whitening is None else self.whitening.of(index)
         return Mixtures(self.origin[index], self.centers[index], self.log_weights[index], whitening)
 
@@ -146,11 +146,13 @@ def own_class_log_prob(z: Tensor, class_idx: Tensor, of_class: Callable[[Tensor]
     Args:
         z: Latents, (B, N, D).
         class_idx: Class of each image, (B,) int64.
-        of_class: The mixture of a class, by its index, () int64.
+        of_class: The mixture of a class, by its index, () int64, or of each of some, (1,).
     Returns:
         (B, N).
     Source: paper Sec. 3.4.
     """
+    if len(class_idx) == 1:  # no look at its value, which tensors without numbers do not have
+        return of_class(class_idx).of(0).log_prob(z[0])[None]
     images, found = [], []
     for k in class_idx.unique():
         own = (class_idx == k).nonzero()[:, 0]
