@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -331,13 +331,18 @@ class HierarchicalGaussianMixture(nn.Module):
         offsets = F.pad(self.deltas, (0, 0, 1, 0))
         return main[:, None] + offsets
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation, and forget what was prepared for densities."""
+        self._prepared = None  # fused optimisers change parameters without telling
+        return super().train(mode)
+
     def mixtures(self) -> Mixtures:
         """Mixtures of all classes, (K,), the main centres detached; prepared once where nothing is learnt."""
         tensors = [*self.parameters(), *self.buffers()]
-        if torch.is_grad_enabled() or any(x.is_inference() for x in tensors):
+        if torch.is_grad_enabled() or self.training or any(x.is_inference() for x in tensors):
             return mixtures(self.intra_centers(), self.log_weights_intra, self.whitening())
-        # A tensor that was changed in place has another version, another tensor another address: the ones
-        # seen last are kept, so that no new one takes theirs.
+        # A tensor that was changed in place has another version (but by a fused optimiser, see `train`),
+        # another tensor another address: the ones seen last are kept, so that no new one takes theirs.
         seen = [(x.data_ptr(), x._version) for x in tensors]
         if self._prepared is None or self._prepared[0] != seen:
             made = mixtures(self.intra_centers(), self.log_weights_intra, self.whitening())

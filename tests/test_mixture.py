@@ -152,7 +152,7 @@ def test_few_latents_make_fewer_clusters(latents: int, clusters: int) -> None:
 
 def test_prepared_mixtures_follow_every_change() -> None:
     torch.manual_seed(0)
-    prior, other = (HierarchicalGaussianMixture(3, 4, 5, covariance="class") for _ in range(2))
+    prior, other = (HierarchicalGaussianMixture(3, 4, 5, covariance="class").eval() for _ in range(2))
     z, class_idx = torch.randn(4, 6, 5), torch.tensor([2, 0, 2, 1])
 
     def assert_fresh(prior: HierarchicalGaussianMixture) -> Tensor:
@@ -166,8 +166,14 @@ def test_prepared_mixtures_follow_every_change() -> None:
         prior.centers.grad = torch.ones_like(prior.centers)
         torch.optim.SGD([prior.centers], lr=0.1).step()
 
+    def fused_step() -> None:  # it leaves no trace in the parameters' versions
+        prior.train()
+        prior.deltas.grad = torch.ones_like(prior.deltas)
+        torch.optim.Adam([prior.deltas], lr=0.1, fused=True).step()
+        prior.eval()
+
     changes: list[Callable[[], Any]] = [
-        lambda: prior.deltas.add_(1), lambda: prior.set_covariance(2, 4 * torch.eye(5)), step,
+        lambda: prior.deltas.add_(1), lambda: prior.set_covariance(2, 4 * torch.eye(5)), step, fused_step,
         lambda: prior.psi_intra.normal_(), lambda: prior.set_centers(torch.zeros(3, 5)),
         lambda: prior.split(torch.randn(90, 5), 0), lambda: prior.load_state_dict(other.state_dict()),
     ]  # fmt: skip
