@@ -131,7 +131,7 @@ def main() -> None:
                     return {}
                 calibrate(model, drawn.train, drawn.train_classes, drawn.calibration)
                 found = {
-                    f"{key}_auroc": metrics(model, of, config, pixels=False)["image_auroc"]
+                    f"{key}_auroc": metrics(model, of, config, pixels=False).get("image_auroc", np.nan)
                     for key, of in (("drawn", drawn), ("real", real))
                 }
                 held, held_classes = drawn.calibration or (drawn.train, drawn.train_classes)
@@ -169,7 +169,7 @@ def by_number_of_classes(
         for start in range(0, len(names), together):
             group = of_classes(inputs, names[start : start + together])
             model = trained(config, group)
-            own = metrics(model, group, config, pixels=False)["image_auroc"]
+            own = metrics(model, group, config, pixels=False).get("image_auroc", np.nan)
             found += [own] * len(group.dataset.classes)
         emit(
             NAME, "classes", dataset=name, change=change, together=together, real_auroc=float(np.mean(found))

@@ -466,8 +466,8 @@ class HierarchicalGaussianMixture(nn.Module):
 
     def log_prob_by_class(self, z: Tensor) -> Tensor:
         """Log-density under all centres of each class, in nats: (B, N, D) to (B, N, K)."""
-        found, classes = self.mixtures(), torch.arange(self.n_classes, device=z.device)
-        return torch.stack([found.of(k).log_prob(z) for k in classes], -1)
+        found = self.mixtures()
+        return torch.stack([found.of(k).log_prob(z) for k in range(self.n_classes)], -1)
 
     def neg_entropy(self, z: Tensor) -> Tensor:
         """Negative entropy over the main centres (Sec. 3.4), in nats: (..., N, D) to (..., N)."""
