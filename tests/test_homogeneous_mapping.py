@@ -21,6 +21,7 @@ from hgadbook.homogeneous_mapping import (
     course_sentences,
     course_table,
     drop_sentence,
+    overfit_sentences,
     training_course,
 )
 from hgadlib.config import load_config
@@ -63,6 +64,27 @@ def test_a_drop_under_a_falling_loss_is_seen() -> None:
     assert "the issue shows" in first and "25.0 points below" in first and "went on falling" in first
     assert "normal test positions changed by +1.000" in first
     assert "does not show in 6 epochs" in second and "1.0 below its best (epoch 4)" in second
+
+
+def test_overfitting_is_a_likelihood_that_falls_under_a_falling_loss() -> None:
+    untrained = pd.DataFrame({"epoch": [0], "test_log_prob_normal": [-1.0]})
+    told = {
+        "worse": history([0.8, 0.8, 0.8], nll=[3, 2, 1], normal=[-2, -1.5, -1.8]),
+        "from the start": pd.concat([untrained, history([0.8, 0.8], nll=[2, 1], normal=[-1.2, -1.3])]),
+        "unstable": history([0.8, 0.8], nll=[1, 3], normal=[-1, -3]),
+        "better": history([0.8, 0.8], nll=[3, 2], normal=[-3, -2]),
+        "about": history([0.8, 0.8], nll=[3, 2], normal=[-2, -2.001]),
+        "not looked at": history([0.8, 0.8], nll=[3, 2]),
+    }
+    said = dict(line.split(": ", 1) for line in overfit_sentences(told))
+    assert said["worse"].startswith("overfits") and "(epoch 4)" in said["worse"]
+    assert "0.300 nats per dimension below" in said["worse"] and "from 2.000 to 1.000" in said["worse"]
+    assert said["from the start"].startswith("overfits") and "(epoch 0)" in said["from the start"]
+    assert "from 2.000 to 1.000" in said["from the start"]
+    assert said["unstable"].startswith("does not overfit, and yet loses")
+    assert said["better"].endswith("ends at -2.000, its highest.")
+    assert said["about"].startswith("does not overfit") and "(epoch 2)" in said["about"]
+    assert said["not looked at"] == "not measured."
 
 
 def test_a_verdict_names_the_runs_that_drop() -> None:

@@ -46,6 +46,8 @@ FLOWS = {
 
 DROP = 2.0
 """Points of AUROC or overlap from which on a change counts as one: a smaller one is within what seeds do."""
+FALL = 0.01
+"""Nats per dimension from which on a log-likelihood counts as fallen."""
 
 # Images of each class that a sample holds, and images that pass a flow at a time.
 _PER_CLASS, _BATCH = 8, 32
@@ -284,6 +286,40 @@ def course_sentences(course: pd.DataFrame) -> list[str]:
                 f"{row['best epoch']:.0f}); less than {DROP:g} points count as none."
             )
         said.append(text)
+    return said
+
+
+def overfit_sentences(histories: Mapping[str, pd.DataFrame]) -> list[str]:
+    """State for each run whether it fits its training images at the cost of other normal ones.
+
+    It does where the log-likelihood of normal test images ends :data:`FALL` or more below its highest while
+    the loss is lower than it was there. Of the untrained model, epoch 0, there is no loss: then the first
+    trained epoch's stands for it.
+
+    Args:
+        histories: As of :func:`course_table`.
+    """
+    said = []
+    for name, history in histories.items():
+        looked = history[np.isfinite(_column(history, "test_log_prob_normal"))]
+        if len(looked) < 2:
+            said.append(f"{name}: not measured.")
+            continue
+        normal, epochs = looked["test_log_prob_normal"].to_numpy(), looked["epoch"].to_numpy()
+        best, loss = int(normal.argmax()), history.dropna(subset=["nll"]).set_index("epoch")["nll"]
+        then, last = float(loss[loss.index >= epochs[best]].iloc[0]), float(loss.iloc[-1])
+        fallen = float(normal[best] - normal[-1])
+        where = f"its highest of {normal[best]:.3f} (epoch {epochs[best]:.0f})"
+        if fallen < FALL:
+            text = f"does not overfit. The log-likelihood of normal test images ends at {normal[-1]:.3f}"
+            text += f"; {where}" if fallen else ", its highest"
+        else:
+            words = ("overfits", "falls") if last < then else ("does not overfit, and yet loses", "goes")
+            text = (
+                f"{words[0]}. The log-likelihood of normal test images ends {fallen:.3f} nats per dimension "
+                f"below {where}, while the loss {words[1]} from {then:.3f} to {last:.3f}"
+            )
+        said.append(f"{name}: {text}.")
     return said
 
 

@@ -166,9 +166,11 @@ Lead = tuple[float, np.ndarray]
 
 _PRIORS = {"single": "single Gaussian", "identity": "mixture, I", "covariance": "mixture, Sigma_y"}
 _FLOWS = {"affine": "affine", "additive": "additive", "none": "no flow"}
-_ROWS = {f"prior_{p}_{f}": f"{prior}; {flow}" for p, prior in _PRIORS.items() for f, flow in _FLOWS.items()}
-_ROWS |= {"hgad": "HGAD, the default"}
-_ROWS |= {"baseline_gaussians": "a Gaussian per class", "baseline_neighbours": "nearest neighbours"}
+PRIOR_ROWS = {
+    f"prior_{p}_{f}": f"{prior}; {flow}" for p, prior in _PRIORS.items() for f, flow in _FLOWS.items()
+}
+PRIOR_ROWS |= {"hgad": "HGAD, the default"}
+PRIOR_ROWS |= {"baseline_gaussians": "a Gaussian per class", "baseline_neighbours": "nearest neighbours"}
 
 
 def prior_runs(records: Iterable[Mapping[str, Any]], name: str = "prior") -> dict[str, PriorRuns]:
@@ -222,7 +224,7 @@ def prior_table(images: str, runs: PriorRuns, name: str = "prior") -> Styler:
     lines: dict[str, dict[str, str]] = {}
     experiments = load_grid(name).experiments
     for experiment in experiments:
-        of, row = runs.get(experiment, {}), _ROWS[experiment]
+        of, row = runs.get(experiment, {}), PRIOR_ROWS[experiment]
         line = lines[row] = {}
         for metric in ("image_auroc", "pixel_auroc"):
             for way, of_means in (
@@ -274,10 +276,8 @@ def prior_verdicts(found: Mapping[str, PriorRuns]) -> list[str]:
             known = leads_by_set(found, ours, theirs)
             if len(known) > 1:
                 known[f"mean of {len(known)} sets"] = mean_lead(known)
-            for images, lead in known.items():
-                said.append(
-                    f"{images}: {_ROWS[ours]} beside {_ROWS[theirs]}: {lead_text(lead)}, {_word(lead)}"
-                )
+            pair = f"{PRIOR_ROWS[ours]} beside {PRIOR_ROWS[theirs]}"
+            said += [f"{images}: {pair}: {lead_text(lead)}, {_word(lead)}" for images, lead in known.items()]
     return said
 
 
@@ -320,7 +320,7 @@ def candidate_gains(found: Mapping[str, PriorRuns]) -> pd.DataFrame:
     """
     lines = []
     for title, candidate in _CANDIDATES.items():
-        for experiment, method in _ROWS.items():
+        for experiment, method in PRIOR_ROWS.items():
             gains = {
                 images: [gain for r in runs.get(experiment, {}).values() if (gain := _gain(r, candidate))]
                 for images, runs in found.items()
