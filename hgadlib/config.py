@@ -73,8 +73,9 @@ class DataConfig:
     """False leaves bad images out and lists them in the run record."""
     bit_depth: Annotated[Whole, Field(ge=8, le=16)] | None = None
     """Bits in use of files that hold 16 a channel; None finds them over the training images."""
-    held_out: Annotated[Real, Field(ge=0, le=0.5)] = 0.5
-    """Share of each class's training images kept out of training, to calibrate scores on."""
+    held_out: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
+    """Share of each class's training images kept out of training, to calibrate scores on; 0 calibrates on
+    those trained on."""
     threshold: Annotated[Real, Field(ge=0, le=0.5)] = 0.0
     """Share of each class's training images kept out of all this first, to choose thresholds on."""
     num_workers: Annotated[Whole, Field(ge=1, le=1024)] | None = None

@@ -583,8 +583,7 @@ class Detector(BaseEstimator):
         assert train is not None  # of no class more than half is kept aside
 
         def batches() -> Iterator[tuple[list[Tensor], Tensor]]:
-            # As many images as a class of a run starts from.
-            sample = spread_sample(np.zeros(len(train), int), 1, 64)
+            sample = spread_sample(np.zeros(len(train), int), 1, self.model_.images_to_split)
             for index, features in train.batches(sample.split(32), self.model_.device):
                 yield features, torch.zeros(len(index), dtype=torch.int64, device=self.model_.device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, cast
@@ -21,8 +22,8 @@ from hgadlib.mixture import GaussianPrior, HierarchicalGaussianMixture, class_ev
 from hgadlib.scoring import LevelValues
 
 Prior = HierarchicalGaussianMixture | GaussianPrior
-# Positions of each image that k-means sees, at least; and latents for each centre, were there 64 images.
-_POSITIONS, _PER_CENTER = 64, 32
+# Images of each class that k-means sees at least, positions of each likewise, and latents for each centre.
+_IMAGES, _POSITIONS, _PER_CENTER = 64, 64, 32
 
 
 class _Size:
@@ -220,28 +221,42 @@ class HGAD(Method):
             )
             made._place_classes(own, means=True)
             if made.splits_centers:
-                made.split_centers(own(), seed=seed)
+                counts = torch.zeros(len(made.classes), dtype=torch.int64)
+                counts[k] = sum(len(class_idx) for _, class_idx in own())
+                made.split_centers(own(), counts, seed=seed)
         return made
 
+    @property
+    def images_to_split(self) -> int:
+        """Images of each class that :meth:`split_centers` is best given, or all where there are fewer.
+
+        A position each way of an image is like the next, so clusters are better of few positions of many
+        images than the other way round.
+        """
+        return max(_IMAGES, _PER_CENTER * self.prior_config.n_centers // _POSITIONS)
+
     @torch.no_grad()
-    def split_centers(self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], *, seed: int = 0) -> None:
+    def split_centers(
+        self, batches: Iterable[tuple[Sequence[Tensor], Tensor]], counts: Tensor, *, seed: int = 0
+    ) -> None:
         """Put the offsets within each class on the clusters of its latents; see the mixture's ``split``.
 
         Args:
             batches: Training images: features, one (B, H*W, C) a level, and class indices, (B,).
+            counts: How many of them are of each class, (K,): of fewer images more positions are taken.
             seed: Of the positions taken and of k-means.
         Raises:
             FloatingPointError: A latent is not finite.
         """
         generator = torch.Generator().manual_seed(seed)
-        positions = max(_POSITIONS, _PER_CENTER * self.prior_config.n_centers // _POSITIONS)
+        wanted = _PER_CENTER * self.prior_config.n_centers
+        positions = [max(_POSITIONS, math.ceil(wanted / max(n, 1))) for n in counts.tolist()]
         latents: list[list[list[Tensor]]] = [[[] for _ in self.classes] for _ in self.levels]
         for features, class_idx in batches:
             for (flow, _), x, own in zip(self.levels, features, latents, strict=True):
-                chosen = torch.randperm(x.shape[1], generator=generator)[:positions].to(x.device)
-                z = flow(x)[0][:, chosen].cpu()
+                order, z = torch.randperm(x.shape[1], generator=generator), flow(x)[0].cpu()
                 for k in class_idx.unique().tolist():
-                    own[k].append(z[class_idx.cpu() == k].flatten(0, 1))
+                    own[k].append(z[class_idx.cpu() == k][:, order[: positions[k]]].flatten(0, 1))
         tasks = []
         for level, ((_, prior), own) in enumerate(zip(self.levels, latents, strict=True)):
             for k, parts in enumerate(own):

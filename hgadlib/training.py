@@ -265,16 +265,18 @@ def _mean_terms(
     return means
 
 
-def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int, per_class: int = 64) -> None:
+def split_centers(model: HGAD, features: Features, labels: Tensor, *, seed: int) -> None:
     """Start the second stage with the centres within each class on clusters of its latents.
 
     Raises:
         FloatingPointError: The last step of the first stage has left weights that are not finite.
     """
-    sample = spread_sample(labels.cpu().numpy(), len(model.classes), per_class)
+    own, classes = labels.cpu(), len(model.classes)
+    sample = spread_sample(own.numpy(), classes, model.images_to_split)
+    counts = torch.bincount(own[sample], minlength=classes)
     batches = features.batches(sample.split(32), model.device)
     try:
-        model.split_centers(((x, labels[index.to(model.device)]) for index, x in batches), seed=seed)
+        model.split_centers(((x, labels[index.to(model.device)]) for index, x in batches), counts, seed=seed)
     except FloatingPointError as error:
         raise FloatingPointError(f"at the start of the second stage, {error}; {_ADVICE}") from None
 

@@ -295,11 +295,26 @@ def test_a_covariance_is_about_the_class_s_own_mean_wherever_centres_start(init:
         assert not prior.state_dict()["centers"].equal(same.state_dict()["centers"])
 
 
+def test_clusters_are_of_as_many_images_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hgadlib.model._POSITIONS", 1)
+    monkeypatch.setattr("hgadlib.model._PER_CENTER", 2)
+    made, seen = with_covariances("class", n_centers=3), []
+    assert made.images_to_split == 64
+    data = features(20)[0]
+    labels = torch.tensor([0] * 18 + [1] * 2)
+    monkeypatch.setattr(
+        HierarchicalGaussianMixture, "split", lambda self, z, k, *, seed: seen.append((k, len(z)))
+    )
+    made.split_centers([(list(data.levels), labels)], torch.bincount(labels, minlength=3))
+    # Six latents a class and level: one position of each of 18 images, three of each of two.
+    assert sorted(seen) == [(0, 18), (0, 18), (1, 6), (1, 6), (2, 0), (2, 0)]
+
+
 @pytest.mark.parametrize("covariance", ["class", "learnt"])
 def test_a_model_with_covariances_trains_and_is_saved(covariance: str, tmp_path: Path) -> None:
     made, (data, class_idx) = with_covariances(covariance, layers=2, n_centers=3), shaped_features()
     labels = torch.from_numpy(class_idx)
-    made.split_centers([(list(data.levels), labels)])
+    made.split_centers([(list(data.levels), labels)], torch.bincount(labels, minlength=3))
     optimiser = torch.optim.Adam(made.parameters(), lr=1e-2)
     losses = []
     for _ in range(8):
