@@ -37,7 +37,8 @@ from hgadlib.runs.inputs import Inputs, class_masks, prepare
 from hgadlib.training import calibrate, fit
 
 NAME = "fit"
-_BEFORE = {"prior.n_centers": 10, "prior.shrinkage": 0.01, "train.smooth": False}
+_HALF = {"data.held_out": 0.5}
+_BEFORE = {**_HALF, "prior.n_centers": 10, "prior.shrinkage": 0.01, "train.smooth": False}
 START = {"train.lr": 4e-3, "train.gradient_clip": 100.0, **_BEFORE}
 """What the changes are made to: the default of then. What they showed of several classes lowered the rate."""
 CHANGES: dict[str, dict[str, Any]] = {
@@ -59,20 +60,24 @@ CHANGES: dict[str, dict[str, Any]] = {
     "covariance I": {"prior.covariance": "identity"},
     "one Gaussian": {"prior.kind": "single"},
 }
-_LOOKED_FOR = {"prior.n_centers": 512}
+_LOOKED_FOR = {**_HALF, "prior.n_centers": 512}
 PRIORS: dict[str, dict[str, Any]] = {
     "default": {},
-    "as before": _BEFORE,
-    "1 centre": {"prior.n_centers": 1},
-    "64 centres": {"prior.n_centers": 64},
-    "512 centres": _LOOKED_FOR,
-    "512, shrinkage 0.01": {**_LOOKED_FOR, "prior.shrinkage": 0.01},
-    "512, shrinkage 0.1": {**_LOOKED_FOR, "prior.shrinkage": 0.1},
-    "512, shrinkage 1": {**_LOOKED_FOR, "prior.shrinkage": 1.0},
-    "512, no noise": {**_LOOKED_FOR, "train.smooth": False},
     "no flow": {"flow.layers": 0},
+    "2048 centres": {"prior.n_centers": 2048},
+    "half held out": _HALF,
+    "half, as before": _BEFORE,
+    "half, 1 centre": {**_HALF, "prior.n_centers": 1},
+    "half, 64 centres": {**_HALF, "prior.n_centers": 64},
+    "half, 512 centres": _LOOKED_FOR,
+    "half, 512, shrinkage 0.01": {**_LOOKED_FOR, "prior.shrinkage": 0.01},
+    "half, 512, shrinkage 0.1": {**_LOOKED_FOR, "prior.shrinkage": 0.1},
+    "half, 512, shrinkage 1": {**_LOOKED_FOR, "prior.shrinkage": 1.0},
+    "half, 512, no noise": {**_LOOKED_FOR, "train.smooth": False},
+    "half, no flow": {**_HALF, "flow.layers": 0},
 }
-"""Parts of the prior, changed one at a time from the default or, where the name says it, from 512 centres."""
+"""Parts of the prior, changed one at a time from the default, or from half of the training images held out to
+calibrate on, or from that and 512 centres, as the name says."""
 
 
 def main() -> None:
@@ -107,22 +112,29 @@ def main() -> None:
         made = make_validation(dataset, Path(folder) / "drawn")
         given = {"dataset": "folder", "data_root": str(made), "device": args.device, "epochs": args.epochs}
         shared = {"data.image_size": args.image_size, "features.pyramid": None, "train.evaluate_every": 1}
-        drawn = prepare(load_config(**given, overrides=shared), progress=False)
-        records = real_records(dataset, drawn.dataset)
-        features = dataset_features(records, drawn.backbone, image_size=args.image_size, progress=False)
-        train = (*drawn.dataset.train, *drawn.dataset.held_out)
-        real = replace(drawn, dataset=replace(drawn.dataset, records=(*train, *records)), test=features)
+        whole = prepare(load_config(**given, overrides=shared), progress=False)
+        half = prepare(load_config(**given, overrides=shared | _HALF), progress=False)
+        records = real_records(dataset, whole.dataset)
+        features = dataset_features(records, whole.backbone, image_size=args.image_size, progress=False)
+
+        def tested_on_real(inputs: Inputs) -> Inputs:
+            train = (*inputs.dataset.train, *inputs.dataset.held_out)
+            return replace(inputs, dataset=replace(inputs.dataset, records=(*train, *records)), test=features)
+
         for together in args.together:
-            by_number_of_classes(name, given, shared, together or len(dataset.classes), real)
+            classes = together or len(dataset.classes)
+            by_number_of_classes(name, given, shared, classes, tested_on_real(whole))
         for change in (args.priors or PRIORS) if args.priors is not None else ():
             config = load_config(**given, overrides={**shared, **PRIORS[change]})
-            model = trained(config, drawn)
+            drawn = half if config.data.held_out else whole
+            model, real = trained(config, drawn), tested_on_real(drawn)
             figures = {
                 f"{key}_{metric}": value
                 for key, of in (("drawn", drawn), ("real", real))
                 for metric, value in metrics(model, of, config).items()
             }
             emit(NAME, "prior", dataset=name, change=change, epochs=args.epochs, **figures)
+        drawn, real = half, tested_on_real(half)
         for change in args.changes if not args.together and args.priors is None else ():
             config = load_config(**given, overrides={**shared, **START, **CHANGES[change]})
 

@@ -228,7 +228,7 @@ class ScoreConfig:
 
     criterion: Literal["likelihood", "entropy", "both"] = "likelihood"
     normalisation: Literal["calibrated", "inductive", "transductive", "raw"] = "calibrated"
-    """calibrated standardises by normal images held out of training (data.held_out), else by the training
+    """calibrated standardises by normal images held out of training (data.held_out) or by the training
     images; two are scoring.inductive and scoring.transductive; raw takes values as they are."""
     image: Literal["maximum", "top", "quantile"] = "maximum"
     """An image's score, of all levels' map: maximum, mean of the highest share, or what that exceeds."""

@@ -23,7 +23,7 @@ from hgadlib.scoring import LevelValues
 
 Prior = HierarchicalGaussianMixture | GaussianPrior
 # Images of each class that k-means sees at least, positions of each likewise, and latents for each centre.
-_IMAGES, _POSITIONS, _PER_CENTER = 64, 64, 32
+_IMAGES, _POSITIONS, _PER_CENTER = 64, 64, 64
 
 
 class _Size:

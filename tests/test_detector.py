@@ -131,7 +131,7 @@ def test_fit_on_a_folder_is_the_run_that_papermill_makes(home: Path) -> None:
         assert_same_weights(weights(found), dict(model.state_dict()))
     # Images kept aside take no part in the training.
     splits = (inputs.dataset.train, inputs.dataset.held_out, inputs.dataset.threshold)
-    assert [len(part) for part in splits] == [6, 4, 2]
+    assert [len(part) for part in splits] == [10, 0, 2]
     rates = found.evaluate(root, progress=False)
     assert rates["metrics"]["mean"] == found.metrics_["mean"]
     assert rates["false_alarms"]["all"].endswith("of 6") and rates["found"]["disc"].endswith("of 3")
@@ -170,7 +170,7 @@ def test_fit_on_images_of_one_class(home: Path) -> None:
 def test_fit_takes_no_test_image_of_a_class_folder(home: Path) -> None:
     root = image_folder(home / "with_tests", classes=("disc",))
     found = tiny(home / "no_tests", false_alarm_rate=0.5).fit({"part": root / "disc"}, progress=False)
-    assert found.trained_on_["images"] == {"part": {"train": 3, "held_out": 2, "threshold": 1, "test": 0}}
+    assert found.trained_on_["images"] == {"part": {"train": 5, "held_out": 0, "threshold": 1, "test": 0}}
     two = image_folder(home / "two_classes")
     with pytest.raises(InputError, match="expected images of class 'part' alone, found disc, square"):
         tiny(home / "two").fit({"part": two}, progress=False)
@@ -773,7 +773,7 @@ def test_add_class_leaves_the_others_and_says_what_it_costs(detector: Detector, 
     assert grown.classes_ == ("blue", "green", "red") and detector.classes_ == ("green", "red")
     assert_same_weights(weights(detector), before)
     # Parted as fit parts them: the same images for the same purpose, so the same for the retrained one.
-    assert report.images == {"train": 18, "held_out": 18, "threshold": 9} and report.promise == "class"
+    assert report.images == {"train": 36, "held_out": 0, "threshold": 9} and report.promise == "class"
     assert grown.trained_on_["threshold"] == retrained.trained_on_["threshold"]
     for one, other in zip(images, grown.predict(images), strict=True):
         assert other.score == pytest.approx(scores.pop(0), abs=1e-4), one.shape
