@@ -805,7 +805,7 @@ Anomaly detector for {count} class(es): {classes}.
 
 ## Trained on
 
-Dataset `{dataset}`, normal images only: {train} to train, {held_out} to calibrate scores, {kept} to
+Dataset `{dataset}`, normal images only: {train} to train, {held_out} more to calibrate scores, {kept} to
 choose thresholds; seed {seed}.{added}
 
 ## Decision

@@ -97,7 +97,7 @@ def rows(text: str) -> list[dict[str, object]]:
 def test_fit_says_what_it_learnt_from_and_what_to_do_next(made: Made) -> None:
     lines = made.out.splitlines()
     assert lines[0].split()[:5] == ["class", "train", "calibrate", "threshold", "test"]
-    assert lines[1].split() == ["disc", "11", "11", "8", "8", "class"]
+    assert lines[1].split() == ["disc", "22", "0", "8", "8", "class"]
     assert "image_auroc" in made.out and Path(made.model).with_suffix(".md").is_file()
     assert f"hgad evaluate {made.model}" in made.err and f"hgad predict {made.model}" in made.err
 
@@ -372,7 +372,7 @@ def test_add_class_writes_another_detector_and_says_what_it_costs(
     seen = capsys.readouterr()
     assert [line.split() for line in seen.out.splitlines()] == [
         ["class", "train", "calibrate", "threshold", "rate", "promised", "over"],
-        ["ring", "11", "11", "8", "class"],
+        ["ring", "22", "0", "8", "class"],
     ]
     assert str(out) in seen.err and f"hgad predict {out}" in seen.err
     assert Path(made.model).read_bytes() == before and out.with_suffix(".md").is_file()
