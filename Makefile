@@ -66,14 +66,16 @@ test: lint
 # No news, no look for updates, no list of extensions: nothing is asked of another machine.
 LAB_OPTIONS := --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
   --LabApp.extension_manager=readonly
-# Nor does JupyterLab ask on its first start whether to fetch news.
+# Nor does JupyterLab ask on its first start whether to fetch news. What widgets call runs between the cells, not
+# in a thread beside them: a kernel has lost changes in that way.
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
+LAB_OVERRIDES := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}, \
+  "@jupyterlab/apputils-extension:kernels-settings": {"commsOverSubshells": "disabled"}}
 
 # One folder of data for JupyterLab, whose kernels run in book/, and for papermill.
 lab: $(READY)
 	@mkdir -p $(LAB_SETTINGS)
-	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
-	  > $(LAB_SETTINGS)/overrides.json
+	@echo '$(LAB_OVERRIDES)' > $(LAB_SETTINGS)/overrides.json
 	@HGAD_DATA="$${HGAD_DATA:-$(CURDIR)/data}" $(BIN)/python -m jupyter lab $(LAB_OPTIONS) book/explore.ipynb
 
 ablations: $(READY)

@@ -300,12 +300,15 @@ def jupyter_lab(folder: Path, home: Path, deadline: Deadline) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token = secrets.token_hex(16)
-    options = lab_options()
+    settings = home / "settings"
+    settings.mkdir()
+    (settings / "overrides.json").write_text(makefile_value("LAB_OVERRIDES"), encoding="utf-8")
     command = [
         sys.executable,
         "-m",
         "jupyterlab",
-        *options,
+        *makefile_value("LAB_OPTIONS").split(),
+        f"--LabApp.app_settings_dir={settings}",
         "--no-browser",
         "--allow-root",
         "--expose-app-in-browser",
@@ -348,18 +351,18 @@ def jupyter_lab(folder: Path, home: Path, deadline: Deadline) -> Iterator[str]:
         log.close()
 
 
-def lab_options() -> list[str]:
-    """Read from the Makefile how `make lab` starts JupyterLab."""
+def makefile_value(name: str) -> str:
+    """Read from the Makefile with what `make lab` starts JupyterLab."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
-    (line,) = [line for line in text.splitlines() if line.startswith("LAB_OPTIONS :=")]
-    return line.partition(":=")[2].split()
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{name} :=")]
+    return line.partition(":=")[2].strip()
 
 
 def test_make_lab_asks_no_other_machine() -> None:
     pytest.importorskip("jupyterlab", reason="needs the extra: book")
     from jupyterlab.labapp import LabApp
 
-    found = dict(option.removeprefix("--").split("=") for option in lab_options())
+    found = dict(option.removeprefix("--").split("=") for option in makefile_value("LAB_OPTIONS").split())
     assert found == {
         "LabApp.news_url": "None",
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
@@ -369,6 +372,20 @@ def test_make_lab_asks_no_other_machine() -> None:
         assert name.removeprefix("LabApp.") in LabApp.class_trait_names(), name
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "$(LAB_OPTIONS) book/explore.ipynb" in makefile
+
+
+def test_make_lab_sets_what_jupyterlab_knows() -> None:
+    jupyterlab = pytest.importorskip("jupyterlab", reason="needs the extra: book")
+    from jupyterlab.commands import get_app_dir
+
+    schemas = Path(get_app_dir()) / "schemas"
+    assert schemas.is_dir(), jupyterlab.__version__
+    for plugin, given in json.loads(makefile_value("LAB_OVERRIDES")).items():
+        extension, _, name = plugin.partition(":")
+        known = json.loads((schemas / extension / f"{name}.json").read_text(encoding="utf-8"))["properties"]
+        for key, value in given.items():
+            allowed = [choice["const"] for choice in known[key].get("oneOf", [])] or known[key].get("enum")
+            assert allowed is None or value in allowed, f"{plugin}: {key}"
 
 
 @contextlib.contextmanager
@@ -408,11 +425,12 @@ app.restored.then(async () => {
 def test_in_a_browser_widgets_change_the_figure(done: Done, tmp_path: Path) -> None:
     pytest.importorskip("jupyterlab", reason="needs the extra: book")
     pytest.importorskip("selenium", reason="needs the extra: test")
+    from selenium.common.exceptions import TimeoutException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
-    deadline = Deadline(240)
+    deadline = Deadline(300)
     lab, home = tmp_path / "lab", tmp_path / "home"
     lab.mkdir()
     home.mkdir()
@@ -426,8 +444,8 @@ def test_in_a_browser_widgets_change_the_figure(done: Done, tmp_path: Path) -> N
     )
     with jupyter_lab(lab, home, deadline) as address, browser(tmp_path / "profile") as driver:
 
-        def until(condition: Any, message: str = "") -> Any:
-            return WebDriverWait(driver, deadline.left, 0.2).until(condition, message)
+        def until(condition: Any) -> Any:
+            return WebDriverWait(driver, deadline.left, 0.2).until(condition)
 
         def all_of(selector: str) -> list[Any]:
             found: list[Any] = driver.find_elements(By.CSS_SELECTOR, selector)
@@ -436,7 +454,13 @@ def test_in_a_browser_widgets_change_the_figure(done: Done, tmp_path: Path) -> N
         def shows(state: State, other_than: Any = None) -> Any:
             """Wait for the line of a state and for another figure; give the figure's address."""
             line = str(done.explorer.view(state))
-            until(lambda _: line in all_of(".hgad-verdict")[0].text, message=f"expected: {line}")
+            try:
+                until(lambda _: line in all_of(".hgad-verdict")[0].text)
+            except TimeoutException:
+                lists = all_of(".hgad-explorer select")
+                chosen = [Select(found).first_selected_option.text for found in lists]
+                seen, log = all_of(".hgad-verdict")[0].text, (home / "lab.log").read_text()[-2000:]
+                pytest.fail(f"expected: {line}\nfound: {seen}, of {chosen}\n{log}")
             figure = ".hgad-explorer img"
             return until(lambda _: (src := all_of(figure)[0].get_attribute("src")) != other_than and src)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -343,8 +342,9 @@ def draw(explorer: Explorer, view: View) -> Figure:
     """Draw an image, its map, its true mask and the mask at the threshold; below, latents and scores."""
     state, limits = view.state, explorer.limits(view.state.class_name, view.state.criterion)
     # Places are fixed, since solving a layout takes longer than all the rest.
-    figure = plt.figure(figsize=(11, 6.1), dpi=100, layout="none")
-    plt.close(figure)  # a notebook shows it where it is asked for, not at the end of the cell
+    # Not by pyplot, whose state is not made for the threads in which JupyterLab may run what widgets call.
+    figure = Figure(figsize=(11, 6.1), dpi=100)
+    figure.set_layout_engine("none")
     text = f"{literal(view.name, 80)}, {CRITERIA[state.criterion]}\n{literal(str(view), 160)}"
     figure.text(0.055, 0.985, text, va="top", fontsize=11)
     grid = {"left": 0.055, "right": 0.975, "bottom": 0.5, "top": 0.86, "wspace": 0.2}
