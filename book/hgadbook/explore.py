@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, cast
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -338,12 +339,20 @@ def overview(explorer: Explorer) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
 
 
-def draw(explorer: Explorer, view: View) -> Figure:
-    """Draw an image, its map, its true mask and the mask at the threshold; below, latents and scores."""
+def draw(explorer: Explorer, view: View, figure: Figure | None = None) -> Figure:
+    """Draw an image, its map, its true mask and the mask at the threshold; below, latents and scores.
+
+    Args:
+        explorer: Has the latents and the class's scores.
+        view: What to draw.
+        figure: Empty, to draw it on; None for one of pyplot's, which a notebook knows how to show.
+    """
     state, limits = view.state, explorer.limits(view.state.class_name, view.state.criterion)
+    if figure is None:
+        figure = plt.figure()
+        plt.close(figure)  # a notebook shows it where it is asked for, not at the end of the cell
+    figure.set(size_inches=(11, 6.1), dpi=100)
     # Places are fixed, since solving a layout takes longer than all the rest.
-    # Not by pyplot, whose state is not made for the threads in which JupyterLab may run what widgets call.
-    figure = Figure(figsize=(11, 6.1), dpi=100)
     figure.set_layout_engine("none")
     text = f"{literal(view.name, 80)}, {CRITERIA[state.criterion]}\n{literal(str(view), 160)}"
     figure.text(0.055, 0.985, text, va="top", fontsize=11)
@@ -483,8 +492,10 @@ class ExplorerApp:
     def _show(self, state: State) -> None:
         self.state, view, png = state, self.explorer.view(state), io.BytesIO()
         self.verdict.value = f"<b>{html.escape(str(view))}</b>"
-        # Not savefig, which the theme has draw twice, at the resolution of paper.
-        FigureCanvasAgg(draw(self.explorer, view)).print_png(png, pil_kwargs={"compress_level": 1})
+        # Not pyplot, whose state is not made for the threads in which JupyterLab may run what widgets call;
+        # nor savefig, which the theme has draw twice, at the resolution of paper.
+        canvas = FigureCanvasAgg(draw(self.explorer, view, Figure()))
+        canvas.print_png(png, pil_kwargs={"compress_level": 1})
         self.figure.value = png.getvalue()
 
     def _put(self, state: State) -> None:
