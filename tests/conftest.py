@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads of several workers on the same cores wait for each other; read when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell has its background commands ignore Ctrl-C, and what they start inherits that: the commands
+    # that are interrupted here as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
