@@ -261,6 +261,7 @@ class HGAD(Method):
         for level, ((_, prior), own) in enumerate(zip(self.levels, latents, strict=True)):
             for k, parts in enumerate(own):
                 z = torch.cat(parts) if parts else torch.empty(0)
+                parts.clear()  # held twice, the latents of all classes would be a training's peak of memory
                 if not z.isfinite().all():
                     raise FloatingPointError(
                         f"level {level + 1}: latents of class {self.classes[k]!r} are not finite"
