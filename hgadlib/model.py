@@ -251,17 +251,24 @@ class HGAD(Method):
         generator = torch.Generator().manual_seed(seed)
         wanted = _PER_CENTER * self.prior_config.n_centers
         positions = [max(_POSITIONS, math.ceil(wanted / max(n, 1))) for n in counts.tolist()]
-        latents: list[list[list[Tensor]]] = [[[] for _ in self.classes] for _ in self.levels]
+        # Their place is made beforehand: parts to be joined are a training's peak of memory.
+        latents = [
+            [torch.empty(n, min(p, h * w), dim) for n, p in zip(counts.tolist(), positions, strict=True)]
+            for dim, (h, w) in zip(self.channels, self.grids, strict=True)
+        ]
+        images = torch.zeros_like(counts)
         for features, class_idx in batches:
+            found = torch.bincount(class_idx.cpu(), minlength=len(counts))
             for (flow, _), x, own in zip(self.levels, features, latents, strict=True):
                 order, z = torch.randperm(x.shape[1], generator=generator), flow(x)[0].cpu()
                 for k in class_idx.unique().tolist():
-                    own[k].append(z[class_idx.cpu() == k][:, order[: positions[k]]].flatten(0, 1))
+                    mine = z[class_idx.cpu() == k][:, order[: positions[k]]]
+                    own[k][images[k] : images[k] + found[k]] = mine
+            images += found
         tasks = []
         for level, ((_, prior), own) in enumerate(zip(self.levels, latents, strict=True)):
-            for k, parts in enumerate(own):
-                z = torch.cat(parts) if parts else torch.empty(0)
-                parts.clear()  # held twice, the latents of all classes would be a training's peak of memory
+            for k, held in enumerate(own):
+                z = held[: images[k]].flatten(0, 1)
                 if not z.isfinite().all():
                     raise FloatingPointError(
                         f"level {level + 1}: latents of class {self.classes[k]!r} are not finite"
