@@ -253,8 +253,11 @@ class HGAD(Method):
         positions = [max(_POSITIONS, math.ceil(wanted / max(n, 1))) for n in counts.tolist()]
         # Their place is made beforehand: parts to be joined are a training's peak of memory.
         latents = [
-            [torch.empty(n, min(p, h * w), dim) for n, p in zip(counts.tolist(), positions, strict=True)]
-            for dim, (h, w) in zip(self.channels, self.grids, strict=True)
+            [
+                torch.empty(n, min(p, h * w), cast(HierarchicalGaussianMixture, prior).centers.shape[1])
+                for n, p in zip(counts.tolist(), positions, strict=True)
+            ]
+            for prior, (h, w) in zip(self.priors, self.grids, strict=True)
         ]
         images = torch.zeros_like(counts)
         for features, class_idx in batches:
