@@ -259,19 +259,19 @@ class HGAD(Method):
             ]
             for prior, (h, w) in zip(self.priors, self.grids, strict=True)
         ]
-        images = torch.zeros_like(counts)
+        filled = [0] * len(positions)
         for features, class_idx in batches:
-            found = torch.bincount(class_idx.cpu(), minlength=len(counts))
+            images = {k: (class_idx == k).nonzero()[:, 0].cpu() for k in class_idx.unique().tolist()}
             for (flow, _), x, own in zip(self.levels, features, latents, strict=True):
                 order, z = torch.randperm(x.shape[1], generator=generator), flow(x)[0].cpu()
-                for k in class_idx.unique().tolist():
-                    mine = z[class_idx.cpu() == k][:, order[: positions[k]]]
-                    own[k][images[k] : images[k] + found[k]] = mine
-            images += found
+                for k, mine in images.items():
+                    own[k][filled[k] : filled[k] + len(mine)] = z[mine][:, order[: positions[k]]]
+            for k, mine in images.items():
+                filled[k] += len(mine)
         tasks = []
         for level, ((_, prior), own) in enumerate(zip(self.levels, latents, strict=True)):
             for k, held in enumerate(own):
-                z = held[: images[k]].flatten(0, 1)
+                z = held[: filled[k]].flatten(0, 1)
                 if not z.isfinite().all():
                     raise FloatingPointError(
                         f"level {level + 1}: latents of class {self.classes[k]!r} are not finite"

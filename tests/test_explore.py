@@ -430,7 +430,7 @@ def test_in_a_browser_widgets_change_the_figure(done: Done, tmp_path: Path) -> N
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
-    deadline = Deadline(300)
+    deadline = Deadline(240)
     lab, home = tmp_path / "lab", tmp_path / "home"
     lab.mkdir()
     home.mkdir()
