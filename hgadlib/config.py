@@ -54,6 +54,8 @@ Count = Annotated[Whole, Field(ge=1, le=10**6)]
 Share = Annotated[Real, Field(ge=0, le=1)]
 Beta = Annotated[Real, Field(ge=0, lt=1)]
 Method = Literal["hgad", "neighbours", "padim", "patchcore", "uniad", "stfpm", "draem", "pmad", "omnial"]
+ONE_PASS: tuple[str, ...] = ("neighbours", "padim", "patchcore")
+"""Methods that learn in one pass: no setting of epochs or steps changes them."""
 Weight = Annotated[Real, Field(ge=0, le=1e9)]
 
 
@@ -612,6 +614,8 @@ def training_key(config: Config, *, seed: bool = True) -> str:
     if config.method != "hgad":  # what it does not read
         del identity["flow"], identity["prior"], identity["loss"]
         identity["train"].pop("smooth", None)
+        if config.method in ONE_PASS:
+            del identity["train"]
     elif config.prior.kind == "single":
         identity["prior"] = {"kind": "single", "shrinkage": config.prior.shrinkage}
     if not seed:

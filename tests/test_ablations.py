@@ -227,7 +227,7 @@ def test_hgad_and_the_single_gaussian_under_equal_settings(records: list[dict[st
     assert [line["images"] for line in found] == ["demo"]
     assert found[0]["differences"] == pytest.approx([5, 5, 6]) and found[0]["method"] == "HGAD, lambda2 = 10"
     means = mean_over_seeds(runs[runs["class"] == "mean"]).set_index(["images", "method"])
-    assert means.loc[("demo", "single Gaussian"), "image_auroc"] == "72.0 ± 5.0"
+    assert means.loc[("demo", "single Gaussian"), "image_auroc"] == "72.0\xa0±\xa05.0"
     assert means.loc[("elpv", "HGAD, lambda2 = 10"), "pixel_auroc"] == "–"
     longer = copy.deepcopy(records[0])
     longer["config"]["train"]["epochs"] = 99
@@ -253,7 +253,7 @@ def test_every_claim_of_all_tables_is_held_against_the_ledger(records: list[dict
     assert list(lead["ours"]) == pytest.approx([46 / 3] * 2)
     styler: Any = claims_table(found, caption="", name="f")
     shown = styler.data
-    assert shown.loc["3a: ICG + MIM + Intra over SGC", "demo"] == "+5.3 ± 1.4, seen"
+    assert shown.loc["3a: ICG + MIM + Intra over SGC", "demo"] == "+5.3\xa0±\xa01.4, seen"
     assert shown.loc["3a: FMC over SGC", "demo"] == "not measured"
     assert len(shown) == len(found[found["metric"] == "image_auroc"][["table", "claim"]].drop_duplicates())
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hgadlib.config import load_config, training_key
+from hgadlib.baselines import METHODS
+from hgadlib.config import ONE_PASS, load_config, training_key
 from hgadlib.errors import InputError
 from hgadlib.runs.grid import load_grid
 
@@ -44,6 +45,15 @@ def test_what_makes_two_runs_the_same() -> None:
     assert training_key(load_config(dataset="demo", overrides={"score.sigma": 3})) != key
     assert training_key(load_config(dataset="demo", overrides={"loss.lambda2": 3})) != key
     assert training_key(load_config(dataset="demo", seed=1)) != key
+    # What learns in one pass has no epochs, so that a change of theirs makes no stranger of its runs.
+    for experiment, same in (
+        ("baseline_padim", True),
+        ("baseline_neighbours", True),
+        ("baseline_uniad", False),
+    ):
+        base, more = (load_config(dataset="demo", experiment=experiment, epochs=n) for n in (4, 8))
+        assert (training_key(base) == training_key(more)) is same
+    assert {name for name, method in METHODS.items() if not method.learns} == set(ONE_PASS)
     assert training_key(load_config(dataset="demo", seed=1), seed=False) == training_key(one, seed=False)
 
 

@@ -61,9 +61,9 @@ def test_a_drop_under_a_falling_loss_is_seen() -> None:
     assert one["change of normal log-likelihood"] == one["change of anomalous log-likelihood"] == 1
     assert np.isnan(one["last overlap"]) and np.isnan(one["best pixel AUROC"])
     first, second = course_sentences(course)
-    assert "the issue shows" in first and "25.0 points below" in first and "went on falling" in first
+    assert "detection declines" in first and "25.0 points below" in first and "went on falling" in first
     assert "normal test positions changed by +1.000" in first
-    assert "does not show in 6 epochs" in second and "1.0 below its best (epoch 4)" in second
+    assert "does not decline in 6 epochs" in second and "1.0 below its best (epoch 4)" in second
 
 
 def test_overfitting_is_a_likelihood_that_falls_under_a_falling_loss() -> None:

@@ -14,7 +14,7 @@ from hgadbook.results import (
     prior_lead,
     prior_runs,
     prior_table,
-    prior_verdicts,
+    verdict_table,
 )
 from hgadlib.runs.grid import load_grid
 
@@ -80,23 +80,28 @@ def test_the_table_has_every_row_and_says_what_is_not_measured() -> None:
     table = prior_table("demo", prior_runs(records())["demo"]).data  # type: ignore[attr-defined]
     assert len(table) == len(GRID.experiments) == 11
     row = table.loc["mixture, Sigma_y; affine"]
-    assert row["image, inferred"] == "62.5 ± 0.0" and row["pixel"] == "–" and ">2<" in row["runs"]
+    assert row["image, inferred"] == "62.5\xa0±\xa00.0" and ">2<" in row["runs"]
+    assert "pixel" not in table  # no run has it
     assert row["image, to single"].startswith("+") and row["image, to neighbours"].endswith("]")
     assert table.loc["mixture, I; affine", "image, to single"] == "not measured"
     assert table.loc["single Gaussian; affine", "image, to single"] == "–"
 
 
 def test_verdicts_follow_from_the_intervals_also_over_sets() -> None:
-    said = prior_verdicts(prior_runs(records() + records(dataset="elpv")))
-    beside = {line.split(":")[0] + "/" + line.split("beside ")[1].split(":")[0]: line for line in said}
-    for images in ("demo", "elpv", "mean of 2 sets"):
-        assert beside[f"{images}/single Gaussian; affine"].endswith(", better")
-        assert beside[f"{images}/nearest neighbours"].endswith(", not told apart")
-    assert len(said) == 6  # nothing of what was not run
+    shown = verdict_table(prior_runs(records() + records(dataset="elpv")))
+    table = shown.data  # type: ignore[attr-defined]
+    assert list(table) == ["demo", "elpv", "mean", "verdict"]
+    mixture = "mixture, Sigma_y; affine, over"
+    assert table["verdict"].to_dict() == {  # nothing of what was not run
+        f"{mixture} single Gaussian; affine": "better", f"{mixture} nearest neighbours": "not told apart",
+    }  # fmt: skip
+    # What is told apart is bold, in the sets as in their mean.
+    styles = shown.to_html().split("</style>")[0].split("font-weight: bold")[0].split("}")[-1]
+    assert {f"row0_col{i}" in styles for i in range(3)} == {True} and "row1_col" not in styles
 
     worse = [record("prior_identity_affine", 0, 0.1), record("baseline_neighbours", 0, 2.0)]
-    assert [line.split(", ")[-1] for line in prior_verdicts(prior_runs(worse))] == ["worse"]
-    assert prior_verdicts({}) == []
+    assert list(verdict_table(prior_runs(worse)).data["verdict"]) == ["worse"]  # type: ignore[attr-defined]
+    assert verdict_table({}).data.empty  # type: ignore[attr-defined]
 
 
 def test_a_sentence_sums_the_leads_over_all_sets_up() -> None:
@@ -107,11 +112,8 @@ def test_a_sentence_sums_the_leads_over_all_sets_up() -> None:
         "By image AUROC on 2 sets of images, the mixture detects better than one Gaussian for all classes (+"
     )
     assert said.startswith(start) and ", on demo only); not measurably better or worse than nearest" in said
-    mean = prior_verdicts(found)[-1]
-    assert (
-        mean.startswith("mean of 2 sets")
-        and mean.split(": ")[-1][:-16].replace("-", "−").replace(" [", " points [") in said
-    )
+    mean = verdict_table(found).data["mean"].iloc[-1]  # type: ignore[attr-defined]
+    assert mean.replace(" [", " points [") in said
 
     worse = [record("prior_identity_affine", 0, 0.1), record("baseline_neighbours", 0, 2.0)]
     said = lead_sentence(prior_runs(worse), "prior_identity_affine", "it")
@@ -148,4 +150,4 @@ def test_the_default_has_a_grid_of_its_own() -> None:
     assert found == {"demo": {"hgad": {0: made}}} and prior_runs([made]) == {}
     rows = prior_table("demo", found["demo"], "default").data  # type: ignore[attr-defined]
     assert rows.index[0] == "HGAD, the default" and len(rows) == 4
-    assert prior_verdicts(found) == []
+    assert verdict_table(found).data.empty  # type: ignore[attr-defined]

@@ -260,7 +260,7 @@ def _column(table: pd.DataFrame, name: str) -> np.ndarray:
 
 
 def course_sentences(course: pd.DataFrame) -> list[str]:
-    """State for each row of :func:`course_table` in a sentence whether the issue showed."""
+    """State for each row of :func:`course_table` in a sentence whether detection declined."""
     said = []
     for name, row in course.iterrows():
         drops = [
@@ -271,7 +271,7 @@ def course_sentences(course: pd.DataFrame) -> list[str]:
         ]
         falling = row["last loss"] < row["loss at best epoch"]
         if drops:
-            text = f"{name}: the issue shows. In {row['epochs']:.0f} epochs {' and '.join(drops)}"
+            text = f"{name}: detection declines. In {row['epochs']:.0f} epochs {' and '.join(drops)}"
             text += ", while the loss went on falling." if falling else "; the loss rose, too."
             changes = [row[f"change of {kind} log-likelihood"] for kind in ("normal", "anomalous")]
             if np.isfinite(changes).all():
@@ -281,7 +281,7 @@ def course_sentences(course: pd.DataFrame) -> list[str]:
                 )
         else:
             text = (
-                f"{name}: the issue does not show in {row['epochs']:.0f} epochs. The image AUROC ended at "
+                f"{name}: detection does not decline in {row['epochs']:.0f} epochs. The image AUROC ended at "
                 f"{row['last image AUROC']:.1f} %, {row['image drop']:.1f} below its best (epoch "
                 f"{row['best epoch']:.0f}); less than {DROP:g} points count as none."
             )

@@ -138,15 +138,16 @@ def _as_printed(line: Mapping[Any, Any]) -> str:
 
 
 def number_text(value: float, half_width: float = np.nan, *, sign: str = "") -> str:
-    """Write a number with one decimal, and half its interval where there is one; a dash for NaN.
+    r"""Write a number with one decimal, and half its interval where there is one; a dash for NaN.
 
     >>> number_text(-5.3, 1.4, sign="+"), number_text(72.0)
-    ('−5.3 ± 1.4', '72.0')
+    ('−5.3\xa0±\xa01.4', '72.0')
     """
     if np.isnan(value):
         return "–"
     text = f"{value:{sign}.1f}".replace("-", "−")
-    return text if np.isnan(half_width) else f"{text} ± {half_width:.1f}"
+    # Spaces at which no line breaks.
+    return text if np.isnan(half_width) else f"{text}\xa0±\xa0{half_width:.1f}"
 
 
 def records_cell(records: Sequence[str]) -> str:

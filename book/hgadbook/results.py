@@ -214,13 +214,18 @@ def prior_lead(runs: PriorRuns, ours: str, theirs: str, *, draw: int = 0) -> Lea
 
 
 def lead_text(lead: Lead | None) -> str:
+    """Write a lead and its 95 % interval, which no line break parts."""
     if lead is None:
         return "not measured"
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(lead[0], *interval(lead[1]))
+    text = "{:+.1f} [{:+.1f},\xa0{:+.1f}]".format(lead[0], *interval(lead[1]))
+    return text.replace("-", "−")
 
 
 def prior_table(images: str, runs: PriorRuns, name: str = "prior") -> Styler:
-    """Set out a grid's rows, class known or inferred, on one set of images, in percent, with paired leads."""
+    """Set out a grid's rows, class known or inferred, on one set of images, in percent, with paired leads.
+
+    What no run of the set has, such as pixels without masks or a class to infer of one, is no column.
+    """
     lines: dict[str, dict[str, str]] = {}
     experiments = load_grid(name).experiments
     for experiment in experiments:
@@ -240,6 +245,7 @@ def prior_table(images: str, runs: PriorRuns, name: str = "prior") -> Styler:
             line[f"image, to {title}"] = lead_text(prior_lead(runs, experiment, other)) if compared else "–"
         line["runs"] = records_cell([record["record"] for record in of.values()])
     table = pd.DataFrame.from_dict(lines, orient="index")
+    table = table.loc[:, (table != "–").any()]
     return styled(table, name=f"{name}-{images}", caption=f"<b>{html.escape(images)}</b>", markup=["runs"])
 
 
@@ -268,17 +274,33 @@ _OTHERS = {
 }
 
 
-def prior_verdicts(found: Mapping[str, PriorRuns]) -> list[str]:
-    """Say whether each mixture on affine couplings beats what it must, by paired 95 % intervals."""
-    said = []
+def verdict_table(found: Mapping[str, PriorRuns], name: str = "prior") -> Styler:
+    """Set out whether each mixture on affine couplings beats what it must, by paired 95 % intervals.
+
+    A row a pair, a column a set of images; the mean over the sets that have both, and its verdict: "better"
+    or "worse" where the interval does not hold 0. Such leads are bold.
+    """
+    lines: dict[str, dict[str, str]] = {}
+    told: set[tuple[str, str]] = set()
     for ours in ("hgad", "prior_covariance_affine", "prior_identity_affine"):
         for theirs in _OTHERS:
-            known = leads_by_set(found, ours, theirs)
-            if len(known) > 1:
-                known[f"mean of {len(known)} sets"] = mean_lead(known)
-            pair = f"{PRIOR_ROWS[ours]} beside {PRIOR_ROWS[theirs]}"
-            said += [f"{images}: {pair}: {lead_text(lead)}, {_word(lead)}" for images, lead in known.items()]
-    return said
+            if not (known := leads_by_set(found, ours, theirs)):
+                continue
+            pair = f"{PRIOR_ROWS[ours]}, over {PRIOR_ROWS[theirs]}"
+            every = {**known, "mean": mean_lead(known)}
+            lines[pair] = {k: lead_text(lead) for k, lead in every.items()} | {
+                "verdict": _word(every["mean"])
+            }
+            told |= {(pair, k) for k, lead in every.items() if _word(lead) != "not told apart"}
+    columns = [*(k for k in found if any(k in line for line in lines.values())), "mean", "verdict"]
+    table = pd.DataFrame.from_dict(lines, orient="index", columns=columns if lines else None)
+    bold = pd.DataFrame(
+        [["font-weight: bold" * ((row, k) in told) for k in table.columns] for row in table.index],
+        table.index, table.columns,
+    )  # fmt: skip
+    caption = "Lead in image AUROC, points; bold where the interval does not hold 0"
+    shown = styled(table.fillna("not measured"), name=f"{name}-verdicts", caption=caption)
+    return shown.apply(lambda _: bold, axis=None)
 
 
 def lead_sentence(found: Mapping[str, PriorRuns], ours: str, title: str) -> str:
@@ -297,7 +319,7 @@ def lead_sentence(found: Mapping[str, PriorRuns], ours: str, title: str) -> str:
     for theirs, own in leads.items():
         lead = mean_lead(own)
         only = "" if len(own) == count else f", on {', '.join(own)} only"
-        text = lead_text(lead).replace("-", "−").replace(" [", " points [")
+        text = lead_text(lead).replace(" [", " points [")
         sides[_word(lead)].append(f"{_OTHERS[theirs]} ({text}{only})")
     words = {"not told apart": "not measurably better or worse than"}
     parts = [f"{words.get(side, f'{side} than')} {' and '.join(of)}" for side, of in sides.items() if of]

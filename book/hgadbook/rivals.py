@@ -59,7 +59,7 @@ def _values(of: Mapping[int, Mapping[str, Any]], metric: str) -> list[float]:
 
 
 def accuracy_table(images: str, unified: PriorRuns, alone: PriorRuns) -> Styler:
-    """Set out every method on one set of images, in percent, best first.
+    """Set out every method on one set of images, in percent, best first, and name those that lack runs.
 
     "apart" is the image AUROC with a model for each class, and "gain apart" what that adds, seed by seed.
     """
@@ -81,33 +81,47 @@ def accuracy_table(images: str, unified: PriorRuns, alone: PriorRuns) -> Styler:
         line["runs"] = records_cell([r["record"] for r in (*of.values(), *apart.values())])
         lines[TITLES[name]] = line
     table = pd.DataFrame.from_dict(lines, orient="index")
-    caption = f"<b>{html.escape(images)}</b>"
+    table = table.loc[:, (table != "–").any()]
+    missing = [title for name, title in TITLES.items() if name not in unified]
+    caption = f"<b>{html.escape(images)}</b>" + f"; not measured: {', '.join(missing)}" * bool(missing)
     return styled(table, name=f"rivals-{images}", caption=caption, markup=["runs"])
 
 
-def cost_table(images: str, unified: PriorRuns) -> Styler:
-    """Set out what the methods need and cost on one set of images, by the same runs (paper Tab. 4, 5)."""
+def cost_table(found: Rivals) -> Styler:
+    """Set out what the methods need and cost, by the same runs (paper Tab. 4, 5).
+
+    How long a method trains is of each set of images, all else of the first one that the method was run on.
+    """
     lines: dict[str, dict[str, str]] = {}
-    for name in (name for name in TITLES if name in unified):
-        record = unified[name][min(unified[name])]
-        cost, timing = record.get("cost"), record["timing"]
+    devices, busy = set(), False
+    for name in (name for name in TITLES if any(name in of for of in found.values())):
+        first, *_ = runs = {images: of[name][min(of[name])] for images, of in found.items() if name in of}
+        record = runs[first]
+        cost = record.get("cost")
         line = {"needs": _NEEDS.get(name, "–"), "epochs": str(record["epochs"])}
         adds = cost and cost["multiply_adds"]
-        line["multiply-adds (G)"] = f"{sum(adds.values()) / 1e9:.1f}" if adds else "–"
-        line["of them the method's"] = f"{adds['method'] / 1e9:.2f}" if adds else "–"
+        line["G multiply-adds"] = (
+            f"{adds['backbone'] / 1e9:.1f}\xa0+\xa0{adds['method'] / 1e9:.2f}" if adds else "–"
+        )
         line["learnt (M)"] = f"{cost['numbers']['learnt'] / 1e6:.1f}" if cost else "–"
         line["stored (M)"] = f"{cost['numbers']['stored'] / 1e6:.1f}" if cost else "–"
-        line["fit (s)"] = f"{timing['train_s']:.0f}"
-        line["images/s"] = f"{timing['predict_images_per_s']:.1f}"
-        line["measured on"] = f"{record['environment']['device']}{_beside(record)}"
+        for images, run in runs.items():
+            mark = "*" * _busy(run)
+            line[f"fit, {images} (min)"] = f"{run['timing']['train_s'] / 60:.1f}{mark}"
+        line["images/s"] = f"{record['timing']['predict_images_per_s']:.1f}{'*' * _busy(record)}"
+        devices |= {run["environment"]["device"] for run in runs.values()}
+        busy |= any(map(_busy, runs.values()))
         lines[TITLES[name]] = line
-    table = pd.DataFrame.from_dict(lines, orient="index")
-    return styled(table, name=f"rivals-cost-{images}", caption=f"<b>{html.escape(images)}</b>")
+    columns = dict.fromkeys(column for line in lines.values() for column in line if column != "images/s")
+    table = pd.DataFrame.from_dict(lines, orient="index", columns=[*columns, "images/s"] if lines else None)
+    caption = f"On {html.escape('; '.join(sorted(devices)))}" if devices else ""
+    caption += "; * beside other work: no measure" * busy
+    return styled(table.fillna("–"), name="rivals-cost", caption=caption)
 
 
-def _beside(record: Mapping[str, Any]) -> str:
-    """Say so where a run's note denies its times."""
-    return ", busy" if "no measure" in str(record.get("note")) else ""
+def _busy(record: Mapping[str, Any]) -> bool:
+    """Tell whether a run's note denies its times."""
+    return "no measure" in str(record.get("note"))
 
 
 def class_ranks(found: Rivals) -> pd.DataFrame:
@@ -115,16 +129,15 @@ def class_ranks(found: Rivals) -> pd.DataFrame:
 
     Methods that lack a set are left out, so that ranks are of the same classes.
     """
-    sets = {images: runs for images, runs in found.items() if len(runs) > 2}
-    common = [name for name in TITLES if sets and all(name in runs for runs in sets.values())]
+    common = [name for name in TITLES if found and all(name in runs for runs in found.values())]
     columns = {
         (images, k): {
             TITLES[name]: float(np.mean([r["per_class"][k]["image_auroc"] for r in runs[name].values()]))
             for name in common
         }
-        for images, runs in sets.items()
+        for images, runs in (found.items() if common else ())
         for k, values in next(iter(runs[common[0]].values()))["per_class"].items()
-        if common and values["image_auroc"] is not None
+        if values["image_auroc"] is not None
     }
     return pd.DataFrame(columns)
 
@@ -167,7 +180,7 @@ def rank_diagram(values: pd.DataFrame) -> Axes:
 
 
 def ordering_table(found: Rivals) -> Styler:
-    """Set the paper's leads of HGAD over each method in Tab. 1 beside those here, with a verdict each.
+    """Set the paper's leads of HGAD over each method in Tab. 1 beside those here, in points, with verdicts.
 
     *Seen* means that the 95 % interval over images and seeds of the mean over the sets has the paper's sign,
     *opposite* the other, *undecided* that it holds 0.
@@ -184,7 +197,7 @@ def ordering_table(found: Rivals) -> Styler:
         if not found_leads:
             continue
         line = {"paper": number_text(paper, sign="+")}
-        line |= {images: lead_text(lead) for images, lead in found_leads.items()}
+        line |= {images: number_text(lead[0], sign="+") for images, lead in found_leads.items()}
         mean = mean_lead(found_leads)
         low, high = interval(mean[1])
         line["mean"] = lead_text(mean)
