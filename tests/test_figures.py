@@ -182,6 +182,9 @@ def test_maps_in_deviations_have_a_scale_that_shows_small_ones_beside_large() ->
     assert [f.axes[-1].get_ylabel() for f in figures] == [
         f"anomaly score ({unit})" for unit in ("no unit", "standard deviations")
     ]
+    # Marks in the linear part would lie upon each other.
+    marks = [label.get_text() for label in figures[1].axes[-1].get_yticklabels()]
+    assert marks == ["0", "1", "10", "100", "1000"]
 
 
 def test_outline_closes_at_the_edge_of_the_image() -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hgadbook.paper import number_text
 from hgadlib.config import Config
-from hgadlib.figures.maps import LINEAR, outline_mask
+from hgadlib.figures.maps import LINEAR, mark_decades, outline_mask
 from hgadlib.figures.tables import METRIC_LABELS
 from hgadlib.figures.theme import literal
 from hgadlib.runs.gallery import gallery
@@ -329,6 +329,6 @@ def map_comparison(
         )
         drawn.set_label(bar, fontsize=8)
         drawn.ax.tick_params(labelsize=8)
-        drawn.ax.yaxis.set_major_formatter("{x:g}")
+        mark_decades(drawn)
         drawn.ax.spines[:].set_visible(False)
     return figure

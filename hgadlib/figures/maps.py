@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import AsinhNorm, Normalize
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
@@ -109,4 +110,14 @@ def anomaly_map_grid(
     )
     bar.set_label(f"anomaly score ({'standard deviations' if calibrated else 'no unit'})")
     bar.ax.spines[:].set_visible(False)
+    if calibrated:
+        mark_decades(bar)
     return figure
+
+
+def mark_decades(bar: Colorbar) -> None:
+    """Mark 0 and the powers of ten on the bar of a calibrated scale: more would overlap in its linear part."""
+    ticks = [0.0, *(sign * LINEAR * 10.0**power for power in range(9) for sign in (1, -1))]
+    within = sorted(tick for tick in ticks if bar.vmin <= tick <= bar.vmax)
+    if len(within) > 1:
+        bar.set_ticks(within, labels=[f"{tick:g}".replace("-", "−") for tick in within])
