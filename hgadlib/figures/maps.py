@@ -118,6 +118,7 @@ def anomaly_map_grid(
 def mark_decades(bar: Colorbar) -> None:
     """Mark 0 and the powers of ten on the bar of a calibrated scale: more marks would overlap near 0."""
     ticks = [0.0, *(sign * LINEAR * 10.0**power for power in range(9) for sign in (1, -1))]
-    within = sorted(tick for tick in ticks if bar.vmin <= tick <= bar.vmax)
+    low, high = bar.ax.get_ylim()
+    within = sorted(tick for tick in ticks if low <= tick <= high)
     if len(within) > 1:
         bar.set_ticks(within, labels=[f"{tick:g}".replace("-", "−") for tick in within])
