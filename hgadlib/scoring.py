@@ -47,8 +47,8 @@ ImageScore = Literal["maximum", "top", "quantile"]
 
 # Least share that is told from 0, which has no logarithm.
 _LEAST = 1e-290
-# Images that a class's figures over all positions count for beside a position's own. benchmarks/choice.py chose
-# it, on drawn defects, where half of the training images were held out to calibrate on.
+# Images that a class's figures over all positions count for beside a position's own. benchmarks/choice.py
+# chose it, on drawn defects, where half of the training images were held out to calibrate on.
 _KAPPA = 5
 # Least deviation of a calibrated value, in nats; of entropies also as a share of the largest, log K.
 _LEAST_STD, _LEAST_ENTROPY_STD = 1e-3, 0.02
