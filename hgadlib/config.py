@@ -613,9 +613,10 @@ def training_key(config: Config, *, seed: bool = True) -> str:
     del identity["train"]["evaluate_every"]  # looks at the test set do not steer the training
     if config.method != "hgad":  # what it does not read
         del identity["flow"], identity["prior"], identity["loss"]
-        identity["train"].pop("smooth", None)
         if config.method in ONE_PASS:
             del identity["train"]
+        else:
+            identity["train"].pop("smooth", None)
     elif config.prior.kind == "single":
         identity["prior"] = {"kind": "single", "shrinkage": config.prior.shrinkage}
     if not seed:
